@@ -1,0 +1,214 @@
+"""Attention on the CPU, in torch: dense for comparison, and SPARSEMM on top of it."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+
+from sparsemm_vllm import patches
+from sparsemm_vllm.sparse_attention import (
+    SparseBackendMixin,
+    attend_pruned,
+    prune,
+    refuse_variants,
+)
+from sparsemm_vllm.step import Step
+from sparsemm_vllm.triton_kernels.reference import dense_attention
+
+
+@dataclass(frozen=True)
+class TorchMetadata:
+    """A step's batch; see `CommonAttentionMetadata`.
+
+    Attributes:
+        num_tokens: `T`.
+        query_start: first query of each request and the end of the last, on the host.
+        seq_lens: tokens of each request after the step, int32 ``[R]``.
+        block_table: ``[R, max_blocks]``.
+        step: what SPARSEMM does in it; none where layers are dense.
+        dense_rows: rows that attend to all of their tokens.
+    """
+
+    num_tokens: int
+    query_start: list[int]
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    step: Step | None
+    dense_rows: list[int]
+
+
+class TorchMetadataBuilder(AttentionMetadataBuilder[TorchMetadata]):
+    """Copies what attention needs of a batch."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+        step: Step | None = None,
+    ) -> TorchMetadata:
+        """The metadata of one step."""
+        common = common_attn_metadata
+        sparse = {row.batch_index for row in step.decodes} if step else set()
+        return TorchMetadata(
+            num_tokens=common.num_actual_tokens,
+            query_start=common.query_start_loc_cpu.tolist(),
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            step=step,
+            dense_rows=[i for i in range(common.num_reqs) if i not in sparse],
+        )
+
+
+class TorchAttentionImpl(AttentionImpl[TorchMetadata]):
+    """Dense attention over the paged cache."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        **options: Any,
+    ) -> None:
+        refuse_variants(alibi_slopes, logits_soft_cap, kv_sharing_target_layer_name)
+        if options:
+            raise NotImplementedError(f"attention options {', '.join(options)}")
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.sliding_window = sliding_window
+        self.kv_cache_dtype = kv_cache_dtype
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write a step's keys and values ``[T, Hkv, D]`` to their slots; negative slots are none."""
+        page_size = kv_cache.shape[2]
+        tokens = slot_mapping.shape[0]
+        written = slot_mapping >= 0
+        slots = slot_mapping[written]
+        kv = torch.cat([key[:tokens], value[:tokens]], -1)[written]
+        kv_cache[slots // page_size, :, slots % page_size] = kv.to(kv_cache.dtype)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: TorchMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of this step's queries, into `output` ``[T, Hq, D]``."""
+        if attn_metadata is None:  # vLLM profiles memory
+            return output.fill_(0)
+        meta = attn_metadata
+        for row in meta.dense_rows:
+            queries = slice(meta.query_start[row], meta.query_start[row + 1])
+            if queries.start == queries.stop:
+                continue
+            output[queries] = dense_attention(
+                query[queries],
+                kv_cache,
+                meta.block_table[row],
+                int(meta.seq_lens[row]),
+                self.scale,
+                self.sliding_window,
+            )
+        return output
+
+
+class TorchAttentionBackend(AttentionBackend):
+    """Dense attention in torch: the baseline where there is no GPU."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.float16, torch.bfloat16]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
+    forward_includes_kv_cache_update = False
+
+    @staticmethod
+    def get_name() -> str:
+        """vLLM's name for attention on the CPU."""
+        return "CPU_ATTN"
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        """Supported."""
+        return True
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        """Any."""
+        return [MultipleOf(1)]
+
+    @staticmethod
+    def get_impl_cls() -> type[TorchAttentionImpl]:
+        """The implementation."""
+        return TorchAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TorchMetadataBuilder]:
+        """The metadata builder."""
+        return TorchMetadataBuilder
+
+
+class SparseMMMetadataBuilder(TorchMetadataBuilder):
+    """The same, in a process where SPARSEMM is installed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        patches.require_installed()
+        super().__init__(*args, **kwargs)
+
+
+class SparseMMImpl(TorchAttentionImpl):
+    """Write, attend, score, select, compact."""
+
+    def forward(self, layer: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Dense rows first, then the pruned ones, then the prompts that are complete now."""
+        output = super().forward(layer, query, *args, **kwargs)
+        meta: TorchMetadata | None = args[3] if len(args) > 3 else kwargs["attn_metadata"]
+        if meta is None or meta.step is None:
+            return output
+        step, name = meta.step, layer.layer_name
+        attend_pruned(step, name, query, output, meta.block_table, meta.seq_lens, self.scale)
+        prune(step, name, query, meta.block_table, self.scale)
+        return output
+
+
+class SparseMMBackend(SparseBackendMixin, TorchAttentionBackend):
+    """SPARSEMM on the CPU."""
+
+    @staticmethod
+    def get_impl_cls() -> type[SparseMMImpl]:
+        """The implementation."""
+        return SparseMMImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SparseMMMetadataBuilder]:
+        """The metadata builder."""
+        return SparseMMMetadataBuilder

@@ -1,0 +1,78 @@
+"""A platform without a GPU, for the vLLM wheel that is built for CUDA."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from vllm.platforms.cpu import CpuPlatform
+
+from sparsemm_vllm.plugin import CPU_BACKEND, NAME
+
+DENSE_BACKEND = "sparsemm_vllm.cpu_backend.TorchAttentionBackend"
+BLOCK_SIZE = 16  # vLLM's default on CUDA; its CPU kernels, which are not in this wheel, prefer 128
+
+
+class SparseMMCpuPlatform(CpuPlatform):
+    """vLLM's CPU platform with torch operators, torch attention and interpreted Triton."""
+
+    @classmethod
+    def import_kernels(cls) -> None:
+        """The wheel has none for the CPU; define the few operators that models call."""
+        define_operators()
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        """SPARSEMM if asked for, else dense attention in torch.
+
+        Raises:
+            ValueError: for a layer that the backend does not support.
+        """
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+
+        chosen = getattr(selected_backend, "name", None) == NAME
+        path = CPU_BACKEND if chosen else DENSE_BACKEND
+        backend = resolve_obj_by_qualname(path)
+        reasons = backend.validate_configuration(
+            **attn_selector_config._asdict(), device_capability=None
+        )
+        if reasons:
+            raise ValueError(
+                f"attention backend {backend.get_name()} is not valid for this configuration: "
+                + "; ".join(reasons)
+            )
+        return path
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: Any) -> None:
+        """As vLLM's for the CPU, with its default block size on CUDA and no compiled kernels."""
+        super().check_and_update_config(vllm_config)
+        cache_config = vllm_config.cache_config
+        if not cache_config.user_specified_block_size:
+            cache_config.block_size = BLOCK_SIZE
+        vllm_config.compilation_config.custom_ops = ["none"]
+
+
+def define_operators() -> None:
+    """Define in torch the `torch.ops._C` operators that the wheel lacks without a GPU. Idempotent.
+
+    Everything else runs in vLLM's native torch code (`custom_ops=["none"]`).
+    """
+    operators = {
+        "init_cpu_memory_env(int[] nodes) -> ()": lambda nodes: None,
+        "gelu_quick(Tensor! out, Tensor x) -> ()": lambda out, x: out.copy_(
+            x * torch.sigmoid(1.702 * x)
+        ),
+        "silu_and_mul(Tensor! out, Tensor x) -> ()": lambda out, x: out.copy_(
+            F.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :]
+        ),
+    }
+    for schema, function in operators.items():
+        name = schema.partition("(")[0]
+        if not hasattr(torch.ops._C, name):
+            _LIBRARY.define(schema)
+            _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+
+
+_LIBRARY = torch.library.Library("_C", "FRAGMENT")

@@ -1,0 +1,47 @@
+"""The one place that reads and writes environment variables."""
+
+import ctypes
+import os
+import sys
+
+CPU_VARIABLES = {
+    "SPARSEMM_CPU": "1",  # activates our CPU platform
+    "TRITON_INTERPRET": "1",  # the V2 model runner's own kernels are Triton
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+def has_gpu() -> bool:
+    """Whether NVIDIA's driver shows a GPU; loads neither torch nor a CUDA context."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_uint(0)
+    if nvml.nvmlInit_v2() != 0:
+        return False
+    found = nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) == 0 and count.value > 0
+    nvml.nvmlShutdown()
+    return found
+
+
+def use_cpu() -> None:
+    """Let this process, and those it starts, serve SPARSEMM without a GPU.
+
+    Raises:
+        RuntimeError: if triton or vllm has been imported already: they read the environment then.
+    """
+    late = [name for name in ("triton", "vllm") if name in sys.modules]
+    if late and not uses_cpu():
+        raise RuntimeError(
+            f"sparsemm_vllm.use_cpu() comes too late: {' and '.join(late)} has been imported; call "
+            "it first"
+        )
+    os.environ.update(CPU_VARIABLES)
+
+
+def uses_cpu() -> bool:
+    """Whether `use_cpu` prepared this process, or one that started it."""
+    return all(os.environ.get(name) == value for name, value in CPU_VARIABLES.items())

@@ -1,0 +1,131 @@
+"""The scheduler's side: which blocks a request holds.
+
+A request's blocks, `P` tokens each, for a prompt of `n` tokens::
+
+    [ prompt blocks 0..N-1 | C compact blocks | growth blocks ... ],  N = ceil(n / P)
+
+Prompt blocks are filled by ordinary prefill and never written again, so prefix caching works on
+them. In the step that computes the last prompt token the request gets `C` more, the workers copy
+each head's kept tokens there, and when that step has been processed the prompt blocks older than
+the window go back to the pool.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.request import Request
+
+from sparsemm_vllm.layout import CacheLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseMMSpec(FullAttentionSpec):
+    """Full attention whose prompts are pruned: equal for all pruned layers of all ranks."""
+
+    layout: CacheLayout
+
+    @classmethod
+    def merge(cls, specs: list["SparseMMSpec"]) -> "SparseMMSpec":
+        """The spec of a group: that of its layers, which must be equal."""
+        assert all(spec == specs[0] for spec in specs), "SPARSEMM layers must have equal specs"
+        return specs[0]
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        """Whether all layers can share one group."""
+        return all(spec == self for spec in kv_cache_specs.values())
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        """Entries of a block table row: both copies of a prompt of that length."""
+        return cdiv(max_len, self.block_size) + self._compact_blocks(max_len)
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes that one request of the longest length needs at its peak."""
+        compact = self._compact_blocks(vllm_config.model_config.max_model_len)
+        return super().max_memory_usage_bytes(vllm_config) + compact * self.page_size_bytes
+
+    def _compact_blocks(self, prompt_tokens: int) -> int:
+        return self.layout.compact_blocks(prompt_tokens, self.block_size)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    tokens: int
+    compact_blocks: int
+    freed_blocks: int
+
+
+class SparseMMManager(FullAttentionManager):
+    """Allocates compact blocks when a prompt is complete and frees the prompt blocks after it."""
+
+    def __init__(self, kv_cache_spec: SparseMMSpec, **kwargs: Any) -> None:
+        from sparsemm_vllm import patches
+
+        patches.require_installed()
+        super().__init__(kv_cache_spec, **kwargs)
+        self.layout = kv_cache_spec.layout
+        self._prompts: dict[str, _Prompt] = {}
+
+    def register(self, request_id: str, prompt_tokens: int) -> None:
+        """Learn a request's prompt length, before it is admitted and when it is resumed."""
+        self._prompts[request_id] = _Prompt(
+            prompt_tokens,
+            self.layout.compact_blocks(prompt_tokens, self.block_size),
+            self.layout.freed_blocks(prompt_tokens, self.block_size),
+        )
+
+    def _with_compact(self, request_id: str, num_tokens: int) -> int:
+        """Tokens to allocate for, so that the compact blocks are among the blocks."""
+        prompt = self._prompts[request_id]
+        if num_tokens < prompt.tokens:
+            return num_tokens
+        return num_tokens + prompt.compact_blocks * self.block_size
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> int:
+        """As vLLM's, the compact blocks counted once the prompt is complete."""
+        padded = self._with_compact(request_id, num_tokens)
+        return super().get_num_blocks_to_allocate(request_id, padded, *args, **kwargs)
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> Any:
+        """As vLLM's, the compact blocks between the prompt's and the growth blocks."""
+        padded = self._with_compact(request_id, num_tokens)
+        return super().allocate_new_blocks(request_id, padded, num_tokens_main_model)
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Enter computed blocks into the prefix cache, of a pruned request only its prompt's.
+
+        Tokens generated from a pruned cache have other keys and values than a prefill would give.
+        """
+        if self._prompts[request.request_id].compact_blocks:
+            num_tokens = min(num_tokens, request.num_prompt_tokens)
+        super().cache_blocks(
+            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
+        )
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        """Free the older prompt blocks of a request whose prune step has been processed."""
+        prompt = self._prompts[request_id]
+        if processed_computed_tokens >= prompt.tokens:
+            self._remove_blocks_in_range(request_id, 0, prompt.freed_blocks)
+
+    def pop_blocks_for_free(self, request_id: str) -> Any:
+        """Forget a request that finished, was aborted or preempted, and return its blocks."""
+        self._prompts.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)

@@ -1,0 +1,102 @@
+"""vLLM's entry points. Loaded in every process of every vLLM, so they do next to nothing.
+
+What `SPARSEMM` needs inside vLLM (`patches.py`) is installed where it is asked for: by
+`EngineArgs.create_engine_config` in the process that builds the configuration, and in spawned ones
+by unpickling that configuration.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from sparsemm_vllm.environment import uses_cpu
+
+NAME = "SPARSEMM"
+CUDA_BACKEND = "sparsemm_vllm.cuda_backend.SparseMMBackend"
+CPU_BACKEND = "sparsemm_vllm.cpu_backend.SparseMMBackend"
+
+NO_GPU = (
+    "SPARSEMM: no GPU was found. On the CPU, start the server with\n\n"
+    "    sparsemm serve MODEL --attention-backend SPARSEMM ...\n\n"
+    "which sets the environment it needs and runs `vllm serve`; in Python, call "
+    "sparsemm_vllm.use_cpu() before importing vllm."
+)
+
+
+def platform() -> str | None:
+    """The CPU platform, in processes that `sparsemm serve` or `use_cpu` prepared."""
+    if not uses_cpu():
+        return None
+    from vllm.platforms import cpu_platform_plugin
+
+    if cpu_platform_plugin() is not None:  # a CPU build of vLLM: refused when SPARSEMM is asked for
+        return None
+    return "sparsemm_vllm.cpu_platform.SparseMMCpuPlatform"
+
+
+def register() -> None:
+    """Make `SPARSEMM` an attention backend that can be asked for. Idempotent."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if not current_platform.device_type and any(NAME in arg.upper() for arg in sys.argv[1:]):
+        raise SystemExit(NO_GPU)
+    if NAME in AttentionBackendEnum.__members__:
+        return
+    register_backend(NAME, CUDA_BACKEND if current_platform.is_cuda() else CPU_BACKEND)
+    _pickle_by_name(AttentionBackendEnum)
+
+    from vllm.engine.arg_utils import EngineArgs
+
+    EngineArgs.create_engine_config = _install_if_asked(EngineArgs.create_engine_config)
+
+
+def _pickle_by_name(enum: Any) -> None:
+    """A spawned process has not loaded plugins when it unpickles the configuration."""
+    by_value = enum.__reduce_ex__
+
+    def reduce(self: Any, protocol: int) -> Any:
+        return (backend_member, ()) if self._name_ == NAME else by_value(self, protocol)
+
+    enum.__reduce_ex__ = reduce
+
+
+def backend_member() -> Any:
+    """The enum member, in a process that received it in a configuration."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    register()
+    _install()
+    return AttentionBackendEnum[NAME]
+
+
+def _install() -> None:
+    from sparsemm_vllm import patches
+
+    patches.install()
+
+
+def _install_if_asked(create: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(create)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _asks_for_us(self):
+            return create(self, *args, **kwargs)
+        from vllm.platforms import current_platform
+
+        if not current_platform.device_type:
+            raise RuntimeError(NO_GPU)
+        _install()
+        from sparsemm_vllm.support import prepare_config
+
+        vllm_config = create(self, *args, **kwargs)
+        prepare_config(vllm_config)
+        return vllm_config
+
+    return create_engine_config
+
+
+def _asks_for_us(engine_args: Any) -> bool:
+    asked = [engine_args.attention_backend, engine_args.attention_config.backend]
+    asked += (engine_args.attention_config.backend_per_kind or {}).values()
+    return any(str(getattr(backend, "name", backend)).upper() == NAME for backend in asked)

@@ -1,0 +1,91 @@
+"""The settings, given to vLLM as `--additional-config '{"sparsemm": {...}}'`."""
+
+import difflib
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sparsemm_vllm.profile import HeadProfile, first_error, load_profile
+
+KEY = "sparsemm"
+
+
+class SettingsError(ValueError):
+    """A setting that does not exist or has a value it cannot have."""
+
+
+class Settings(BaseModel):
+    """How much of a prompt is kept, and by which heads.
+
+    Attributes:
+        profile: head profile: a path, a bundled name, or the profile itself; even budgets if none.
+        budget: tokens per KV head on average, window included.
+        rho: share of the budget that is spread evenly, 0 to 1.
+        window: last prompt tokens that every head keeps and whose attention scores the others.
+        pool_kernel: width in tokens of the average pooling of the scores, odd.
+        min_prompt_tokens: shorter prompts are never pruned.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    profile: str | HeadProfile | None = None
+    budget: int = Field(default=256, ge=2)
+    rho: float = Field(default=0.1, ge=0.0, le=1.0)
+    window: int = Field(default=32, ge=1)
+    pool_kernel: int = Field(default=5, ge=1)
+    min_prompt_tokens: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Settings":
+        if self.budget <= self.window:
+            raise ValueError(
+                f"budget ({self.budget} tokens) must be larger than window ({self.window} tokens)"
+            )
+        if self.pool_kernel % 2 == 0:
+            raise ValueError(f"pool_kernel ({self.pool_kernel}) must be odd")
+        return self
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Any) -> "Settings":
+        """Parse vLLM's `additional_config`.
+
+        Raises:
+            SettingsError: naming the setting, what is wrong and, for an unknown one, the nearest.
+        """
+        if not isinstance(additional_config, dict):
+            return cls()
+        if KEY not in additional_config:
+            for key in difflib.get_close_matches(KEY, additional_config, n=1):
+                raise SettingsError(f"--additional-config has '{key}'; did you mean '{KEY}'?")
+        values = additional_config.get(KEY, {})
+        if not isinstance(values, dict):
+            raise SettingsError(
+                f"--additional-config: '{KEY}' must be an object of settings, got {values!r}"
+            )
+        for key in values.keys() - cls.model_fields.keys():
+            near = difflib.get_close_matches(key, cls.model_fields, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(cls.model_fields)}"
+            raise SettingsError(f"unknown {KEY} setting '{key}'; {hint}")
+        if isinstance(values.get("profile"), dict):
+            values = values | {"profile": _parse_inline(values["profile"])}
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise SettingsError(f"{KEY} setting {first_error(error)}") from None
+
+    def with_profile_loaded(self) -> "Settings":
+        """The same settings with a profile that was named replaced by its contents.
+
+        Raises:
+            ProfileError: if it cannot be read.
+        """
+        if not isinstance(self.profile, str):
+            return self
+        return self.model_copy(update={"profile": load_profile(self.profile)})
+
+
+def _parse_inline(profile: dict[str, Any]) -> HeadProfile:
+    try:
+        return HeadProfile.model_validate(profile)
+    except ValidationError as error:
+        raise SettingsError(f"{KEY} setting profile: {first_error(error)}") from None

@@ -1,0 +1,176 @@
+"""From a vLLM configuration to a cache layout, and what cannot be served, said at startup."""
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.distributed.utils import get_pp_indices
+from vllm.logger import init_logger
+
+from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.profile import HeadProfile
+from sparsemm_vllm.settings import KEY, Settings
+
+logger = init_logger("vllm.sparsemm")  # vLLM configures its own loggers only
+
+NGRAM_METHODS = ("ngram", "ngram_gpu")
+
+
+class UnsupportedError(ValueError):
+    """A configuration that SPARSEMM cannot serve; the message says what and why."""
+
+
+def prepare_config(vllm_config: VllmConfig) -> None:
+    """Check the configuration and put the profile's contents in place of its name.
+
+    Every process then works with the same profile, wherever its file lies and whatever becomes of
+    it.
+
+    Raises:
+        SettingsError, ProfileError, UnsupportedError: with one line that says what to change.
+    """
+    settings = Settings.from_additional_config(vllm_config.additional_config)
+    settings = settings.with_profile_loaded()
+    if reasons := unsupported(vllm_config, settings):
+        raise UnsupportedError("SPARSEMM cannot serve this configuration: " + "; ".join(reasons))
+    layout = build_layout(vllm_config, settings)
+    if settings.profile is None:
+        logger.warning(
+            "SPARSEMM: no head profile for %s: every head gets the same budget. Name one with "
+            '--additional-config \'{"sparsemm": {"profile": ...}}\'',
+            vllm_config.model_config.model,
+        )
+    _log_memory(vllm_config, settings, layout)
+    vllm_config.additional_config = {
+        **vllm_config.additional_config,
+        KEY: settings.model_dump(mode="json"),
+    }
+
+
+def _log_memory(vllm_config: VllmConfig, settings: Settings, layout: CacheLayout) -> None:
+    block_size = vllm_config.cache_config.block_size
+    for tokens in sorted({3072, vllm_config.model_config.max_model_len}):
+        logger.info(
+            "SPARSEMM: budget %d, window %d: a prompt of %d tokens holds %d KV blocks of %d "
+            "tokens after its prefill, %d with dense attention",
+            settings.budget,
+            settings.window,
+            tokens,
+            layout.held_blocks(tokens, tokens, block_size),
+            block_size,
+            -(-tokens // block_size),
+        )
+
+
+def unsupported(vllm_config: VllmConfig, settings: Settings) -> list[str]:
+    """Why this configuration cannot be served; empty if it can."""
+    model = vllm_config.model_config
+    parallel = vllm_config.parallel_config
+    scheduler = vllm_config.scheduler_config
+    speculative = vllm_config.speculative_config
+    threshold = scheduler.long_prefill_token_threshold
+    drafts = 0 if speculative is None else speculative.num_speculative_tokens or 0
+    step_tokens = settings.window + scheduler.max_num_seqs * (1 + drafts)
+
+    checks = [
+        (
+            not vllm_config.use_v2_model_runner,
+            "it needs vLLM's V2 model runner, and this configuration selects V1 "
+            "(VLLM_USE_V2_MODEL_RUNNER=0, or a feature that V2 lacks: vLLM's log names it)",
+        ),
+        (
+            speculative is not None and speculative.method not in NGRAM_METHODS,
+            "draft models keep a KV cache of their own, which is not pruned; use ngram "
+            "speculation or none",
+        ),
+        (
+            vllm_config.kv_transfer_config is not None
+            or vllm_config.cache_config.kv_offloading_size is not None,
+            "KV connectors and offloading move blocks by prompt position, pruned requests have "
+            "none",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "context parallelism spreads a head's tokens over ranks; use tensor or pipeline "
+            "parallelism",
+        ),
+        (parallel.use_ubatching, "dual-batch overlap builds attention metadata per microbatch"),
+        (model.use_mla, "MLA keeps one latent vector for all heads, there is no head to prune"),
+        (model.is_encoder_decoder, "encoder-decoder models have cross-attention caches"),
+        (
+            model.is_hybrid or model.is_attention_free,
+            "models with state-space layers use another model state",
+        ),
+        (model.runner_type != "generate", "only generation decodes from a pruned cache"),
+        (model.rswa_window is not None, "reference sliding window attention frees its own blocks"),
+        (
+            not pruned_layers(model),
+            "every layer has a sliding window, so no layer's cache grows with the prompt",
+        ),
+        (
+            scheduler.disable_hybrid_kv_cache_manager
+            and len(pruned_layers(model)) < model.get_total_num_hidden_layers(),
+            "a model that mixes sliding-window and full attention needs the hybrid KV cache "
+            "manager; drop --disable-hybrid-kv-cache-manager",
+        ),
+        (
+            0 < threshold < settings.window,
+            f"--long-prefill-token-threshold {threshold} is smaller than the window of "
+            f"{settings.window} tokens, which must be computed in one chunk",
+        ),
+        (
+            scheduler.max_num_batched_tokens < step_tokens,
+            f"--max-num-batched-tokens {scheduler.max_num_batched_tokens} leaves no room for a "
+            f"window of {settings.window} tokens beside {scheduler.max_num_seqs} decoding "
+            f"requests; give at least {step_tokens}, or fewer --max-num-seqs",
+        ),
+    ]
+    return [reason for refused, reason in checks if refused]
+
+
+def pruned_layers(model_config: Any) -> list[int]:
+    """Indices of the layers whose cache is pruned: those that attend to the whole prompt."""
+    total = model_config.get_total_num_hidden_layers()
+    types = getattr(model_config.hf_text_config, "layer_types", None)
+    if types:
+        return [layer for layer in range(total) if types[layer] == "full_attention"]
+    return [] if model_config.get_sliding_window() is not None else list(range(total))
+
+
+def build_layout(vllm_config: VllmConfig, settings: Settings) -> CacheLayout:
+    """The layout of the whole model, equal on all ranks and in the scheduler.
+
+    Raises:
+        ProfileError: for a profile of another architecture.
+        UnsupportedError: if the heads do not divide among the ranks.
+    """
+    model = vllm_config.model_config
+    parallel = vllm_config.parallel_config
+    layers = model.get_total_num_hidden_layers()
+    query_heads = model.hf_text_config.num_attention_heads
+    kv_heads = model.get_total_num_kv_heads()
+
+    profile = settings.with_profile_loaded().profile
+    if profile is None:
+        profile = HeadProfile.uniform(model.model, layers, query_heads, kv_heads)
+    assert isinstance(profile, HeadProfile)
+    profile.check_model(layers, query_heads, kv_heads)
+
+    pruned = pruned_layers(model)
+    stages = []
+    for stage in range(parallel.pipeline_parallel_size):
+        first, end = get_pp_indices(layers, stage, parallel.pipeline_parallel_size)
+        stages.append((sum(x < first for x in pruned), sum(x < end for x in pruned)))
+    try:
+        return CacheLayout.from_scores(
+            profile.tensor()[pruned],
+            kv_heads,
+            settings.budget,
+            settings.window,
+            settings.rho,
+            pool_kernel=settings.pool_kernel,
+            min_prompt_tokens=settings.min_prompt_tokens,
+            stages=tuple(stages),
+            tensor_parallel=parallel.tensor_parallel_size,
+        )
+    except ValueError as error:
+        raise UnsupportedError(f"SPARSEMM: {error}") from None

@@ -1,0 +1,17 @@
+"""Operations on a pruned paged KV cache, one op a file; `reference` holds their torch twins.
+
+Installed as `sparsemm_vllm.triton_kernels`. Imports torch and triton only.
+
+Vocabulary, used in every file:
+
+* sizes: `L` layers of the cache, `Hq` query heads, `Hkv` KV heads, `G = Hq / Hkv`, `D` head size,
+  `n` prompt tokens, `W` observation window, `P` page (block) size in tokens, `Q` query tokens of a
+  request in this step;
+* `cache` `[L, B, Hkv, P, 2 * D]`: the paged KV cache of all layers, K before V in the last
+  dimension, any strides; a *page* is `cache[l, b, h]`, the `P` token slots of one head in one
+  block;
+* `row` `[max_blocks]`: a request's row of the block table,
+  `[prompt blocks 0..N-1 | C compact blocks | growth blocks ...]` with `N = ceil(n / P)`;
+* *head page* `i` of a request: pages of its compact blocks, striped over blocks, layers and heads:
+  block `row[N + i // (L * Hkv)]`, layer `(i // Hkv) % L`, head slot `i % Hkv`.
+"""

@@ -1,0 +1,273 @@
+"""The torch twins of the kernels: float32 inside, one request at a time, no host synchronisation.
+
+Sizes that shape a tensor are Python integers known on the host; positions and lengths that only
+the device knows stay tensors. None of the functions changes its inputs, but for `compact_kv`, which
+writes the head pages.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def window_scores(
+    query: torch.Tensor, key: torch.Tensor, kernel_size: int = 5, scale: float | None = None
+) -> torch.Tensor:
+    """Score of every prompt token older than the observation window, per KV head.
+
+    The window's causal attention over the whole prompt, averaged over the window's queries and over
+    the query heads of each group, then average-pooled over positions (zeros beyond both ends
+    count). Source: SnapKV, https://arxiv.org/abs/2404.14469, with the mean pooling of SparseMM.
+
+    Args:
+        query: the last `W` queries of the prompt, position-encoded, ``[Hq, W, D]``.
+        key: the keys of the whole prompt, ``[Hkv, n, D]``.
+        kernel_size: width of the pooling in tokens, odd.
+        scale: of the logits; ``1 / sqrt(D)`` if not given.
+
+    Returns:
+        float32 ``[Hkv, n - W]``.
+
+    Raises:
+        ValueError: for shapes that do not fit together or an even kernel size.
+    """
+    Hq, W, D = query.shape
+    Hkv, n, _ = key.shape
+    if key.shape[2] != D or Hq % Hkv or n < W:
+        raise ValueError(
+            f"query {list(query.shape)} [Hq, W, D] and key {list(key.shape)} [Hkv, n, D] must "
+            "share D, Hq must be a multiple of Hkv, and n must be at least W"
+        )
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size is {kernel_size}; it must be odd and positive")
+    grouped = query.float().reshape(Hkv, Hq // Hkv, W, D)
+    logits = torch.einsum("hgwd,hnd->hgwn", grouped, key.float())
+    logits *= D**-0.5 if scale is None else scale
+    position = torch.arange(n, device=key.device)
+    future = position[None, :] > position[n - W :, None]
+    weights = logits.masked_fill_(future, -torch.inf).softmax(-1)[..., : n - W]
+    mean = weights.mean((1, 2))
+    if mean.shape[1] == 0:
+        return mean
+    return F.avg_pool1d(mean[None], kernel_size, stride=1, padding=kernel_size // 2)[0]
+
+
+def select_tokens(scores: torch.Tensor, capacities: torch.Tensor, width: int) -> torch.Tensor:
+    """Positions of each head's best tokens, ascending; ties go to the lowest index.
+
+    Args:
+        scores: ``[Hkv, m]``.
+        capacities: tokens to keep per head, int ``[Hkv]``, on the device of the scores.
+        width: columns of the result; at least the largest ``min(capacity, m)``.
+
+    Returns:
+        int64 ``[Hkv, width]``; a head's unused columns, at its end, hold ``m``.
+    """
+    m = scores.shape[1]
+    width = min(width, m)
+    best = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :width]
+    unused = torch.arange(width, device=scores.device)[None] >= capacities[:, None]
+    return best.masked_fill(unused, m).sort(dim=1).values
+
+
+def kept_tokens(scores: torch.Tensor, capacities: torch.Tensor) -> list[torch.Tensor]:
+    """Like `select_tokens`, one tensor of exact length per head: what tests and tools compare.
+
+    Args:
+        scores: ``[Hkv, n - W]``.
+        capacities: int ``[Hkv]``; larger ones keep every token.
+
+    Returns:
+        `Hkv` sorted int64 tensors of ``min(capacity, n - W)`` positions.
+    """
+    lengths = capacities.clamp(0, scores.shape[1]).tolist()
+    selected = select_tokens(scores, capacities, max(lengths, default=0))
+    return [row[:length] for row, length in zip(selected, lengths, strict=True)]
+
+
+def read_tokens(
+    layer_cache: torch.Tensor,
+    row: torch.Tensor,
+    positions: torch.Tensor,
+    prompt_blocks: int,
+    compact_blocks: int,
+) -> torch.Tensor:
+    """Keys and values of the tokens at `positions`, for all heads, through the block table.
+
+    Args:
+        layer_cache: one layer of the cache, ``[B, Hkv, P, 2 * D]``.
+        row: the request's row of the block table, ``[max_blocks]``.
+        positions: int64 ``[T]``, in tokens from the start of the prompt.
+        prompt_blocks: `N`.
+        compact_blocks: `C`; the blocks of generated tokens follow them.
+
+    Returns:
+        ``[Hkv, T, 2 * D]``, in the cache's dtype.
+    """
+    page_size = layer_cache.shape[2]
+    entry = positions // page_size
+    entry = torch.where(entry < prompt_blocks, entry, entry + compact_blocks)
+    return layer_cache[row[entry].long(), :, positions % page_size].transpose(0, 1)
+
+
+def head_page_slots(
+    cache: torch.Tensor,
+    row: torch.Tensor,
+    first_pages: torch.Tensor,
+    tokens: torch.Tensor,
+    prompt_blocks: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where kept token `t` of a head lies: the index of its slot in the cache.
+
+    Args:
+        cache: ``[L, B, Hkv, P, 2 * D]``.
+        row: the request's row of the block table, ``[max_blocks]``.
+        first_pages: each head's first head page, broadcastable to the shape of `tokens`.
+        tokens: rank of the token among those its head keeps.
+        prompt_blocks: `N`.
+
+    Returns:
+        Layer, block, head slot and token slot, each of the shape of `tokens`.
+    """
+    L, _, Hkv, page_size, _ = cache.shape
+    page = first_pages.long() + tokens // page_size
+    block = row[prompt_blocks + page // (L * Hkv)].long()
+    return page // Hkv % L, block, page % Hkv, tokens % page_size
+
+
+def compact_kv(
+    cache: torch.Tensor,
+    layer: int,
+    row: torch.Tensor,
+    positions: torch.Tensor,
+    lengths: torch.Tensor,
+    first_pages: torch.Tensor,
+    total: int,
+    prompt_blocks: int,
+) -> None:
+    """Copy each head's kept tokens from the prompt blocks to its head pages, bytes as they are.
+
+    Args:
+        cache: ``[L, B, Hkv, P, 2 * D]``; the head pages are written, nothing else is.
+        layer: whose tokens to copy.
+        row: the request's row of the block table, ``[max_blocks]``.
+        positions: kept positions per head, ascending, ``[Hkv, width]``, from `select_tokens`.
+        lengths: kept tokens per head, ``[Hkv]``, on the device.
+        first_pages: first head page per head, ``[Hkv]``, on the device.
+        total: sum of the lengths, known on the host.
+        prompt_blocks: `N`.
+    """
+    Hkv, page_size = cache.shape[2:4]
+    lengths = lengths.long()
+    heads = torch.arange(Hkv, device=cache.device)
+    head = torch.repeat_interleave(heads, lengths, output_size=total)
+    start = lengths.cumsum(0) - lengths
+    token = torch.arange(total, device=cache.device) - start[head]
+    position = positions[head, token]
+    source = row[position // page_size].long()
+    slots = head_page_slots(cache, row, first_pages[head], token, prompt_blocks)
+    cache[slots] = cache[layer, source, head, position % page_size]
+
+
+def _attend(
+    query: torch.Tensor, kv: torch.Tensor, visible: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention of ``[Q, Hq, D]`` over ``[Hkv, T, 2 * D]`` where `visible` ``[Hkv, Q, T]``."""
+    Q, Hq, D = query.shape
+    Hkv = kv.shape[0]
+    unseen = ~visible.any(1)  # such slots may hold anything, NaN included
+    key, value = kv.float().masked_fill(unseen[..., None], 0).split(D, -1)
+    out = F.scaled_dot_product_attention(
+        query.float().reshape(Q, Hkv, Hq // Hkv, D).permute(1, 2, 0, 3),
+        key[:, None].expand(-1, Hq // Hkv, -1, -1),
+        value[:, None].expand(-1, Hq // Hkv, -1, -1),
+        attn_mask=visible[:, None],
+        scale=scale,
+    )
+    return out.permute(2, 0, 1, 3).reshape(Q, Hq, D).to(query.dtype)
+
+
+def dense_attention(
+    query: torch.Tensor,
+    layer_cache: torch.Tensor,
+    row: torch.Tensor,
+    seq_len: int,
+    scale: float,
+    sliding_window: int | None = None,
+) -> torch.Tensor:
+    """Causal attention of a request's last queries over all of its tokens.
+
+    Args:
+        query: ``[Q, Hq, D]``, the queries of tokens ``[seq_len - Q, seq_len)``.
+        layer_cache: one layer of the cache, ``[B, Hkv, P, 2 * D]``.
+        row: the request's row of the block table, without compact blocks.
+        seq_len: tokens in the cache, those of this step included.
+        scale: of the logits.
+        sliding_window: tokens a query sees, itself included; all if not given.
+
+    Returns:
+        ``[Q, Hq, D]``, in the query's dtype.
+    """
+    Q = query.shape[0]
+    positions = torch.arange(seq_len, device=query.device)
+    kv = read_tokens(layer_cache, row, positions, prompt_blocks=seq_len, compact_blocks=0)
+    ahead = positions[None] - positions[seq_len - Q :, None]
+    visible = ahead <= 0
+    if sliding_window is not None:
+        visible &= ahead > -sliding_window
+    return _attend(query, kv, visible.expand(kv.shape[0], -1, -1), scale)
+
+
+def sparse_decode(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    layer: int,
+    row: torch.Tensor,
+    lengths: torch.Tensor,
+    first_pages: torch.Tensor,
+    longest: int,
+    tail_start: int,
+    prompt_blocks: int,
+    compact_blocks: int,
+    seq_len: torch.Tensor,
+    max_seq_len: int,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention of generated tokens over a pruned request: head pages, then the tail.
+
+    Args:
+        query: ``[Q, Hq, D]``, the queries of the request's last `Q` tokens.
+        cache: ``[L, B, Hkv, P, 2 * D]``.
+        layer: the layer that attends.
+        row: the request's row of the block table, ``[max_blocks]``.
+        lengths: tokens in the head pages of each KV head, int ``[Hkv]``.
+        first_pages: first head page of each KV head, int ``[Hkv]``.
+        longest: host-side bound of `lengths`.
+        tail_start: position of the first token that all heads keep: ``n - W``.
+        prompt_blocks: `N`.
+        compact_blocks: `C`.
+        seq_len: tokens of the request, those of this step included; a scalar on the device.
+        max_seq_len: host-side bound of `seq_len`.
+        scale: of the logits.
+
+    Returns:
+        ``[Q, Hq, D]``, in the query's dtype.
+    """
+    Q = query.shape[0]
+    Hkv = cache.shape[2]
+    device = query.device
+
+    token = torch.arange(longest, device=device).expand(Hkv, -1)
+    held = token < lengths[:, None]
+    # Slots past a head's end are masked, but their addresses must exist: point at its first page,
+    # and for an empty head, whose first page may lie past the last one, at page 0.
+    token = torch.where(held, token, 0)
+    first = torch.where(lengths > 0, first_pages, 0)[:, None].expand_as(token)
+    head_kv = cache[head_page_slots(cache, row, first, token, prompt_blocks)]
+
+    position = torch.arange(tail_start, max_seq_len, device=device)
+    tail_kv = read_tokens(cache[layer], row, position, prompt_blocks, compact_blocks)
+    query_position = seq_len - Q + torch.arange(Q, device=device)
+    causal = position[None] <= query_position[:, None]
+
+    visible = torch.cat([held[:, None].expand(-1, Q, -1), causal.expand(Hkv, -1, -1)], -1)
+    return _attend(query, torch.cat([head_kv, tail_kv], 1), visible, scale)
