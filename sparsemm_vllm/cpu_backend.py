@@ -105,7 +105,7 @@ class TorchAttentionImpl(AttentionImpl[TorchMetadata]):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Write a step's keys and values ``[T, Hkv, D]`` to their slots; negative slots are none."""
+        """Write keys and values ``[T, Hkv, D]`` to their slots; a negative slot is none."""
         page_size = kv_cache.shape[2]
         tokens = slot_mapping.shape[0]
         written = slot_mapping >= 0

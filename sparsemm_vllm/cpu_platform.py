@@ -1,5 +1,6 @@
 """A platform without a GPU, for the vLLM wheel that is built for CUDA."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,25 +55,44 @@ class SparseMMCpuPlatform(CpuPlatform):
         vllm_config.compilation_config.custom_ops = ["none"]
 
 
+def _gelu_quick(out: torch.Tensor, x: torch.Tensor) -> None:
+    out.copy_(x * torch.sigmoid(1.702 * x))
+
+
+def _silu_and_mul(out: torch.Tensor, x: torch.Tensor) -> None:
+    gate, up = x.chunk(2, -1)
+    out.copy_(F.silu(gate) * up)
+
+
+def _weight_packed_linear(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    is_packed: bool,
+) -> None:
+    out.copy_(F.linear(x, weight, None if bias is None else bias.to(x.dtype)))
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "init_cpu_memory_env(int[] nodes) -> ()": lambda nodes: None,
+    "gelu_quick(Tensor! out, Tensor x) -> ()": _gelu_quick,
+    "silu_and_mul(Tensor! out, Tensor x) -> ()": _silu_and_mul,
+    # What vLLM takes for small bf16 layers on processors with AMX.
+    "convert_weight_packed(Tensor weight) -> Tensor": torch.clone,
+    "weight_packed_linear(Tensor! out, Tensor x, Tensor weight, Tensor? bias, bool is_packed)"
+    " -> ()": _weight_packed_linear,
+}
+_LIBRARY = torch.library.Library("_C", "FRAGMENT")
+
+
 def define_operators() -> None:
     """Define in torch the `torch.ops._C` operators that the wheel lacks without a GPU. Idempotent.
 
     Everything else runs in vLLM's native torch code (`custom_ops=["none"]`).
     """
-    operators = {
-        "init_cpu_memory_env(int[] nodes) -> ()": lambda nodes: None,
-        "gelu_quick(Tensor! out, Tensor x) -> ()": lambda out, x: out.copy_(
-            x * torch.sigmoid(1.702 * x)
-        ),
-        "silu_and_mul(Tensor! out, Tensor x) -> ()": lambda out, x: out.copy_(
-            F.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :]
-        ),
-    }
-    for schema, function in operators.items():
+    for schema, function in OPERATORS.items():
         name = schema.partition("(")[0]
         if not hasattr(torch.ops._C, name):
             _LIBRARY.define(schema)
             _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-
-
-_LIBRARY = torch.library.Library("_C", "FRAGMENT")

@@ -1,6 +1,7 @@
 """The worker's side: which requests are pruned, and where their new tokens go."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
 
 from sparsemm_vllm.kv_cache import SparseMMSpec
 from sparsemm_vllm.layer_spec import uses_sparsemm
+from sparsemm_vllm.recording import KeptRecorder
+from sparsemm_vllm.settings import Settings
 from sparsemm_vllm.step import PrunedCache, RequestTable, Step, correct_slots, plan_step
 from sparsemm_vllm.support import UnsupportedError
 
@@ -54,14 +57,16 @@ class SparseMMModelState(DefaultModelState):
         self._group = groups[0]
         group = kv_cache_config.kv_cache_groups[self._group]
         cache = _pruned_cache(self.vllm_config, group.kv_cache_spec, group.layer_names)
-        self._table = RequestTable(cache, self.max_num_reqs)
+        folder = Settings.from_additional_config(self.vllm_config.additional_config).record_kept
+        recorder = KeptRecorder(Path(folder), cache.own) if folder else None
+        self._table = RequestTable(cache, self.max_num_reqs, recorder)
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Enter a request that starts, or resumes after preemption."""
         super().add_request(req_index, new_req_data)
         assert self._table is not None
         self._prompt_tokens[req_index] = new_req_data.prompt_len
-        self._table.add(req_index, new_req_data.prompt_len)
+        self._table.add(req_index, new_req_data.prompt_len, new_req_data.req_id)
 
     def prepare_attn(
         self,

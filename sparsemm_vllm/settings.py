@@ -24,6 +24,7 @@ class Settings(BaseModel):
         window: last prompt tokens that every head keeps and whose attention scores the others.
         pool_kernel: width in tokens of the average pooling of the scores, odd.
         min_prompt_tokens: shorter prompts are never pruned.
+        record_kept: folder into which workers write which tokens each head kept; slows them down.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +35,7 @@ class Settings(BaseModel):
     window: int = Field(default=32, ge=1)
     pool_kernel: int = Field(default=5, ge=1)
     min_prompt_tokens: int = Field(default=0, ge=0)
+    record_kept: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Settings":

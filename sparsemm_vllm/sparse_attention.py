@@ -114,11 +114,15 @@ def prune(
         scores = window_scores(window_queries, keys, layout.pool_kernel, scale)
         lengths = table.lengths[row.table_index, layer]
         longest = int(table.longest[row.table_index, layer])
+        kept = select_tokens(scores, lengths, longest)
+        if table.recorder is not None:
+            request_id = table.request_ids[row.table_index]
+            table.recorder.add(request_id, kept, lengths, row.prompt_tokens)
         compact_kv(
             cache.tensor,
             layer,
             blocks,
-            select_tokens(scores, lengths, longest),
+            kept,
             lengths,
             table.first_pages[row.table_index, layer],
             int(table.kept[row.table_index, layer]),

@@ -1,6 +1,6 @@
 """What one step does to each request: decided on the host, once per step.
 
-Imports torch only; positions that only the device knows stay there.
+Knows nothing of vLLM; positions that only the device knows stay there.
 """
 
 from dataclasses import dataclass, field
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.recording import KeptRecorder
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,13 @@ class RequestTable:
     layers and heads; what shapes tensors is on the host.
     """
 
-    def __init__(self, cache: PrunedCache, max_num_reqs: int) -> None:
+    def __init__(
+        self, cache: PrunedCache, max_num_reqs: int, recorder: KeptRecorder | None = None
+    ) -> None:
         L, _, Hkv, _, _ = cache.tensor.shape
         self.cache = cache
+        self.recorder = recorder
+        self.request_ids = [""] * max_num_reqs
         self.compact_blocks = np.zeros(max_num_reqs, dtype=np.int64)
         self.longest = np.zeros((max_num_reqs, L), dtype=np.int64)
         self.kept = np.zeros((max_num_reqs, L), dtype=np.int64)
@@ -50,12 +55,13 @@ class RequestTable:
         self.lengths = torch.zeros(max_num_reqs, L, Hkv, dtype=torch.int32, device=device)
         self.first_pages = torch.zeros_like(self.lengths)
 
-    def add(self, index: int, prompt_tokens: int) -> None:
+    def add(self, index: int, prompt_tokens: int, request_id: str = "") -> None:
         """Enter a request; overwrites whatever had the index before."""
         layout, page_size = self.cache.layout, self.cache.page_size
         lengths = layout.kept_tokens(prompt_tokens)[self.cache.own]
         pages = -(-lengths // page_size)
         first_pages = pages.cumsum().reshape(pages.shape) - pages
+        self.request_ids[index] = request_id
         self.compact_blocks[index] = layout.compact_blocks(prompt_tokens, page_size)
         self.longest[index] = lengths.max(1)
         self.kept[index] = lengths.sum(1)

@@ -133,7 +133,7 @@ def skewed_profile(
 ) -> HeadProfile:
     """Few heads with most of the mass, as in real models: budgets differ by 10x and more."""
     rng = np.random.default_rng(7)
-    scores = rng.pareto(1.0, (layers, query_heads))
+    scores = rng.pareto(0.6, (layers, query_heads))
     return HeadProfile(
         model_id="tiny",
         num_layers=layers,

@@ -1,0 +1,26 @@
+# Two commands on a fresh machine, with or without a GPU: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test lint slow
+
+demo: $(INSTALLED)
+	@$(BIN)/sparsemm demo
+
+test: lint
+	$(BIN)/pytest -m "not slow"
+
+slow: $(INSTALLED)
+	$(BIN)/pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing vLLM, torch and this project into .venv: 8.4 GB, 3 to 5 minutes the first time."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[dev]'
+	@touch $@

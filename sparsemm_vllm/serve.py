@@ -1,0 +1,35 @@
+"""`sparsemm serve`: `vllm serve` in the environment that SPARSEMM needs."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from sparsemm_vllm.environment import CPU_VARIABLES, has_gpu
+
+
+def vllm_command() -> str:
+    """Path of the `vllm` program of this Python installation.
+
+    The program, not ``python -m``, which would put the working folder on the module path.
+
+    Raises:
+        FileNotFoundError: if vLLM is not installed.
+    """
+    beside = Path(sys.executable).parent / "vllm"
+    found = str(beside) if beside.exists() else shutil.which("vllm")
+    if found is None:
+        raise FileNotFoundError("the program vllm was not found; install it: pip install vllm")
+    return found
+
+
+def serve_environment() -> dict[str, str]:
+    """The environment of a server: unchanged where there is a GPU."""
+    return dict(os.environ) if has_gpu() else {**os.environ, **CPU_VARIABLES}
+
+
+def exec_serve(arguments: list[str]) -> None:
+    """Become ``vllm serve *arguments``."""
+    command = vllm_command()
+    sys.stdout.flush()
+    os.execve(command, [command, "serve", *arguments], serve_environment())
