@@ -48,7 +48,8 @@ def prepare_config(vllm_config: VllmConfig) -> None:
 
 def _log_memory(vllm_config: VllmConfig, settings: Settings, layout: CacheLayout) -> None:
     block_size = vllm_config.cache_config.block_size
-    for tokens in sorted({3072, vllm_config.model_config.max_model_len}):
+    longest = vllm_config.model_config.max_model_len
+    for tokens in sorted({min(3072, longest), longest}):
         logger.info(
             "SPARSEMM: budget %d, window %d: a prompt of %d tokens holds %d KV blocks of %d "
             "tokens after its prefill, %d with dense attention",

@@ -1,0 +1,317 @@
+"""`sparsemm demo`: the bundled model reads a new picture from a pruned KV cache."""
+
+import base64
+import io
+import json
+import platform
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from openai import OpenAI
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from sparsemm_vllm.environment import has_gpu
+from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.pictures import DEMO_SEEDS, Sample, make_demo_sample
+from sparsemm_vllm.profile import load_profile
+from sparsemm_vllm.recording import load_kept
+from sparsemm_vllm.server import STAGES, Server, ServerError
+
+MODEL = "sparsemm-reader"
+BLOCK_SIZE = 16
+WINDOW = 16
+MAX_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was seen of one request.
+
+    Attributes:
+        answer: the model's.
+        request_id: the API's.
+        prompt_tokens: `n`, as the server counted it.
+        seconds: to the first token, and to the last.
+        blocks: KV blocks held, by the server's metrics, one reading after the other.
+    """
+
+    answer: str
+    request_id: str
+    prompt_tokens: int
+    seconds: tuple[float, float]
+    blocks: list[int]
+
+    @property
+    def blocks_seen(self) -> tuple[int, int] | None:
+        """While pruning and after it; none if the readings missed one of the two."""
+        if not self.blocks:
+            return None
+        peak = max(self.blocks)
+        later = [b for b in self.blocks[self.blocks.index(peak) :] if b < peak]
+        return (peak, later[0]) if later else None
+
+
+def model_folder() -> Path:
+    """Where the bundled model lies."""
+    return Path(str(resources.files("sparsemm_vllm").joinpath("reader")))
+
+
+def run_demo(out: Path, seed: int | None, budget: int) -> int:
+    """Run the demo and print it.
+
+    Args:
+        out: folder for the picture, the report and the server's log.
+        seed: of the picture; random if none.
+        budget: tokens per KV head on average.
+
+    Returns:
+        The exit code: 0, or 1 if the server failed, or 130 after Ctrl-C.
+    """
+    console = Console()
+    if budget <= WINDOW:
+        console.print(f"--budget must be larger than the window of {WINDOW} tokens, got {budget}")
+        return 2
+    chosen = random.randrange(len(DEMO_SEEDS)) if seed is None else seed
+    sample = make_demo_sample(DEMO_SEEDS.start + chosen, "read")
+    out.mkdir(parents=True, exist_ok=True)
+    sample.image.save(out / "picture.png")
+    settings = {
+        "profile": MODEL,
+        "budget": budget,
+        "window": WINDOW,
+        "record_kept": str((out / "kept").resolve()),
+    }
+    try:
+        arguments = _arguments(settings)
+        server = Server(str(model_folder()), arguments, out / "server.log", _OFFLINE)
+        with _ended_by_signals(), server:
+            _wait(server, console)
+            outcome = _ask(server, sample, console)
+    except ServerError as error:
+        console.print(f"[red]sparsemm demo:[/] {error}", highlight=False, soft_wrap=True)
+        console.print(f"The whole log: {out / 'server.log'}")
+        return 1
+    except KeyboardInterrupt:
+        console.print("\nInterrupted; the server is stopped.")
+        return 130
+    report = _report(sample, outcome, settings, chosen)
+    _show(report, console)
+    _save(report, sample, outcome, out)
+    for name in ("picture.png", "report.png", "report.json", "server.log"):
+        console.print(f"saved {out / name}", highlight=False)
+    return 0
+
+
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+
+def _arguments(settings: dict[str, Any]) -> list[str]:
+    arguments = {
+        "--attention-backend": "SPARSEMM",
+        "--served-model-name": MODEL,
+        "--dtype": "bfloat16" if has_gpu() else "float32",
+        "--max-model-len": "1024",
+        "--max-num-seqs": "8",
+        "--block-size": str(BLOCK_SIZE),
+        "--kv-cache-memory-bytes": str(64 << 20),
+        "--additional-config": json.dumps({"sparsemm": settings}),
+    }
+    return [word for pair in arguments.items() for word in pair] + ["--enforce-eager"]
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the demo as Ctrl-C does, so that the server is stopped."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(server: Server, console: Console) -> None:
+    where = "on the GPU" if has_gpu() else "on the CPU, about half a minute"
+    columns = (
+        TextColumn("Starting vllm serve " + where),
+        BarColumn(),
+        TextColumn("{task.fields[stage]}"),
+    )
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        bar = progress.add_task("start", total=len(STAGES), stage="Python starts")
+        server.wait_until_ready(
+            on_stage=lambda count, stage: progress.update(bar, completed=count, stage=stage)
+        )
+
+
+class _BlockWatch(threading.Thread):
+    """Reads the number of KV blocks in use from the server's metrics, again and again."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(daemon=True)
+        self._url = f"{server.url}/metrics"
+        self._done = threading.Event()
+        self.blocks: list[int] = []
+
+    def run(self) -> None:
+        with httpx.Client() as client:
+            while not self._done.is_set():
+                metrics = client.get(self._url).text
+                total = int(_metric(metrics, "vllm:cache_config_info", label="num_gpu_blocks")) - 1
+                self.blocks.append(round(_metric(metrics, "vllm:kv_cache_usage_perc") * total))
+                self._done.wait(0.005)
+
+    def stop(self) -> None:
+        self._done.set()
+        self.join()
+
+
+def _metric(metrics: str, name: str, label: str | None = None) -> float:
+    """Value of the first metric of that name, or of one of its labels."""
+    line = next(line for line in metrics.splitlines() if line.startswith(name))
+    if label is not None:
+        return float(line.partition(f'{label}="')[2].partition('"')[0])
+    return float(line.rpartition(" ")[2])
+
+
+def _ask(server: Server, sample: Sample, console: Console) -> Outcome:
+    console.print(f"[bold]Question[/]   {sample.question}")
+    console.print(f"[bold]True text[/]  {sample.answer}")
+    console.print("[bold]Answer[/]     ", end="")
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    watch = _BlockWatch(server)
+    watch.start()
+    words, times, prompt_tokens, request_id = [], [time.monotonic()], 0, ""
+    try:
+        for chunk in client.chat.completions.create(
+            model=MODEL,
+            messages=_messages(sample),
+            temperature=0,
+            max_tokens=MAX_TOKENS,
+            stream=True,
+            stream_options={"include_usage": True},
+        ):
+            request_id = chunk.id
+            if chunk.usage is not None:
+                prompt_tokens = chunk.usage.prompt_tokens
+            for choice in chunk.choices:
+                if choice.delta.content:
+                    words.append(choice.delta.content)
+                    times.append(time.monotonic())
+                    console.print(choice.delta.content, end="", highlight=False)
+    except Exception:
+        server.check_alive()  # the reason, if it died
+        raise
+    finally:
+        watch.stop()
+    console.print("\n")
+    return Outcome(
+        answer="".join(words).strip(),
+        request_id=request_id,
+        prompt_tokens=prompt_tokens,
+        seconds=(times[1] - times[0], times[-1] - times[0]),
+        blocks=[blocks for blocks in watch.blocks if blocks],
+    )
+
+
+def _messages(sample: Sample) -> Any:
+    buffer = io.BytesIO()
+    sample.image.save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    content = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": sample.question},
+    ]
+    return [{"role": "user", "content": content}]
+
+
+def _report(
+    sample: Sample, outcome: Outcome, settings: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    profile = load_profile(MODEL)
+    layout = CacheLayout.from_scores(
+        profile.tensor(), profile.num_kv_heads, settings["budget"], settings["window"]
+    )
+    n = outcome.prompt_tokens
+    kept = layout.kept_tokens(n) + layout.window if layout.is_pruned(n) else np.full((1, 1), n)
+    true, said = sample.answer.split(), outcome.answer.split()
+    return {
+        "seed": seed,
+        "question": sample.question,
+        "true_text": sample.answer,
+        "answer": outcome.answer,
+        "words": len(true),
+        "words_right": sum(a == b for a, b in zip(true, said, strict=False)),
+        "prompt_tokens": n,
+        "kept_per_head": {
+            "min": int(kept.min()),
+            "median": float(np.median(kept)),
+            "max": int(kept.max()),
+        },
+        "kv_blocks": {
+            "block_size_tokens": BLOCK_SIZE,
+            "while_pruning": -(-n // BLOCK_SIZE) + layout.compact_blocks(n, BLOCK_SIZE),
+            "after_pruning": layout.held_blocks(n, n + 1, BLOCK_SIZE),
+            "seen_in_metrics": outcome.blocks_seen,
+            "dense": -(-(n + 1) // BLOCK_SIZE),
+        },
+        "seconds": {"first_token": outcome.seconds[0], "whole_answer": outcome.seconds[1]},
+        "settings": settings,
+        "versions": {p: version(p) for p in ("sparsemm-vllm", "vllm", "torch", "transformers")},
+        "machine": {"gpu": has_gpu(), "processor": platform.processor() or platform.machine()},
+    }
+
+
+def _show(report: dict[str, Any], console: Console) -> None:
+    blocks, kept = report["kv_blocks"], report["kept_per_head"]
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    rows = {
+        "words right": f"{report['words_right']} of {report['words']}",
+        "prompt": f"{report['prompt_tokens']} tokens",
+        "kept per head": f"{kept['min']} min, {kept['median']:g} median, {kept['max']} max",
+        f"KV blocks of {blocks['block_size_tokens']}": (
+            f"{blocks['while_pruning']} while pruning, {blocks['after_pruning']} after it; "
+            f"dense holds {blocks['dense']}"
+        ),
+        "time": f"{report['seconds']['first_token']:.2f} s to the first token, "
+        f"{report['seconds']['whole_answer']:.2f} s in all",
+    }
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}[/]", value)
+    console.print(Panel(table, title="What the pruned cache held", expand=False))
+    seen = blocks["seen_in_metrics"]
+    if seen is None:
+        console.print(
+            "[dim]The answer was too fast to read the blocks from the server's metrics.[/]"
+        )
+    elif seen == (blocks["while_pruning"], blocks["after_pruning"]):
+        console.print("[dim]The server's metrics showed the same numbers of blocks.[/]")
+    else:
+        console.print(f"[yellow]The server's metrics showed {seen[0]}, then {seen[1]} blocks.[/]")
+
+
+def _save(report: dict[str, Any], sample: Sample, outcome: Outcome, out: Path) -> None:
+    from sparsemm_vllm.kept_map import draw_kept_map, image_token_positions
+
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    kept = load_kept(out / "kept", outcome.request_id)
+    positions = image_token_positions(model_folder(), sample.question, outcome.prompt_tokens)
+    draw_kept_map(sample.image, report, kept, positions, out / "report.png")

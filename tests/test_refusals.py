@@ -1,0 +1,208 @@
+"""What SPARSEMM cannot serve is refused when the configuration is built, with one clear reason."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_tokenizer, skewed_profile, text_config
+from transformers import (
+    BartConfig,
+    DeepseekV2Config,
+    Gemma3TextConfig,
+    MambaConfig,
+    MistralConfig,
+    PretrainedConfig,
+)
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+}
+
+
+def build(model: Path, settings: dict[str, Any] | None = None, **options: Any) -> Any:
+    """The configuration that `vllm serve` would build; no engine, no weights."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    defaults: dict[str, Any] = {
+        "attention_backend": "SPARSEMM",
+        "max_model_len": 1024,
+        "max_num_seqs": 8,
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "additional_config": {"sparsemm": settings or {}},
+    }
+    return EngineArgs(model=str(model), **(defaults | options)).create_engine_config()
+
+
+def save(folder: Path, config: PretrainedConfig, architecture: str) -> Path:
+    config.architectures = [architecture]
+    config.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("llama"), text_config(), "LlamaForCausalLM")
+
+
+def test_a_plain_configuration_is_accepted(llama: Path) -> None:
+    profile = skewed_profile()
+    config = build(llama, {"profile": profile.model_dump(mode="json"), "budget": 100})
+    assert config.additional_config["sparsemm"]["profile"]["model_id"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "KV connectors"),
+        ({"kv_offloading_size": 1.0}, "KV connectors and offloading"),
+        ({"long_prefill_token_threshold": 20}, "--long-prefill-token-threshold 20"),
+        ({"max_num_batched_tokens": 39, "max_num_seqs": 8}, "give at least 40"),
+        ({"runner": "pooling"}, "only generation"),
+        ({"tensor_parallel_size": 8, "distributed_executor_backend": "mp"}, "4 KV heads cannot be divided among 8"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_options(llama: Path, options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason) as refusal:
+        build(llama, **options)
+    assert "SPARSEMM" in str(refusal.value)
+
+
+def test_v1_model_runner(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(ValueError, match="V2 model runner"):
+        build(llama)
+
+
+def test_draft_model(llama: Path) -> None:
+    draft = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 2}
+    with pytest.raises(ValueError, match="draft models keep a KV cache of their own"):
+        build(llama, speculative_config=draft)
+
+
+def test_ngram_speculation_is_accepted(llama: Path) -> None:
+    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    build(llama, speculative_config=ngram)
+
+
+@pytest.mark.parametrize("sizes", [{"decode_context_parallel_size": 2}])
+def test_context_parallelism(llama: Path, sizes: dict[str, int]) -> None:
+    from vllm.config import ParallelConfig
+
+    from sparsemm_vllm.settings import Settings
+    from sparsemm_vllm.support import unsupported
+
+    config = build(llama)
+    config.parallel_config = ParallelConfig(tensor_parallel_size=2, **sizes)
+    (reason,) = unsupported(config, Settings())
+    assert "context parallelism" in reason
+
+
+MODELS = {
+    "sliding window only": (
+        MistralConfig(**SIZES, sliding_window=256),
+        "MistralForCausalLM",
+        "every layer has a sliding window",
+    ),
+    "MLA": (
+        DeepseekV2Config(
+            **SIZES | {"head_dim": 16, "num_key_value_heads": 4},
+            kv_lora_rank=32,
+            q_lora_rank=None,
+            qk_nope_head_dim=16,
+            qk_rope_head_dim=16,
+            v_head_dim=16,
+            n_routed_experts=4,
+            first_k_dense_replace=4,
+        ),
+        "DeepseekV2ForCausalLM",
+        "MLA",
+    ),
+    "state space": (
+        MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2),
+        "MambaForCausalLM",
+        "state-space",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name: str, tmp_path: Path) -> None:
+    config, architecture, reason = MODELS[name]
+    model = save(tmp_path, config, architecture)
+    with pytest.raises(ValueError, match=reason):
+        build(model)
+
+
+def test_mixed_sliding_window_prunes_the_full_layers(tmp_path: Path) -> None:
+    from sparsemm_vllm.settings import Settings
+    from sparsemm_vllm.support import build_layout, pruned_layers
+
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = Gemma3TextConfig(**SIZES, sliding_window=64, layer_types=kinds)
+    vllm_config = build(save(tmp_path, config, "Gemma3ForCausalLM"))
+    assert pruned_layers(vllm_config.model_config) == [1, 3]
+    assert len(build_layout(vllm_config, Settings()).capacities) == 2
+
+
+def test_encoder_decoder(tmp_path: Path, llama: Path) -> None:
+    """vLLM has no encoder-decoder text model any more; what it says of one is checked instead."""
+    from sparsemm_vllm.settings import Settings
+    from sparsemm_vllm.support import unsupported
+
+    config = build(llama)
+    config.model_config.hf_config = BartConfig(is_encoder_decoder=True)
+    config.model_config.__dict__.pop("is_encoder_decoder", None)
+    assert any("encoder-decoder" in reason for reason in unsupported(config, Settings()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bugdet": 100}, "unknown sparsemm setting 'bugdet'; did you mean 'budget'?"),
+        ({"budget": 32}, "must be larger than window"),
+        ({"window": 0}, "window"),
+        ({"profile": "no-such-profile"}, "neither a file nor a bundled profile"),
+        ({"profile": skewed_profile(layers=3).model_dump(mode="json")}, "has 3 layers"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings(llama: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(llama, settings)
+
+
+def test_profile_is_read_once(llama: Path, tmp_path: Path) -> None:
+    """Later changes of the file must not reach a running server's workers."""
+    from sparsemm_vllm.settings import Settings
+    from sparsemm_vllm.support import build_layout
+
+    file = tmp_path / "profile.json"
+    file.write_text(json.dumps(skewed_profile().model_dump(mode="json")))
+    config = build(llama, {"profile": str(file)})
+    before = build_layout(config, Settings.from_additional_config(config.additional_config))
+    file.write_text("{")
+    after = build_layout(config, Settings.from_additional_config(config.additional_config))
+    assert before == after
+    assert len({c for layer in after.capacities for c in layer}) > 4, "the profile was not used"
+
+
+def test_no_profile_is_said(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsemm_vllm import support
+
+    warnings: list[str] = []
+    monkeypatch.setattr(support.logger, "warning", lambda text, *args: warnings.append(text % args))
+    build(llama)
+    (warning,) = warnings
+    assert "no head profile" in warning
+    assert "\n" not in warning
