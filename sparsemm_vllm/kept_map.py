@@ -82,7 +82,7 @@ def draw_kept_map(
     heads = _choose_heads(kept)
     n, window = report["prompt_tokens"], report["settings"]["window"]
 
-    figure, axes = plt.subplots(2, 3, figsize=(9.6, 7.4), facecolor="white")
+    figure, axes = plt.subplots(2, 3, figsize=(9.6, 8.2), facecolor="white")
     panels = list(axes.flat)
     panels[0].imshow(picture)
     panels[0].set_title("the picture", fontsize=11, color=INK, loc="left", fontweight="bold")
@@ -107,10 +107,13 @@ def draw_kept_map(
     figure.suptitle(
         f"{blocks['after_pruning']} KV blocks instead of {blocks['dense']}, "
         f"{report['words_right']} of {report['words']} words right",
-        x=0.02, ha="left", fontsize=15, color=INK, fontweight="bold",
+        x=0.02, y=0.975, ha="left", fontsize=15, color=INK, fontweight="bold",
     )  # fmt: skip
-    figure.text(0.02, 0.915, f"True text   {report['true_text']}", fontsize=10, color=FADED)
-    figure.text(0.02, 0.885, f"Answer      {report['answer']}", fontsize=10, color=ACCENT)
-    figure.tight_layout(rect=(0, 0, 1, 0.875))
+    lines = {"Question": "question", "True text": "true_text", "Answer": "answer"}
+    for i, (name, key) in enumerate(lines.items()):
+        y, colour = 0.925 - 0.027 * i, ACCENT if key == "answer" else INK
+        figure.text(0.02, y, name, fontsize=10, color=FADED, va="top")
+        figure.text(0.105, y, report[key], fontsize=10, color=colour, va="top")
+    figure.subplots_adjust(left=0.02, right=0.98, top=0.81, bottom=0.035, wspace=0.07, hspace=0.17)
     figure.savefig(path, dpi=130)
     plt.close(figure)

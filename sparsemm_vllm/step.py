@@ -125,6 +125,9 @@ def plan_step(
         query_start: first query of each request, and the end of the last, ``[R + 1]``.
         max_seq_lens: bound of each request's tokens after the step, ``[R]``; exact for rows that
             compute a prompt.
+
+    Raises:
+        RuntimeError: if a prompt's last chunk does not hold the window's queries.
     """
     page_size = table.cache.page_size
     prunes, decodes = [], []
@@ -143,6 +146,12 @@ def plan_step(
             max_seq_len=seq_len,
         )
         if seq_len == n:
+            if end - start < table.cache.layout.window:
+                raise RuntimeError(
+                    f"the chunk that ends a prompt of {n} tokens holds {end - start} queries, "
+                    f"fewer than the window of {table.cache.layout.window}: the scheduler is not "
+                    "SPARSEMM's"
+                )
             prunes.append(row)
         elif seq_len - (end - start) >= n:
             decodes.append(row)

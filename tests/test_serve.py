@@ -1,0 +1,208 @@
+"""`sparsemm serve` and `sparsemm demo` as a user runs them, clients and faults included."""
+
+import base64
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from engines import WINDOW, settings
+from PIL import Image
+from tiny import make_llava, picture
+
+from sparsemm_vllm.demo import _metric
+from sparsemm_vllm.server import Server, ServerError
+
+pytestmark = pytest.mark.engine
+
+SPARSEMM = Path(sys.executable).parent / "sparsemm"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("served")
+    arguments = {
+        "--attention-backend": "SPARSEMM",
+        "--served-model-name": "tiny",
+        "--dtype": "float32",
+        "--max-model-len": "512",
+        "--max-num-seqs": "4",
+        "--kv-cache-memory-bytes": str(64 << 20),
+        "--additional-config": json.dumps({"sparsemm": settings(40)}),
+    }
+    words = [word for pair in arguments.items() for word in pair] + ["--enforce-eager"]
+    with Server(str(make_llava(folder / "model")), words, folder / "log") as running:
+        running.wait_until_ready()
+        yield running
+
+
+@pytest.fixture
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def messages(text: str, image: str | None = None) -> Any:
+    content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+    if image is not None:
+        content.insert(0, {"type": "image_url", "image_url": {"url": image}})
+    return [{"role": "user", "content": content}]
+
+
+def data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def blocks_in_use(server: Server) -> float:
+    return _metric(httpx.get(f"{server.url}/metrics").text, "vllm:kv_cache_usage_perc")
+
+
+def ask(client: openai.OpenAI, max_tokens: int = 8) -> str | None:
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=messages("what does it say?", data_url(picture(1))),
+        temperature=0,
+        max_tokens=max_tokens,
+    )
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens > 64 + WINDOW
+    return answer.choices[0].message.content
+
+
+def test_answers_are_repeatable_and_leave_nothing_behind(
+    server: Server, client: openai.OpenAI
+) -> None:
+    assert ask(client) == ask(client)
+    assert blocks_in_use(server) == 0
+
+
+def test_streaming(server: Server, client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="tiny",
+        messages=messages("what does it say?", data_url(picture(1))),
+        temperature=0,
+        max_tokens=8,
+        stream=True,
+    )
+    parts = [choice.delta.content or "" for chunk in stream for choice in chunk.choices]
+    assert "".join(parts) == ask(client)
+
+
+@pytest.mark.parametrize(
+    ("request_messages", "what"),
+    [
+        (messages("x" * 600), "maximum context length"),
+        (messages("what?", "data:image/png;base64,AAAA"), "image"),
+    ],
+    ids=["prompt too long", "unreadable image"],
+)
+def test_bad_requests_get_vllms_own_errors(
+    server: Server, client: openai.OpenAI, request_messages: Any, what: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=what):
+        client.chat.completions.create(model="tiny", messages=request_messages, max_tokens=4)
+    assert ask(client)
+    assert blocks_in_use(server) == 0
+
+
+def test_disconnect_frees_the_blocks(server: Server, client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="tiny",
+        messages=messages("what does it say?", data_url(picture(2))),
+        max_tokens=400,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(stream))
+    assert blocks_in_use(server) > 0
+    stream.close()
+    deadline = time.monotonic() + 20
+    while blocks_in_use(server) > 0 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert blocks_in_use(server) == 0
+
+
+def test_server_that_dies_says_why(tmp_path: Path) -> None:
+    with Server("no-such-folder", [], tmp_path / "log") as dying:
+        with pytest.raises(ServerError, match="ended with code 1") as error:
+            dying.wait_until_ready(timeout=120)
+        last = dying.log.read_text().strip().splitlines()[-1]
+    assert str(error.value).endswith(last)
+
+
+def _demo(out: Path, *options: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [str(SPARSEMM), "demo", "--out", str(out), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=out,
+        env=os.environ | {"COLUMNS": "120"},
+    )
+
+
+def _processes_with(text: str) -> list[int]:
+    """Running processes whose command line holds a text."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                command = (entry / "cmdline").read_bytes().decode(errors="replace")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if text in command:
+                found.append(int(entry.name))
+    return found
+
+
+def test_demo(tmp_path: Path) -> None:
+    demo = _demo(tmp_path, "--seed", "5")
+    output, _ = demo.communicate(timeout=300)
+    assert demo.returncode == 0, output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["true_text"] in output
+    assert report["answer"] in output
+    kept, blocks = report["kept_per_head"], report["kv_blocks"]
+    assert kept["min"] < kept["median"] < kept["max"] <= report["prompt_tokens"]
+    assert blocks["after_pruning"] < blocks["dense"] < blocks["while_pruning"]
+    if blocks["seen_in_metrics"] is not None:  # fast answers are over between two readings
+        assert blocks["seen_in_metrics"] == [blocks["while_pruning"], blocks["after_pruning"]]
+    for name in ("picture.png", "report.png"):
+        with Image.open(tmp_path / name) as image:
+            image.verify()
+    assert not _processes_with(str(tmp_path))
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_demo_stops_its_server(tmp_path: Path, sign: signal.Signals) -> None:
+    demo = _demo(tmp_path)
+    log = tmp_path / "server.log"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and "EngineCore" in log.read_text()):
+        assert time.monotonic() < deadline, "the engine did not start"
+        assert demo.poll() is None
+        time.sleep(0.2)
+    assert len(_processes_with(str(tmp_path))) > 1
+    demo.send_signal(sign)
+    output, _ = demo.communicate(timeout=60)
+    assert demo.returncode == 130, output
+    assert "the server is stopped" in output
+    assert not _processes_with(str(tmp_path))
+
+
+def test_demo_refuses_a_budget_below_its_window(tmp_path: Path) -> None:
+    demo = _demo(tmp_path, "--budget", "10")
+    output, _ = demo.communicate(timeout=60)
+    assert demo.returncode == 2
+    assert "--budget must be larger than the window" in output
