@@ -41,9 +41,9 @@ def head_capacities(
             f"KV heads, got {list(scores.shape)}"
         )
     scores = scores.to(torch.float64)  # float32 rounds one of the published capacities otherwise
-    if not torch.isfinite(scores).all() or (scores < 0).any():
-        raise ValueError("scores must be finite and not negative")
     total = scores.sum()
+    if not torch.isfinite(total) or (scores < 0).any():
+        raise ValueError("scores (and their sum) must be finite and not negative")
     if total <= 0:
         raise ValueError("scores are all zero: there is nothing to share the budget by")
 
@@ -52,4 +52,4 @@ def head_capacities(
     base = budget - window
     floor = int(rho * base)
     shared_tokens = (base - floor) * L * num_kv_heads
-    return torch.round(share * shared_tokens + floor).to(torch.int32)
+    return torch.round(share * shared_tokens + floor).clamp(max=2**31 - 1).to(torch.int32)

@@ -77,6 +77,14 @@ class CacheLayout:
             **options,  # type: ignore[arg-type]
         )
 
+    @property
+    def last_chunk(self) -> int:
+        """Fewest tokens in the chunk that ends a pruned prompt: the window, and never one.
+
+        vLLM runs chunks of one token as decodes, where nothing is pruned.
+        """
+        return max(self.window, 2)
+
     @cached_property
     def _table(self) -> np.ndarray:
         return np.array(self.capacities, dtype=np.int64)

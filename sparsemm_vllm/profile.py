@@ -101,7 +101,7 @@ class HeadProfile(BaseModel):
 def first_error(error: ValidationError) -> str:
     """The first of pydantic's findings as one line: where, and what is wrong."""
     finding: Any = error.errors()[0]
-    where = ".".join(map(str, finding["loc"]))
+    where = ".".join(str(part).encode("unicode_escape").decode() for part in finding["loc"])
     message = finding["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
 
@@ -112,26 +112,36 @@ def bundled_profiles() -> list[str]:
     return sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith("json"))
 
 
+def _file(name: str) -> Path | None:
+    try:
+        path = Path(name).expanduser()
+        return path if path.is_file() else None
+    except (OSError, RuntimeError):  # too long for a name; the home of an unknown user
+        return None
+
+
 def load_profile(name: str) -> HeadProfile:
     """Read a profile by path, or by the name of a bundled one.
 
     Raises:
         ProfileError: naming the file and what is wrong with it.
     """
-    path = Path(name).expanduser()
     names = bundled_profiles()
-    if path.is_file():
-        text = path.read_bytes()
+    if path := _file(name):
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            raise ProfileError(f"head profile {name!r}: {error.strerror}") from None
     elif name in names:
         text = resources.files("sparsemm_vllm.head_profiles").joinpath(f"{name}.json").read_bytes()
     else:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise ProfileError(
-            f"head profile '{name}' is neither a file nor a bundled profile "
+            f"head profile {name!r} is neither a file nor a bundled profile "
             f"({', '.join(names) or 'none are bundled'}){hint}"
         )
     try:
         return HeadProfile.model_validate_json(text)
     except ValidationError as error:
-        raise ProfileError(f"head profile '{name}': {first_error(error)}") from None
+        raise ProfileError(f"head profile {name!r}: {first_error(error)}") from None

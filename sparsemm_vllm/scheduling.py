@@ -34,7 +34,7 @@ def limit_prefix_hit(kv_cache_manager: Any, request: Any) -> Any:
     manager.register(request.request_id, prompt_tokens)
     if not manager.layout.is_pruned(prompt_tokens):
         return request
-    hit_limit = prompt_tokens - manager.layout.window
+    hit_limit = prompt_tokens - manager.layout.last_chunk
     return _HitLimited(request, min(request.num_tokens, hit_limit + 1))
 
 
@@ -59,6 +59,7 @@ def shape_chunk(
     end = num_computed_tokens + num_new_tokens
     if end > n:
         return n - num_computed_tokens
-    if n - manager.layout.window < end < n:
-        return max(0, n - manager.layout.window - num_computed_tokens)
+    last_chunk_start = n - manager.layout.last_chunk
+    if last_chunk_start < end < n:
+        return max(0, last_chunk_start - num_computed_tokens)
     return num_new_tokens

@@ -27,10 +27,10 @@ class Settings(BaseModel):
         record_kept: folder into which workers write which tokens each head kept; slows them down.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     profile: str | HeadProfile | None = None
-    budget: int = Field(default=256, ge=2)
+    budget: int = Field(default=256, ge=2, lt=2**31)
     rho: float = Field(default=0.1, ge=0.0, le=1.0)
     window: int = Field(default=32, ge=1)
     pool_kernel: int = Field(default=5, ge=1)
@@ -57,17 +57,21 @@ class Settings(BaseModel):
         if not isinstance(additional_config, dict):
             return cls()
         if KEY not in additional_config:
-            for key in difflib.get_close_matches(KEY, additional_config, n=1):
+            keys = {key.lower(): key for key in additional_config}
+            for near in difflib.get_close_matches(KEY, keys, n=1):
+                key = keys[near]
                 raise SettingsError(f"--additional-config has '{key}'; did you mean '{KEY}'?")
         values = additional_config.get(KEY, {})
         if not isinstance(values, dict):
             raise SettingsError(
                 f"--additional-config: '{KEY}' must be an object of settings, got {values!r}"
             )
-        for key in values.keys() - cls.model_fields.keys():
+        for key in values:
+            if key in cls.model_fields:
+                continue
             near = difflib.get_close_matches(key, cls.model_fields, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(cls.model_fields)}"
-            raise SettingsError(f"unknown {KEY} setting '{key}'; {hint}")
+            raise SettingsError(f"unknown {KEY} setting {key!r}; {hint}")
         if isinstance(values.get("profile"), dict):
             values = values | {"profile": _parse_inline(values["profile"])}
         try:

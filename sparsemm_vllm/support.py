@@ -114,6 +114,11 @@ def unsupported(vllm_config: VllmConfig, settings: Settings) -> list[str]:
             "manager; drop --disable-hybrid-kv-cache-manager",
         ),
         (
+            scheduler.disable_chunked_mm_input,
+            "the chunk that ends a prompt holds its window, which may begin inside a picture; drop "
+            "--disable-chunked-mm-input",
+        ),
+        (
             0 < threshold < settings.window,
             f"--long-prefill-token-threshold {threshold} is smaller than the window of "
             f"{settings.window} tokens, which must be computed in one chunk",

@@ -71,7 +71,9 @@ def test_bfloat16_budget_that_covers_the_prompt_is_dense(model: Path) -> None:
     prompts = ask(HELLO, 1), ask(DIGITS, 1, 2)
     options = {"dtype": "bfloat16", "limit_mm_per_prompt": {"image": 2}}
     theirs = Engine(model, None, **options).generate(*prompts)
-    for a, b in zip(Engine(model, settings(300), **options).generate(*prompts), theirs, strict=True):
+    for a, b in zip(
+        Engine(model, settings(300), **options).generate(*prompts), theirs, strict=True
+    ):
         unsure = next((i for i, gap in enumerate(b.gaps) if gap < 5e-2), len(b.gaps))
         assert unsure > 0
         assert a.tokens[:unsure] == b.tokens[:unsure]
@@ -83,9 +85,7 @@ def test_bfloat16_budget_that_covers_the_prompt_is_dense(model: Path) -> None:
     [(8, 4), (8, 8), (7, 1)],
     ids=["gqa", "mha", "mqa of 7"],
 )
-def test_pruned_answers_equal_transformers(
-    query_heads: int, kv_heads: int, tmp_path: Path
-) -> None:
+def test_pruned_answers_equal_transformers(query_heads: int, kv_heads: int, tmp_path: Path) -> None:
     from oracle import Oracle
     from tiny import skewed_profile
 

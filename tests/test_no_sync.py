@@ -28,7 +28,8 @@ class NoWaiting(TorchDispatchMode):
             masks = [i for i in args[1] if i is not None and i.dtype == torch.bool]
             assert not masks, f"aten::{name} with a mask waits for the device"
         if name == "repeat_interleave":
-            assert kwargs and kwargs.get("output_size") is not None, "repeat_interleave waits"
+            size = (kwargs or {}).get("output_size")
+            assert size is not None, "repeat_interleave waits for the device"
         return func(*args, **(kwargs or {}))
 
 

@@ -60,18 +60,23 @@ def test_a_plain_configuration_is_accepted(llama: Path) -> None:
     assert config.additional_config["sparsemm"]["profile"]["model_id"] == "tiny"
 
 
+CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+MP = {"distributed_executor_backend": "mp"}
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "KV connectors"),
+        ({"kv_transfer_config": CONNECTOR}, "KV connectors"),
         ({"kv_offloading_size": 1.0}, "KV connectors and offloading"),
         ({"long_prefill_token_threshold": 20}, "--long-prefill-token-threshold 20"),
         ({"max_num_batched_tokens": 39, "max_num_seqs": 8}, "give at least 40"),
+        ({"disable_chunked_mm_input": True}, "drop --disable-chunked-mm-input"),
         ({"runner": "pooling"}, "only generation"),
-        ({"tensor_parallel_size": 8, "distributed_executor_backend": "mp"}, "4 KV heads cannot be divided among 8"),
+        ({"tensor_parallel_size": 8} | MP, "4 KV heads cannot be divided among 8"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)  # fmt: skip
+)
 def test_options(llama: Path, options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason) as refusal:
         build(llama, **options)

@@ -1,0 +1,264 @@
+"""Compatibility checks: one clear finding for whatever vLLM moved, and nothing half installed."""
+
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+)
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from sparsemm_vllm import patches, plugin
+from sparsemm_vllm.kv_cache import SparseMMManager, SparseMMSpec
+from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.patches import WRAPPED, IncompatibleError, Symbol, install, problems
+
+MANAGER = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
+
+
+def current(wrap):
+    holder, name = wrap.symbol.resolve()
+    return getattr(holder, name)
+
+
+def original(function):
+    while hasattr(function, "__sparsemm__"):
+        function = function.__wrapped__
+    return function
+
+
+@pytest.fixture
+def uninstalled(monkeypatch):
+    """vLLM as it comes; what was installed before is back afterwards."""
+    for wrap in WRAPPED:
+        holder, name = wrap.symbol.resolve()
+        monkeypatch.setattr(holder, name, original(getattr(holder, name)))
+    assert not any(wrap.is_installed() for wrap in WRAPPED)
+
+
+def installed_version(monkeypatch, number):
+    monkeypatch.setattr(patches, "version", {"vllm": number}.__getitem__)
+
+
+def test_this_vllm_is_one_we_know():
+    assert problems() == []
+
+
+def test_the_checks_hold_for_what_is_wrapped_already():
+    install()
+    assert problems() == []
+
+
+def test_a_moved_parameter(monkeypatch):
+    def _remove_blocks_in_range(self, request_id, blocks):
+        raise AssertionError("never called")
+
+    monkeypatch.setattr(FullAttentionManager, "_remove_blocks_in_range", _remove_blocks_in_range)
+    assert problems() == [
+        f"{MANAGER}._remove_blocks_in_range has no parameter first_block, last_block"
+    ]
+
+
+def test_a_moved_parameter_of_a_wrapped_method(monkeypatch):
+    def get_computed_blocks(self, new_name):
+        raise AssertionError("never called")
+
+    monkeypatch.setattr(KVCacheManager, "get_computed_blocks", get_computed_blocks)
+    (problem,) = problems()
+    assert problem.endswith("KVCacheManager.get_computed_blocks has no parameter request")
+
+
+def test_a_missing_method(monkeypatch):
+    monkeypatch.delattr(SingleTypeKVCacheManager, "pop_blocks_for_free")
+    (problem,) = problems()
+    assert problem.startswith(f"{MANAGER}.pop_blocks_for_free: ")
+    assert "no attribute 'pop_blocks_for_free'" in problem
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("vllm.v1.no_such_module:Thing.method", "No module named"),
+        ("vllm.v1.request:NoSuchClass.method", "no attribute 'NoSuchClass'"),
+        ("vllm.v1.request:Request.no_such_method", "no attribute 'no_such_method'"),
+        ("vllm.v1.request:Request.is_finished", "has no parameter deeply"),
+    ],
+)
+def test_whatever_is_gone_is_named(path, what):
+    problem = Symbol(path, ("self", "deeply")).problem()
+    assert problem.startswith(path)
+    assert what in problem
+    assert "\n" not in problem
+
+
+def test_a_symbol_as_expected_is_no_problem():
+    assert Symbol("vllm.v1.request:Request.is_finished", ("self",)).problem() is None
+
+
+@pytest.mark.parametrize("number", ["0.32.0", "0.32.1", "0.33.0", "0.33.9", "0.32.0+cu130"])
+def test_supported_versions(monkeypatch, number):
+    installed_version(monkeypatch, number)
+    assert problems() == []
+
+
+@pytest.mark.parametrize("number", ["0.31.9", "0.34.0", "0.34.0rc1", "1.0.0", "0.34.0+cpu"])
+def test_versions_out_of_range(monkeypatch, number):
+    installed_version(monkeypatch, number)
+    assert problems() == [f"vLLM {number} is installed; SPARSEMM supports >=0.32,<0.34"]
+
+
+def test_a_cpu_build_is_refused_with_a_way_out(monkeypatch):
+    installed_version(monkeypatch, "0.32.0+cpu")
+    (problem,) = problems()
+    assert "0.32.0+cpu is a build for the CPU" in problem
+    assert "pip install vllm" in problem
+
+
+def test_install_refuses_with_everything_that_moved(monkeypatch, uninstalled):
+    monkeypatch.delattr(SingleTypeKVCacheManager, "pop_blocks_for_free")
+    monkeypatch.setattr(Scheduler, "_reserve_prefill_lookahead", lambda self, request: 0)
+    with pytest.raises(IncompatibleError) as error:
+        install()
+    message = str(error.value)
+    assert message.startswith("SPARSEMM cannot run on this vLLM: ")
+    assert "pop_blocks_for_free" in message
+    assert (
+        "_reserve_prefill_lookahead has no parameter num_computed_tokens, num_new_tokens" in message
+    )
+    assert "\n" not in message
+    assert not any(wrap.is_installed() for wrap in WRAPPED), "nothing is installed by halves"
+
+
+def test_install_wraps_everything_once(uninstalled):
+    before = [current(wrap) for wrap in WRAPPED]
+    install()
+    wrapped = [current(wrap) for wrap in WRAPPED]
+    assert all(wrap.is_installed() for wrap in WRAPPED)
+    assert [w.__wrapped__ for w in wrapped] == before
+    install()
+    assert [current(wrap) for wrap in WRAPPED] == wrapped
+    assert KVCacheSpecRegistry.get_manager_class(make_spec()) is SparseMMManager
+
+
+def test_a_wrapper_keeps_the_name_of_what_it_wraps():
+    install()
+    for wrap in WRAPPED:
+        assert current(wrap).__name__ == original(current(wrap)).__name__
+
+
+def test_every_wrapper_says_why():
+    assert all(len(wrap.reason) > 20 for wrap in WRAPPED)
+
+
+def make_spec():
+    layout = CacheLayout(((3, 98), (0, 16)), window=8, base=16)
+    return SparseMMSpec(
+        block_size=16, num_kv_heads=2, head_size=8, dtype=torch.float32, layout=layout
+    )
+
+
+def make_manager():
+    groups = [KVCacheGroupSpec(["model.layers.0"], make_spec())]
+    return KVCacheManager(
+        KVCacheConfig(num_blocks=9, kv_cache_tensors=[], kv_cache_groups=groups),
+        max_model_len=100,
+        scheduler_block_size=16,
+        hash_block_size=16,
+    )
+
+
+@pytest.mark.parametrize("missing", range(len(WRAPPED)))
+def test_a_manager_refuses_to_run_half_installed(monkeypatch, missing):
+    install()
+    make_manager()
+    holder, name = WRAPPED[missing].symbol.resolve()
+    monkeypatch.setattr(holder, name, original(getattr(holder, name)))
+    with pytest.raises(IncompatibleError) as error:
+        make_manager()
+    message = str(error.value)
+    assert WRAPPED[missing].symbol.path in message
+    assert all(w.symbol.path not in message for i, w in enumerate(WRAPPED) if i != missing)
+    assert "patches.install()" in message
+
+
+def test_streaming_input_is_refused(monkeypatch):
+    calls = []
+    process = patches._streaming_input(lambda self, *args, **kwargs: calls.append(kwargs))
+    backend = SimpleNamespace(name="SPARSEMM")
+
+    def processor(backend):
+        attention = SimpleNamespace(backend=backend, backend_per_kind={})
+        return SimpleNamespace(vllm_config=SimpleNamespace(attention_config=attention))
+
+    with pytest.raises(ValueError, match="does not serve streaming input"):
+        process(processor(backend), "prompt", resumable=True)
+    assert not calls
+    process(processor(backend), "prompt")
+    process(processor(None), "prompt", resumable=True)
+    assert [call["resumable"] for call in calls] == [False, True]
+
+
+# The entry points
+
+
+def test_registering_twice_is_harmless():
+    plugin.register()
+    member, create = AttentionBackendEnum["SPARSEMM"], EngineArgs.create_engine_config
+    reduce = AttentionBackendEnum.__reduce_ex__
+    plugin.register()
+    assert AttentionBackendEnum["SPARSEMM"] is member
+    assert EngineArgs.create_engine_config is create
+    assert AttentionBackendEnum.__reduce_ex__ is reduce
+    assert member.get_class().get_name() == "SPARSEMM"
+
+
+def test_the_backend_is_pickled_by_a_function_that_registers_it(uninstalled):
+    """A spawned engine has loaded no plugins yet when it reads its configuration."""
+    plugin.register()
+    member = AttentionBackendEnum["SPARSEMM"]
+    pickled = pickle.dumps(member)
+    assert b"backend_member" in pickled
+    assert pickle.loads(pickled) is member
+    assert all(wrap.is_installed() for wrap in WRAPPED), "that process runs the scheduler"
+
+
+@pytest.mark.parametrize("name", ["FLASH_ATTN", "TRITON_ATTN"])
+def test_other_backends_are_pickled_as_before(name):
+    plugin.register()
+    member = AttentionBackendEnum[name]
+    pickled = pickle.dumps(member)
+    assert pickle.loads(pickled) is member
+    assert b"sparsemm" not in pickled
+
+
+@pytest.mark.parametrize(
+    ("backend", "configured", "per_kind", "asked"),
+    [
+        ("SPARSEMM", None, None, True),
+        ("sparsemm", None, None, True),
+        (None, "SPARSEMM", None, True),
+        (None, None, {"decoder": "SPARSEMM"}, True),
+        (None, None, None, False),
+        ("FLASH_ATTN", None, {"decoder": "FLASH_ATTN"}, False),
+    ],
+)
+def test_nothing_is_installed_unless_asked_for(backend, configured, per_kind, asked):
+    attention = SimpleNamespace(backend=configured, backend_per_kind=per_kind)
+    arguments = SimpleNamespace(attention_backend=backend, attention_config=attention)
+    assert plugin._asks_for_us(arguments) is asked
+
+
+def test_an_engine_without_us_is_left_alone(uninstalled):
+    attention = SimpleNamespace(backend=None, backend_per_kind=None)
+    arguments = SimpleNamespace(attention_backend=None, attention_config=attention)
+    create = plugin._install_if_asked(lambda self, *args: (self, args))
+    assert create(arguments, 1, 2) == (arguments, (1, 2))
+    assert not any(wrap.is_installed() for wrap in WRAPPED)
