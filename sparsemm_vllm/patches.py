@@ -223,18 +223,25 @@ RELIED_ON = (
 )
 
 
-def problems() -> list[str]:
-    """What keeps SPARSEMM from working in the installed vLLM; empty if nothing does."""
+def version_problem() -> str | None:
+    """Why the installed vLLM is not one of the supported ones, if it is not. Imports nothing."""
     lowest, above = map(Version, SUPPORTED)
     installed = Version(version("vllm"))
     if not lowest <= Version(installed.base_version) < above:
-        return [f"vLLM {installed} is installed; SPARSEMM supports >={lowest},<{above}"]
+        return f"vLLM {installed} is installed; SPARSEMM supports >={lowest},<{above}"
     if installed.local is not None and "cpu" in installed.local:
-        return [
+        return (
             f"vLLM {installed} is a build for the CPU, whose kernels SPARSEMM does not know; "
             "install the ordinary wheel (pip install vllm): with it `sparsemm serve` works "
             "without a GPU"
-        ]
+        )
+    return None
+
+
+def problems() -> list[str]:
+    """What keeps SPARSEMM from working in the installed vLLM; empty if nothing does."""
+    if found := version_problem():
+        return [found]
     symbols = [wrap.symbol for wrap in WRAPPED] + list(RELIED_ON)
     return [found for symbol in symbols if (found := symbol.problem())]
 

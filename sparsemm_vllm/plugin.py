@@ -6,6 +6,7 @@ by unpickling that configuration.
 """
 
 import functools
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -36,11 +37,22 @@ def platform() -> str | None:
 
 
 def register() -> None:
-    """Make `SPARSEMM` an attention backend that can be asked for. Idempotent."""
+    """Make `SPARSEMM` an attention backend that can be asked for. Idempotent.
+
+    Does nothing but warn in a vLLM that is not supported, which must work without SPARSEMM.
+    """
+    from sparsemm_vllm.patches import version_problem
+
+    if problem := version_problem():
+        if _named_on_the_command_line():
+            raise SystemExit(f"SPARSEMM: {problem}")
+        logging.getLogger("vllm").warning("SPARSEMM is not available: %s", problem)
+        return
+
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    if not current_platform.device_type and any(NAME in arg.upper() for arg in sys.argv[1:]):
+    if not current_platform.device_type and _named_on_the_command_line():
         raise SystemExit(NO_GPU)
     if NAME in AttentionBackendEnum.__members__:
         return
@@ -50,6 +62,10 @@ def register() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     EngineArgs.create_engine_config = _install_if_asked(EngineArgs.create_engine_config)
+
+
+def _named_on_the_command_line() -> bool:
+    return any(NAME in argument.upper() for argument in sys.argv[1:])
 
 
 def _pickle_by_name(enum: Any) -> None:

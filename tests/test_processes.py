@@ -78,6 +78,24 @@ def test_llm_without_a_gpu_names_the_call() -> None:
     assert "sparsemm_vllm.use_cpu()" in done.stderr
 
 
+@pytest.mark.parametrize("installed", ["0.31.2", "0.34.0", "0.32.0+cpu"])
+def test_unsupported_vllm_works_without_sparsemm(installed: str) -> None:
+    code = (
+        "import sys\n"
+        "from sparsemm_vllm import patches, plugin\n"
+        f"patches.version = lambda name: {installed!r}\n"
+        "sys.argv = ['vllm', 'serve', 'some-model', *sys.argv[1:]]\n"
+        "plugin.register()\n"
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum\n"
+        "assert 'SPARSEMM' not in AttentionBackendEnum.__members__\n"
+    )
+    quiet = python(code, PLAIN)
+    assert quiet.returncode == 0, quiet.stderr
+    asked = python(code.replace("*sys.argv[1:]", "'--attention-backend', 'SPARSEMM'"), PLAIN)
+    assert asked.returncode != 0
+    assert asked.stderr.startswith(f"SPARSEMM: vLLM {installed} is ")
+
+
 def test_use_cpu_too_late() -> None:
     done = python("import triton, sparsemm_vllm; sparsemm_vllm.use_cpu()", PLAIN)
     assert done.returncode != 0
