@@ -19,11 +19,12 @@ from typing import Any
 
 import httpx
 import numpy as np
-from openai import OpenAI
+from openai import OpenAI, OpenAIError
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from sparsemm_vllm.environment import has_gpu
 from sparsemm_vllm.layout import CacheLayout
@@ -103,7 +104,7 @@ def run_demo(out: Path, seed: int | None, budget: int) -> int:
             _wait(server, console)
             outcome = _ask(server, sample, console)
     except ServerError as error:
-        console.print(f"[red]sparsemm demo:[/] {error}", highlight=False, soft_wrap=True)
+        console.print("[red]sparsemm demo:[/]", Text(str(error)), soft_wrap=True)
         console.print(f"The whole log: {out / 'server.log'}")
         return 1
     except KeyboardInterrupt:
@@ -150,13 +151,10 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _wait(server: Server, console: Console) -> None:
-    where = "on the GPU" if has_gpu() else "on the CPU, about half a minute"
-    columns = (
-        TextColumn("Starting vllm serve " + where),
-        BarColumn(),
-        TextColumn("{task.fields[stage]}"),
-    )
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+    where = "the GPU" if has_gpu() else "the CPU, which takes about half a minute"
+    console.print(f"Starting vllm serve with --attention-backend SPARSEMM on {where}.")
+    columns = BarColumn(24), TimeElapsedColumn(), TextColumn("{task.fields[stage]}")
+    with Progress(*columns, console=console) as progress:
         bar = progress.add_task("start", total=len(STAGES), stage="Python starts")
         server.wait_until_ready(
             on_stage=lambda count, stage: progress.update(bar, completed=count, stage=stage)
@@ -175,7 +173,10 @@ class _BlockWatch(threading.Thread):
     def run(self) -> None:
         with httpx.Client() as client:
             while not self._done.is_set():
-                metrics = client.get(self._url).text
+                try:
+                    metrics = client.get(self._url).text
+                except httpx.TransportError:  # the server is gone; whoever asks it will say so
+                    return
                 total = int(_metric(metrics, "vllm:cache_config_info", label="num_gpu_blocks")) - 1
                 self.blocks.append(round(_metric(metrics, "vllm:kv_cache_usage_perc") * total))
                 self._done.wait(0.005)
@@ -217,10 +218,10 @@ def _ask(server: Server, sample: Sample, console: Console) -> Outcome:
                 if choice.delta.content:
                     words.append(choice.delta.content)
                     times.append(time.monotonic())
-                    console.print(choice.delta.content, end="", highlight=False)
-    except Exception:
-        server.check_alive()  # the reason, if it died
-        raise
+                    console.print(Text(choice.delta.content), end="")
+    except OpenAIError as error:
+        server.check_alive(patience=10.0)  # the better reason, if it died
+        raise ServerError(f"the request failed: {error}\n{server.last_lines()}") from error
     finally:
         watch.stop()
     console.print("\n")
@@ -262,6 +263,7 @@ def _report(
         "words": len(true),
         "words_right": words_in_order(true, said),
         "prompt_tokens": n,
+        "pruned": layout.is_pruned(n),
         "kept_per_head": {
             "min": int(kept.min()),
             "median": float(np.median(kept)),
@@ -275,7 +277,7 @@ def _report(
             "dense": -(-(n + 1) // BLOCK_SIZE),
         },
         "seconds": {"first_token": outcome.seconds[0], "whole_answer": outcome.seconds[1]},
-        "settings": settings,
+        "settings": {k: v for k, v in settings.items() if k != "record_kept"},
         "versions": {p: version(p) for p in ("sparsemm-vllm", "vllm", "torch", "transformers")},
         "machine": {"gpu": has_gpu(), "processor": platform.processor() or platform.machine()},
     }
@@ -305,7 +307,9 @@ def _show(report: dict[str, Any], console: Console) -> None:
         table.add_row(f"[bold]{name}[/]", value)
     console.print(Panel(table, title="What the pruned cache held", expand=False))
     seen = blocks["seen_in_metrics"]
-    if seen is None:
+    if not report["pruned"]:
+        console.print("[yellow]The budget covers the prompt: nothing was pruned.[/]")
+    elif seen is None:
         console.print(
             "[dim]The answer was too fast to read the blocks from the server's metrics.[/]"
         )
@@ -319,6 +323,11 @@ def _save(report: dict[str, Any], sample: Sample, outcome: Outcome, out: Path) -
     from sparsemm_vllm.kept_map import draw_kept_map, image_token_positions
 
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    kept = load_kept(out / "kept", outcome.request_id)
+    if report["pruned"]:
+        kept = load_kept(out / "kept", outcome.request_id)
+    else:
+        profile = load_profile(MODEL)
+        everything = np.arange(outcome.prompt_tokens - WINDOW)
+        kept = {h: everything for h in np.ndindex(profile.num_layers, profile.num_kv_heads)}
     positions = image_token_positions(model_folder(), sample.question, outcome.prompt_tokens)
     draw_kept_map(sample.image, report, kept, positions, out / "report.png")

@@ -84,9 +84,12 @@ class Server:
     ) -> None:
         self.stop()
 
-    def check_alive(self) -> None:
-        """Raise `ServerError` if the process has ended."""
+    def check_alive(self, patience: float = 0.0) -> None:
+        """Raise `ServerError` if the process has ended, or does within `patience` seconds."""
         assert self._process is not None
+        deadline = time.monotonic() + patience
+        while self._process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
         code = self._process.poll()
         if code is not None:
             raise ServerError(f"the server ended with code {code}:\n{self.last_lines()}")
@@ -132,7 +135,7 @@ class Server:
         lines = self.log.read_text(errors="replace").splitlines()
         return "\n".join(lines[-count:])
 
-    def stop(self, patience: float = 20.0) -> None:
+    def stop(self, patience: float = 8.0) -> None:
         """End the server and all its processes."""
         process = self._process
         if process is None:

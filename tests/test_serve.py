@@ -201,6 +201,25 @@ def test_interrupted_demo_stops_its_server(tmp_path: Path, sign: signal.Signals)
     assert not _processes_with(str(tmp_path))
 
 
+def test_demo_whose_server_dies_shows_its_log(tmp_path: Path) -> None:
+    demo = _demo(tmp_path)
+    deadline = time.monotonic() + 60
+    while len(served := [p for p in _processes_with(str(tmp_path)) if p != demo.pid]) == 0:
+        assert time.monotonic() < deadline, "the server did not start"
+        time.sleep(0.1)
+    log = tmp_path / "server.log"
+    while "INFO" not in log.read_text():
+        assert time.monotonic() < deadline, "the server logged nothing"
+        time.sleep(0.1)
+    for process in served:
+        os.kill(process, signal.SIGKILL)
+    output, _ = demo.communicate(timeout=60)
+    assert demo.returncode == 1, output
+    assert "the server ended with code -9" in output
+    assert log.read_text().strip().splitlines()[-1][:60] in output
+    assert not _processes_with(str(tmp_path))
+
+
 def test_demo_refuses_a_budget_below_its_window(tmp_path: Path) -> None:
     demo = _demo(tmp_path, "--budget", "10")
     output, _ = demo.communicate(timeout=60)
