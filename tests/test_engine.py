@@ -204,8 +204,8 @@ def test_preempted_and_resumed(
         model,
         settings(BUDGET, tmp_path),
         limit_mm_per_prompt={"image": 2},
-        num_gpu_blocks_override=72,
-        max_model_len=512,
+        num_gpu_blocks_override=48,
+        max_model_len=448,
     )
     preempted: set[str] = set()
 
@@ -215,9 +215,9 @@ def test_preempted_and_resumed(
         )
 
     prompts = [ask(HELLO, 1), ask(DIGITS, 1, 2)] * 3
-    (hello,) = sparse.generate(prompts[0], max_tokens=200)
-    (digits,) = sparse.generate(prompts[1], max_tokens=200)
-    answers = small.generate(*prompts, max_tokens=200, watch=watch)
+    (hello,) = sparse.generate(prompts[0], max_tokens=90)
+    (digits,) = sparse.generate(prompts[1], max_tokens=90)
+    answers = small.generate(*prompts, max_tokens=90, watch=watch)
     assert preempted, "nothing was preempted: the pool is too large for this test"
     for answer, alone in zip(answers, [hello, digits] * 3, strict=True):
         assert_same(answer, alone)
