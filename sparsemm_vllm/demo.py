@@ -310,9 +310,7 @@ def _show(report: dict[str, Any], console: Console) -> None:
     if not report["pruned"]:
         console.print("[yellow]The budget covers the prompt: nothing was pruned.[/]")
     elif seen is None:
-        console.print(
-            "[dim]The answer was too fast to read the blocks from the server's metrics.[/]"
-        )
+        console.print("[dim]No reading of the server's metrics caught the step that pruned.[/]")
     elif seen == (blocks["while_pruning"], blocks["after_pruning"]):
         console.print("[dim]The server's metrics showed the same numbers of blocks.[/]")
     else:
