@@ -6,7 +6,8 @@
     python benchmarks/train_reader.py profile    # writes head_profiles/sparsemm-reader.json
 
 The reader is a LLaVA model (CLIP vision tower, Llama language model) trained from scratch on the
-pictures of ``sparsemm_vllm.pictures``. Three things make it learn on one CPU core in about an hour:
+pictures of ``sparsemm_vllm.pictures``. Three things make it learn on one CPU core in less than an
+hour and a half:
 
 * an auxiliary loss: the language model's own logits at the image tokens must name the glyph that
   the token's patch shows (a blank patch says "space", with a small weight);
