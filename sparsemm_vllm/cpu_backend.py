@@ -141,7 +141,20 @@ class TorchAttentionImpl(AttentionImpl[TorchMetadata]):
                 self.scale,
                 self.sliding_window,
             )
+        if meta.step is not None:
+            self.forward_sparse(layer.layer_name, meta.step, meta, query, output)
         return output
+
+    def forward_sparse(
+        self,
+        layer_name: str,
+        step: Step,
+        meta: TorchMetadata,
+        query: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """What follows the dense rows where prompts are pruned."""
+        raise AssertionError("only SPARSEMM's layers have a step")
 
 
 class TorchAttentionBackend(AttentionBackend):
@@ -188,16 +201,17 @@ class SparseMMMetadataBuilder(TorchMetadataBuilder):
 class SparseMMImpl(TorchAttentionImpl):
     """Write, attend, score, select, compact."""
 
-    def forward(self, layer: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Dense rows first, then the pruned ones, then the prompts that are complete now."""
-        output = super().forward(layer, query, *args, **kwargs)
-        meta: TorchMetadata | None = args[3] if len(args) > 3 else kwargs["attn_metadata"]
-        if meta is None or meta.step is None:
-            return output
-        step, name = meta.step, layer.layer_name
-        attend_pruned(step, name, query, output, meta.block_table, meta.seq_lens, self.scale)
-        prune(step, name, query, meta.block_table, self.scale)
-        return output
+    def forward_sparse(
+        self,
+        layer_name: str,
+        step: Step,
+        meta: TorchMetadata,
+        query: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """The pruned rows, then the prompts that are complete now."""
+        attend_pruned(step, layer_name, query, output, meta.block_table, meta.seq_lens, self.scale)
+        prune(step, layer_name, query, meta.block_table, self.scale)
 
 
 class SparseMMBackend(SparseBackendMixin, TorchAttentionBackend):

@@ -3,6 +3,7 @@
 Copies positions to the host while the engine runs, so it is off unless a folder is set.
 """
 
+import glob
 import os
 from pathlib import Path
 from urllib.parse import quote
@@ -59,12 +60,13 @@ def load_kept(folder: Path, request_id: str) -> dict[tuple[int, int], np.ndarray
 
     Args:
         folder: as given to the engine.
-        request_id: vLLM's; the OpenAI API's is its beginning.
+        request_id: vLLM's, with or without the eight digits that it appends to the client's.
 
     Raises:
         FileNotFoundError: if nothing was recorded for it.
     """
-    files = sorted(folder.glob(f"{quote(request_id, safe='')}*.npz"))
+    name = glob.escape(quote(request_id, safe=""))
+    files = [f for end in ("", "-????????") for f in folder.glob(f"{name}{end}.layers*.npz")]
     if not files:
         raise FileNotFoundError(f"no kept tokens of request {request_id} in {folder}")
     kept: dict[tuple[int, int], np.ndarray] = {}
