@@ -151,8 +151,8 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _wait(server: Server, console: Console) -> None:
-    where = "the GPU" if has_gpu() else "the CPU, which takes about half a minute"
-    console.print(f"Starting vllm serve with --attention-backend SPARSEMM on {where}.")
+    where = "the GPU" if has_gpu() else "the CPU: under a minute"
+    console.print(f"Starting vllm serve --attention-backend SPARSEMM on {where}.")
     columns = BarColumn(24), TimeElapsedColumn(), TextColumn("{task.fields[stage]}")
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("start", total=len(STAGES), stage="Python starts")

@@ -28,7 +28,7 @@ def test_ranks_are_put_together(tmp_path: Path) -> None:
     kept = load_kept(tmp_path, "a")
     assert set(kept) == set(np.ndindex(2, 2))
     for head, positions in kept.items():
-        np.testing.assert_array_equal(positions, np.arange(LENGTHS[head]) + 5)
+        np.testing.assert_array_equal(positions, np.arange(int(LENGTHS[head])) + 5)
 
 
 def test_requests_whose_names_begin_alike(tmp_path: Path) -> None:
