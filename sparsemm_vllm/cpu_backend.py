@@ -15,8 +15,7 @@ from vllm.v1.attention.backend import (
 from sparsemm_vllm import patches
 from sparsemm_vllm.sparse_attention import (
     SparseBackendMixin,
-    attend_pruned,
-    prune,
+    forward_sparse,
     refuse_variants,
 )
 from sparsemm_vllm.step import Step
@@ -28,7 +27,6 @@ class TorchMetadata:
     """A step's batch; see `CommonAttentionMetadata`.
 
     Attributes:
-        num_tokens: `T`.
         query_start: first query of each request and the end of the last, on the host.
         seq_lens: tokens of each request after the step, int32 ``[R]``.
         block_table: ``[R, max_blocks]``.
@@ -36,7 +34,6 @@ class TorchMetadata:
         dense_rows: rows that attend to all of their tokens.
     """
 
-    num_tokens: int
     query_start: list[int]
     seq_lens: torch.Tensor
     block_table: torch.Tensor
@@ -61,7 +58,6 @@ class TorchMetadataBuilder(AttentionMetadataBuilder[TorchMetadata]):
         common = common_attn_metadata
         sparse = {row.batch_index for row in step.decodes} if step else set()
         return TorchMetadata(
-            num_tokens=common.num_actual_tokens,
             query_start=common.query_start_loc_cpu.tolist(),
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
@@ -71,7 +67,7 @@ class TorchMetadataBuilder(AttentionMetadataBuilder[TorchMetadata]):
 
 
 class TorchAttentionImpl(AttentionImpl[TorchMetadata]):
-    """Dense attention over the paged cache."""
+    """Attention over the paged cache: dense, and what SPARSEMM adds in steps that have it."""
 
     def __init__(
         self,
@@ -142,19 +138,16 @@ class TorchAttentionImpl(AttentionImpl[TorchMetadata]):
                 self.sliding_window,
             )
         if meta.step is not None:
-            self.forward_sparse(layer.layer_name, meta.step, meta, query, output)
+            forward_sparse(
+                meta.step,
+                layer.layer_name,
+                query,
+                output,
+                meta.block_table,
+                meta.seq_lens,
+                self.scale,
+            )
         return output
-
-    def forward_sparse(
-        self,
-        layer_name: str,
-        step: Step,
-        meta: TorchMetadata,
-        query: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
-        """What follows the dense rows where prompts are pruned."""
-        raise AssertionError("only SPARSEMM's layers have a step")
 
 
 class TorchAttentionBackend(AttentionBackend):
@@ -198,29 +191,8 @@ class SparseMMMetadataBuilder(TorchMetadataBuilder):
         super().__init__(*args, **kwargs)
 
 
-class SparseMMImpl(TorchAttentionImpl):
-    """Write, attend, score, select, compact."""
-
-    def forward_sparse(
-        self,
-        layer_name: str,
-        step: Step,
-        meta: TorchMetadata,
-        query: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
-        """The pruned rows, then the prompts that are complete now."""
-        attend_pruned(step, layer_name, query, output, meta.block_table, meta.seq_lens, self.scale)
-        prune(step, layer_name, query, meta.block_table, self.scale)
-
-
 class SparseMMBackend(SparseBackendMixin, TorchAttentionBackend):
-    """SPARSEMM on the CPU."""
-
-    @staticmethod
-    def get_impl_cls() -> type[SparseMMImpl]:
-        """The implementation."""
-        return SparseMMImpl
+    """SPARSEMM on the CPU: the same attention, with steps that prune."""
 
     @staticmethod
     def get_builder_cls() -> type[SparseMMMetadataBuilder]:

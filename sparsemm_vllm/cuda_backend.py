@@ -15,8 +15,7 @@ from vllm.v1.attention.backends.flash_attn import (
 from sparsemm_vllm import patches
 from sparsemm_vllm.sparse_attention import (
     SparseBackendMixin,
-    attend_pruned,
-    prune,
+    forward_sparse,
     refuse_variants,
 )
 from sparsemm_vllm.step import Step
@@ -130,9 +129,15 @@ class SparseMMImpl(FlashAttentionImpl):
             return output
         assert isinstance(meta, SparseMMMetadata)
         assert meta.sparse_seq_lens is not None
-        name = layer.layer_name
-        attend_pruned(step, name, query, output, meta.block_table, meta.sparse_seq_lens, self.scale)
-        prune(step, name, query, meta.block_table, self.scale)
+        forward_sparse(
+            step,
+            layer.layer_name,
+            query,
+            output,
+            meta.block_table,
+            meta.sparse_seq_lens,
+            self.scale,
+        )
         return output
 
 

@@ -6,7 +6,7 @@ import torch
 from vllm.v1.attention.backend import AttentionType
 
 from sparsemm_vllm.plugin import NAME
-from sparsemm_vllm.step import Row, Step
+from sparsemm_vllm.step import Step
 from sparsemm_vllm.support import UnsupportedError
 from sparsemm_vllm.triton_kernels.reference import (
     compact_kv,
@@ -19,8 +19,6 @@ from sparsemm_vllm.triton_kernels.reference import (
 
 class SparseBackendMixin:
     """Which layers and caches the backend takes; what it refuses, vLLM reports by name."""
-
-    forward_includes_kv_cache_update = False
 
     @staticmethod
     def get_name() -> str:
@@ -151,7 +149,7 @@ def attend_pruned(
             table.lengths[row.table_index, layer],
             table.first_pages[row.table_index, layer],
             int(table.longest[row.table_index, layer]),
-            tail_start(row, step),
+            row.prompt_tokens - cache.layout.window,
             row.prompt_blocks,
             row.compact_blocks,
             seq_lens[row.batch_index],
@@ -160,6 +158,25 @@ def attend_pruned(
         )
 
 
-def tail_start(row: Row, step: Step) -> int:
-    """Position of the first token that all heads keep: the window's."""
-    return row.prompt_tokens - step.table.cache.layout.window
+def forward_sparse(
+    step: Step,
+    layer_name: str,
+    query: torch.Tensor,
+    output: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+) -> None:
+    """What follows the dense rows: the pruned rows, then the prompts that are complete now.
+
+    Args:
+        step: this step.
+        layer_name: of the attention layer.
+        query: the step's queries, ``[T, Hq, D]``.
+        output: ``[T, Hq, D]``; the pruned rows are written.
+        block_table: ``[R, max_blocks]``.
+        seq_lens: tokens of each request after the step, int32 ``[R]``.
+        scale: of the attention logits.
+    """
+    attend_pruned(step, layer_name, query, output, block_table, seq_lens, scale)
+    prune(step, layer_name, query, block_table, scale)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsemm_vllm.budget import head_capacities
+from sparsemm_vllm.layout import CacheLayout
 
 GOLDEN = Path(__file__).parents[1].parent / "shared" / "golden"
 TABLES = [
@@ -161,3 +162,11 @@ def test_a_budget_beyond_32_bits_does_not_wrap_around():
     capacities = head_capacities(scores, 32, 10_000_000)
     assert capacities.min() >= 0
     assert capacities[3, 5] == capacities.max()
+
+
+def test_figures_of_the_readme(published):
+    """What the README says of the published scores at a budget of 256."""
+    layout = CacheLayout.from_scores(published[0], 32, budget=256)
+    kept = layout.kept_tokens(3072) + layout.window
+    assert layout.held_blocks(3072, 3072, block_size=16) == 17
+    assert (kept.max(), np.median(kept)) == (3072, 66)

@@ -216,3 +216,9 @@ def test_equal_layouts_are_interchangeable():
     assert layout != make_layout()
     with pytest.raises(AttributeError):
         layout.window = 5
+
+
+def test_figures_of_the_readme():
+    """What the README says of even budgets; that of the published scores is in test_budget."""
+    layout = CacheLayout.from_scores(torch.ones(32, 32), 32, budget=256)
+    assert layout.held_blocks(3072, 3072, block_size=16) == 16
