@@ -11,6 +11,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from sparsemm_vllm import patches
 from sparsemm_vllm.sparse_attention import (
@@ -31,7 +32,7 @@ class TorchMetadata:
         seq_lens: tokens of each request after the step, int32 ``[R]``.
         block_table: ``[R, max_blocks]``.
         step: what SPARSEMM does in it; none where layers are dense.
-        dense_rows: rows that attend to all of their tokens.
+        dense_rows: rows of all others, which attend to all of their tokens.
     """
 
     query_start: list[int]
@@ -44,6 +45,8 @@ class TorchMetadata:
 class TorchMetadataBuilder(AttentionMetadataBuilder[TorchMetadata]):
     """Copies what attention needs of a batch."""
 
+    step: Step | None = None
+
     def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
@@ -52,17 +55,18 @@ class TorchMetadataBuilder(AttentionMetadataBuilder[TorchMetadata]):
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-        step: Step | None = None,
     ) -> TorchMetadata:
         """The metadata of one step."""
-        common = common_attn_metadata
-        sparse = {row.batch_index for row in step.decodes} if step else set()
+        common, step = common_attn_metadata, self.step
+        dense = range(common.num_reqs)
+        if step is not None:
+            dense = dense[step.short_rows :]
         return TorchMetadata(
             query_start=common.query_start_loc_cpu.tolist(),
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
             step=step,
-            dense_rows=[i for i in range(common.num_reqs) if i not in sparse],
+            dense_rows=[row for row in dense if step is None or row not in step.pruned_rows],
         )
 
 
@@ -95,7 +99,7 @@ class TorchAttentionImpl(AttentionImpl[TorchMetadata]):
 
     def do_kv_cache_update(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
@@ -106,7 +110,10 @@ class TorchAttentionImpl(AttentionImpl[TorchMetadata]):
         tokens = slot_mapping.shape[0]
         written = slot_mapping >= 0
         slots = slot_mapping[written]
-        kv = torch.cat([key[:tokens], value[:tokens]], -1)[written]
+        key, value = key[:tokens], value[:tokens]
+        if is_quantized_kv_cache(self.kv_cache_dtype):
+            key, value = quantize(key, layer._k_scale), quantize(value, layer._v_scale)
+        kv = torch.cat([key, value], -1)[written]
         kv_cache[slots // page_size, :, slots % page_size] = kv.to(kv_cache.dtype)
 
     def forward(
@@ -124,37 +131,45 @@ class TorchAttentionImpl(AttentionImpl[TorchMetadata]):
         """Attention of this step's queries, into `output` ``[T, Hq, D]``."""
         if attn_metadata is None:  # vLLM profiles memory
             return output.fill_(0)
-        meta = attn_metadata
+        meta, scale, v_scale = attn_metadata, self.scale, None
+        if is_quantized_kv_cache(self.kv_cache_dtype):
+            kv_cache = kv_cache.view(torch.float8_e4m3fn)
+            scale, v_scale = scale * float(layer._k_scale), layer._v_scale
         for row in meta.dense_rows:
             queries = slice(meta.query_start[row], meta.query_start[row + 1])
             if queries.start == queries.stop:
                 continue
-            output[queries] = dense_attention(
+            out = dense_attention(
                 query[queries],
                 kv_cache,
                 meta.block_table[row],
                 int(meta.seq_lens[row]),
-                self.scale,
+                scale,
                 self.sliding_window,
             )
+            output[queries] = out if v_scale is None else out * v_scale
         if meta.step is not None:
-            forward_sparse(
-                meta.step,
-                layer.layer_name,
-                query,
-                output,
-                meta.block_table,
-                meta.seq_lens,
-                self.scale,
-            )
+            forward_sparse(meta.step, layer, query, output, meta.block_table, self.scale)
         return output
+
+
+def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Bytes of ``x / scale`` in fp8 (e4m3), saturated as on the GPU."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    return (x.float() / scale).clamp(-largest, largest).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 class TorchAttentionBackend(AttentionBackend):
     """Dense attention in torch: the baseline where there is no GPU."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.float16, torch.bfloat16]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [
+        "auto",
+        "float16",
+        "bfloat16",
+        "fp8",
+        "fp8_e4m3",
+    ]
     forward_includes_kv_cache_update = False
 
     @staticmethod

@@ -1,9 +1,10 @@
-"""SPARSEMM on CUDA: vLLM's FlashAttention for dense rows and cache writes, sparse rows on top."""
+"""SPARSEMM on CUDA: dense prefill as vLLM computes it, everything else in our kernels."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -11,32 +12,41 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadata,
     FlashAttentionMetadataBuilder,
 )
+from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+from vllm.v1.kv_cache_interface import get_kv_quant_mode, is_quantized_kv_cache
 
 from sparsemm_vllm import patches
+from sparsemm_vllm.kv_cache import SparseMMSpec
 from sparsemm_vllm.sparse_attention import (
     SparseBackendMixin,
     forward_sparse,
+    kv_scales,
     refuse_variants,
 )
 from sparsemm_vllm.step import Step
 
 
 @dataclass
-class SparseMMMetadata(FlashAttentionMetadata):
-    """FlashAttention's metadata and what SPARSEMM does in the step.
+class SparseMMMetadata:
+    """A step's batch: decode rows first, then the rows that are prefilled.
 
     Attributes:
-        step: none where layers are dense.
-        sparse_seq_lens: tokens of each request after the step, ``[R]``; FlashAttention's are
-            shortened for rows that it does not compute.
+        step: what SPARSEMM does in it.
+        block_table: int32 ``[R, max_blocks]``.
+        dense: the batch without the decode rows; none if there are no others.
+        dense_tokens: of the others' queries in the step's.
     """
 
-    step: Step | None = None
-    sparse_seq_lens: torch.Tensor | None = None
+    step: Step
+    block_table: torch.Tensor
+    dense: FlashAttentionMetadata | None
+    dense_tokens: slice
 
 
 class SparseMMMetadataBuilder(FlashAttentionMetadataBuilder):
-    """Decides once per step which rows FlashAttention computes."""
+    """Divides a step's rows between the decode kernel and dense attention."""
+
+    step: Step | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         patches.require_installed()
@@ -44,31 +54,53 @@ class SparseMMMetadataBuilder(FlashAttentionMetadataBuilder):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """The sparse part is torch code whose shapes follow the batch: no full graphs yet.
-
-        vLLM keeps piecewise graphs around it.
-        """
-        return AttentionCGSupport.NEVER
+        """Full graphs for decode batches; vLLM keeps piecewise graphs for the others."""
+        if isinstance(kv_cache_spec, SparseMMSpec):
+            return AttentionCGSupport.UNIFORM_BATCH
+        return super().get_cudagraph_support(vllm_config, kv_cache_spec)
 
     def build(
         self,
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-        step: Step | None = None,
-    ) -> SparseMMMetadata:
+    ) -> SparseMMMetadata | FlashAttentionMetadata:
         """The metadata of one step. Does not wait for the device."""
-        common = common_attn_metadata
-        seq_lens = common.seq_lens
-        if step is not None and step.decodes and step.has_dense:
-            # FlashAttention runs over all rows; let it read next to nothing for the sparse ones.
-            sparse = torch.zeros(common.num_reqs, dtype=torch.bool)
-            sparse[[row.batch_index for row in step.decodes]] = True
-            sparse = sparse.to(seq_lens.device, non_blocking=True)
-            short = torch.where(sparse, common.naive_query_lens().to(seq_lens.dtype), seq_lens)
-            common = common.replace(seq_lens=short)
-        dense = super().build(common_prefix_len, common, fast_build)
-        return SparseMMMetadata(**vars(dense), step=step, sparse_seq_lens=seq_lens)
+        common, step = common_attn_metadata, self.step
+        if step is None:  # layers that stay dense, batches that stand for none
+            return super().build(common_prefix_len, common, fast_build)
+        first = step.short_rows
+        dense, first_token = None, common.num_actual_tokens
+        if first < common.num_reqs:
+            first_token = int(common.query_start_loc_cpu[first])
+            dense = super().build(0, _dense_part(common, step, first_token), fast_build)
+        return SparseMMMetadata(
+            step, common.block_table_tensor, dense, slice(first_token, common.num_actual_tokens)
+        )
+
+
+def _dense_part(
+    common: CommonAttentionMetadata, step: Step, first_token: int
+) -> CommonAttentionMetadata:
+    """The batch without its decode rows."""
+    first = step.short_rows
+    seq_lens = common.seq_lens[first:]
+    if step.pruned_rows:
+        # The decode kernel computes these, whose prompt blocks are gone: read next to nothing.
+        pruned = torch.zeros(len(seq_lens), dtype=torch.bool)
+        pruned[[row - first for row in step.pruned_rows]] = True
+        query_lens = common.query_start_loc[first:].diff().to(seq_lens.dtype)
+        pruned = pruned.to(seq_lens.device, non_blocking=True)
+        seq_lens = torch.where(pruned, query_lens, seq_lens)
+    return common.replace(
+        query_start_loc=common.query_start_loc[first:] - first_token,
+        query_start_loc_cpu=common.query_start_loc_cpu[first:] - first_token,
+        seq_lens=seq_lens,
+        num_reqs=common.num_reqs - first,
+        num_actual_tokens=common.num_actual_tokens - first_token,
+        block_table_tensor=common.block_table_tensor[first:],
+        slot_mapping=common.slot_mapping[first_token:],
+    )
 
 
 class SparseMMImpl(FlashAttentionImpl):
@@ -98,12 +130,13 @@ class SparseMMImpl(FlashAttentionImpl):
             num_kv_heads,
             alibi_slopes,
             sliding_window,
-            kv_cache_dtype,
+            "auto",  # FlashAttention never sees a quantised cache
             logits_soft_cap,
             attn_type,
             kv_sharing_target_layer_name,
             **options,
         )
+        self.kv_cache_dtype = kv_cache_dtype
         self.supports_quant_query_input = False
 
     def forward(
@@ -113,38 +146,97 @@ class SparseMMImpl(FlashAttentionImpl):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: FlashAttentionMetadata | None,
+        attn_metadata: Any,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Dense rows first, then the pruned ones, then the prompts that are complete now."""
+        """Dense rows first, then the decode rows, then the prompts that are complete now."""
         meta = attn_metadata
-        step = meta.step if isinstance(meta, SparseMMMetadata) else None
-        if step is None or step.has_dense:
-            super().forward(
-                layer, query, key, value, kv_cache, meta, output, output_scale, output_block_scale
-            )
-        if step is None:
+        if not isinstance(meta, SparseMMMetadata):
+            self._attend_dense(layer, query, key, value, kv_cache, meta, output)
             return output
-        assert isinstance(meta, SparseMMMetadata)
-        assert meta.sparse_seq_lens is not None
-        forward_sparse(
-            step,
-            layer.layer_name,
-            query,
-            output,
-            meta.block_table,
-            meta.sparse_seq_lens,
-            self.scale,
-        )
+        if meta.dense is not None:
+            own = meta.dense_tokens
+            self._attend_dense(
+                layer, query[own], key[own], value[own], kv_cache, meta.dense, output[own]
+            )
+        forward_sparse(meta.step, layer, query, output, meta.block_table, self.scale)
         return output
+
+    def _attend_dense(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        meta: FlashAttentionMetadata | None,
+        output: torch.Tensor,
+    ) -> None:
+        """FlashAttention, or vLLM's Triton kernel for what FlashAttention does not take.
+
+        That is float32, and an fp8 cache beside queries that are not fp8.
+        """
+        quantized = is_quantized_kv_cache(self.kv_cache_dtype)
+        if meta is None or not (quantized or query.dtype == torch.float32):
+            super().forward(layer, query, key, value, kv_cache, meta, output)
+            return
+        if quantized:
+            kv_cache = kv_cache.view(torch.float8_e4m3fn)
+        key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        shape = (meta.query_start_loc.shape[0] - 1, self.num_kv_heads)
+        k_scale, v_scale = kv_scales(layer, kv_cache.dtype)
+        tokens = meta.num_actual_tokens
+        unified_attention(
+            q=query[:tokens],
+            k=key_cache,
+            v=value_cache,
+            out=output[:tokens],
+            cu_seqlens_q=meta.query_start_loc,
+            max_seqlen_q=meta.max_query_len,
+            seqused_k=meta.seq_lens,
+            max_seqlen_k=meta.max_seq_len,
+            softmax_scale=self.scale,
+            causal=True,
+            window_size=self.sliding_window,
+            block_table=meta.block_table,
+            softcap=0,
+            q_descale=None,
+            k_descale=None if k_scale is None else k_scale.expand(shape),
+            v_descale=None if v_scale is None else v_scale.expand(shape),
+            kv_quant_mode=get_kv_quant_mode(self.kv_cache_dtype),
+        )
 
 
 class SparseMMBackend(SparseBackendMixin, FlashAttentionBackend):
     """SPARSEMM on CUDA."""
 
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
+        """Plain caches and fp8 (e4m3) with one scale a tensor."""
+        return kv_cache_dtype is None or kv_cache_dtype in cls.supported_kv_cache_dtypes
+
+    @classmethod
+    def supports_combination(
+        cls,
+        head_size: int,
+        dtype: torch.dtype,
+        kv_cache_dtype: Any,
+        block_size: int | None,
+        use_mla: bool,
+        has_sink: bool,
+        use_sparse: bool,
+        use_mm_prefix: bool,
+        device_capability: Any,
+    ) -> str | None:
+        """Why the device cannot do it; None if it can."""
+        quantized = kv_cache_dtype is not None and is_quantized_kv_cache(kv_cache_dtype)
+        if quantized and device_capability < DeviceCapability(8, 9):
+            return "an fp8 KV cache needs compute capability 8.9: older GPUs do not convert e4m3"
+        return None
 
     @staticmethod
     def get_impl_cls() -> type[SparseMMImpl]:

@@ -4,41 +4,44 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+from vllm.v1.kv_cache_interface import KVCacheConfig, is_quantized_kv_cache
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
-from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
 
 from sparsemm_vllm.kv_cache import SparseMMSpec
 from sparsemm_vllm.layer_spec import uses_sparsemm
 from sparsemm_vllm.recording import KeptRecorder
 from sparsemm_vllm.settings import Settings
-from sparsemm_vllm.step import PrunedCache, RequestTable, Step, correct_slots, plan_step
-from sparsemm_vllm.support import UnsupportedError
+from sparsemm_vllm.step import (
+    Heads,
+    PrunedCache,
+    SparseState,
+    Step,
+    capture_step,
+    plan_step,
+    warm_up,
+)
+from sparsemm_vllm.support import UnsupportedError, build_layout
 
-
-class _StepMetadata(ModelSpecificAttnMetadata):
-    """Hands the step to the metadata builder of the pruned layers."""
-
-    def __init__(self, step: Step) -> None:
-        self.step = step
-
-    def get_extra_attn_kwargs(self, attn_metadata_builder: Any, num_reqs: int) -> dict[str, Any]:
-        if isinstance(attn_metadata_builder.kv_cache_spec, SparseMMSpec):
-            return {"step": self.step}
-        return {}
+# Programs of the decode kernel on each multiprocessor: what its registers and shared memory allow.
+PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
 class SparseMMModelState(DefaultModelState):
-    """Keeps the table of running requests and corrects the slots of generated tokens."""
+    """Keeps the running requests and tells the metadata builders what a step does to them."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._prompt_tokens = np.zeros(self.max_num_reqs, dtype=np.int64)
-        self._table: RequestTable | None = None
+    def __init__(
+        self, vllm_config: VllmConfig, model: Any, encoder_cache: Any, device: torch.device
+    ) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self._state = _allocate_state(
+            vllm_config, self.max_num_reqs, max(self.max_model_len, self.max_num_tokens), device
+        )
         self._group = 0
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: Any) -> None:
@@ -57,16 +60,19 @@ class SparseMMModelState(DefaultModelState):
         self._group = groups[0]
         group = kv_cache_config.kv_cache_groups[self._group]
         cache = _pruned_cache(self.vllm_config, group.kv_cache_spec, group.layer_names)
-        folder = Settings.from_additional_config(self.vllm_config.additional_config).record_kept
-        recorder = KeptRecorder(Path(folder), cache.own) if folder else None
-        self._table = RequestTable(cache, self.max_num_reqs, recorder)
+        expected = self._state.heads.L
+        if len(cache.layers) != expected:
+            raise UnsupportedError(
+                f"SPARSEMM: this rank has {len(cache.layers)} layers to prune, the layout expects "
+                f"{expected}"
+            )
+        self._state.attach(cache)
+        warm_up(self._state, self.dtype)
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Enter a request that starts, or resumes after preemption."""
         super().add_request(req_index, new_req_data)
-        assert self._table is not None
-        self._prompt_tokens[req_index] = new_req_data.prompt_len
-        self._table.add(req_index, new_req_data.prompt_len, new_req_data.req_id)
+        self._state.add(req_index, new_req_data.prompt_len, new_req_data.req_id)
 
     def prepare_attn(
         self,
@@ -74,41 +80,86 @@ class SparseMMModelState(DefaultModelState):
         cudagraph_mode: Any,
         block_tables: tuple[torch.Tensor, ...],
         slot_mappings: torch.Tensor,
-        *args: Any,
+        attn_groups: list[list[Any]],
+        kv_cache_config: KVCacheConfig,
         for_capture: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Plan the step, correct the slots, then build the attention metadata as vLLM does."""
-        # Dummy batches carry request indices that mean nothing; they have no prefill length.
-        if not for_capture and input_batch.prefill_len_np.all():
-            step = self._plan(input_batch)
-            correct_slots(
-                step,
+        step = self._plan(input_batch, cudagraph_mode, for_capture)
+        if step is not None:
+            # Dummy batches carry request indices that mean nothing.
+            requests = input_batch.idx_mapping[:0] if for_capture else input_batch.idx_mapping
+            step.prepare(
                 slot_mappings[self._group],
                 input_batch.positions,
                 block_tables[self._group],
+                input_batch.query_start_loc,
+                input_batch.seq_lens,
+                requests,
             )
-            kwargs["model_specific_attn_metadata"] = _StepMetadata(step)
+        for group in attn_groups[self._group]:
+            group.get_metadata_builder(0).step = step
         return super().prepare_attn(
             input_batch,
             cudagraph_mode,
             block_tables,
             slot_mappings,
-            *args,
+            attn_groups,
+            kv_cache_config,
             for_capture=for_capture,
             **kwargs,
         )
 
-    def _plan(self, input_batch: Any) -> Step:
-        assert self._table is not None
-        indices = input_batch.idx_mapping_np
+    def _plan(self, batch: Any, cudagraph_mode: Any, for_capture: bool) -> Step | None:
+        """The step; none for batches that only measure memory or wake kernels up."""
+        if for_capture:
+            return capture_step(self._state, batch.num_reqs, int(batch.num_scheduled_tokens.max()))
+        if not batch.prefill_len_np.all():
+            return None
+        padded = cudagraph_mode == CUDAGraphMode.FULL
         return plan_step(
-            self._table,
-            indices,
-            self._prompt_tokens[indices],
-            input_batch.query_start_loc_np,
-            input_batch.seq_lens_cpu_upper_bound.numpy(),
+            self._state,
+            batch.idx_mapping_np,
+            batch.query_start_loc_np,
+            batch.seq_lens_cpu_upper_bound.numpy(),
+            batch.num_reqs_after_padding if padded else None,
         )
+
+
+def _allocate_state(
+    vllm_config: VllmConfig, max_requests: int, max_tokens: int, device: torch.device
+) -> SparseState:
+    """The rank's state, before vLLM measures the memory that is left for the KV cache."""
+    model, cache_config = vllm_config.model_config, vllm_config.cache_config
+    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
+    settings = Settings.from_additional_config(vllm_config.additional_config)
+    layout = build_layout(vllm_config, settings)
+    own = layout.slice_of(get_pp_group().rank_in_group, get_tp_group().rank_in_group)
+    heads = Heads(
+        own[0].stop - own[0].start,
+        model.get_num_attention_heads(parallel),
+        model.get_num_kv_heads(parallel),
+        model.get_head_size(),
+    )
+    if is_quantized_kv_cache(cache_config.cache_dtype):
+        cache_dtype = torch.float8_e4m3fn
+    else:
+        cache_dtype = kv_cache_dtype_str_to_dtype(cache_config.cache_dtype, model)
+    drafts = 0 if speculative is None else speculative.num_speculative_tokens or 0
+    multiprocessors = current_platform.num_compute_units() if device.type == "cuda" else 2
+    return SparseState(
+        layout,
+        own,
+        heads,
+        cache_dtype,
+        max_requests,
+        max_tokens,
+        PROGRAMS_PER_MULTIPROCESSOR * multiprocessors,
+        device,
+        KeptRecorder(Path(settings.record_kept), own) if settings.record_kept else None,
+        1 + drafts,
+    )
 
 
 def _pruned_cache(
@@ -137,14 +188,9 @@ def _pruned_cache(
         )
     layer_stride = offsets.pop() if offsets else 0
     tensor = first.as_strided((len(caches), *first.shape), (layer_stride, *first.stride()))
-    own = spec.layout.slice_of(get_pp_group().rank_in_group, get_tp_group().rank_in_group)
-    if len(caches) != own[0].stop - own[0].start:
-        raise UnsupportedError(
-            f"SPARSEMM: this rank has {len(caches)} layers to prune, the layout expects "
-            f"{own[0].stop - own[0].start}"
-        )
-    layers = {name: index for index, name in enumerate(layer_names)}
-    return PrunedCache(tensor, layers, spec.layout, own)
+    if is_quantized_kv_cache(vllm_config.cache_config.cache_dtype):
+        tensor = tensor.view(torch.float8_e4m3fn)
+    return PrunedCache(tensor, {name: index for index, name in enumerate(layer_names)})
 
 
 def sparse_model_state(state_cls: type, vllm_config: VllmConfig) -> type:

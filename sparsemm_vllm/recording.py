@@ -34,7 +34,7 @@ class KeptRecorder:
             prompt_tokens: `n`.
         """
         kept = positions.cpu().numpy()
-        heads = [kept[h, :k] for h, k in enumerate(lengths.tolist())]
+        heads = [kept[h, :k].copy() for h, k in enumerate(lengths.tolist())]
         layers = self._layers.setdefault(request_id, [])
         layers.append(heads)
         if len(layers) == self._own[0].stop - self._own[0].start:

@@ -8,13 +8,7 @@ from vllm.v1.attention.backend import AttentionType
 from sparsemm_vllm.plugin import NAME
 from sparsemm_vllm.step import Step
 from sparsemm_vllm.support import UnsupportedError
-from sparsemm_vllm.triton_kernels.reference import (
-    compact_kv,
-    read_tokens,
-    select_tokens,
-    sparse_decode,
-    window_scores,
-)
+from sparsemm_vllm.triton_kernels.batch import OFFSET, REQUEST, TOKENS, Prompts
 
 
 class SparseBackendMixin:
@@ -84,99 +78,66 @@ def refuse_variants(
         raise UnsupportedError(f"SPARSEMM does not compute attention with {' and '.join(used)}")
 
 
-def prune(
-    step: Step,
-    layer_name: str,
-    query: torch.Tensor,
-    block_table: torch.Tensor,
-    scale: float,
-) -> None:
-    """Score, select and compact the prompts that this step completes.
-
-    Args:
-        step: this step.
-        layer_name: of the attention layer.
-        query: the step's queries, ``[T, Hq, D]``.
-        block_table: ``[R, max_blocks]``.
-        scale: of the attention logits.
-    """
-    table, cache = step.table, step.table.cache
-    layout, layer = cache.layout, cache.layers[layer_name]
-    for row in step.prunes:
-        blocks = block_table[row.batch_index]
-        end = row.query.stop
-        window_queries = query[end - layout.window : end].transpose(0, 1)
-        positions = torch.arange(row.prompt_tokens, device=query.device)
-        kv = read_tokens(cache.tensor[layer], blocks, positions, row.prompt_blocks, 0)
-        keys = kv[..., : query.shape[2]]
-        scores = window_scores(window_queries, keys, layout.pool_kernel, scale)
-        lengths = table.lengths[row.table_index, layer]
-        longest = int(table.longest[row.table_index, layer])
-        kept = select_tokens(scores, lengths, longest)
-        if table.recorder is not None:
-            request_id = table.request_ids[row.table_index]
-            table.recorder.add(request_id, kept, lengths, row.prompt_tokens)
-        compact_kv(
-            cache.tensor,
-            layer,
-            blocks,
-            kept,
-            lengths,
-            table.first_pages[row.table_index, layer],
-            int(table.kept[row.table_index, layer]),
-            row.prompt_blocks,
-        )
-
-
-def attend_pruned(
-    step: Step,
-    layer_name: str,
-    query: torch.Tensor,
-    output: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    scale: float,
-) -> None:
-    """Attention of the rows whose prompt is pruned, into their rows of `output` ``[T, Hq, D]``."""
-    table, cache = step.table, step.table.cache
-    layer = cache.layers[layer_name]
-    for row in step.decodes:
-        output[row.query] = sparse_decode(
-            query[row.query],
-            cache.tensor,
-            layer,
-            block_table[row.batch_index],
-            table.lengths[row.table_index, layer],
-            table.first_pages[row.table_index, layer],
-            int(table.longest[row.table_index, layer]),
-            row.prompt_tokens - cache.layout.window,
-            row.prompt_blocks,
-            row.compact_blocks,
-            seq_lens[row.batch_index],
-            row.max_seq_len,
-            scale,
-        )
-
-
 def forward_sparse(
     step: Step,
-    layer_name: str,
+    layer: Any,
     query: torch.Tensor,
     output: torch.Tensor,
     block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
     scale: float,
 ) -> None:
-    """What follows the dense rows: the pruned rows, then the prompts that are complete now.
+    """What follows the dense rows: the decode rows, then the prompts that are complete now.
 
     Args:
         step: this step.
-        layer_name: of the attention layer.
+        layer: vLLM's attention layer, for its name and the scales of a quantised cache.
         query: the step's queries, ``[T, Hq, D]``.
-        output: ``[T, Hq, D]``; the pruned rows are written.
-        block_table: ``[R, max_blocks]``.
-        seq_lens: tokens of each request after the step, int32 ``[R]``.
+        output: ``[T, Hq, D]``; the decode rows are written.
+        block_table: int32 ``[R, max_blocks]``.
         scale: of the attention logits.
     """
-    attend_pruned(step, layer_name, query, output, block_table, seq_lens, scale)
-    prune(step, layer_name, query, block_table, scale)
+    state = step.state
+    cache, index = state.cache.tensor, state.cache.layers[layer.layer_name]
+    k_scale, v_scale = kv_scales(layer, cache.dtype)
+    for batch in step.decodes:
+        state.ops.sparse_decode(
+            query, cache, index, block_table, batch, output, scale, k_scale, v_scale
+        )
+    for prompts in step.prunes:
+        state.ops.window_scores(
+            query,
+            cache[index],
+            block_table,
+            prompts,
+            state.workspace,
+            state.layout.window,
+            state.layout.pool_kernel,
+            scale,
+            k_scale,
+        )
+        state.ops.select_tokens(
+            prompts, state.workspace, state.pages.lengths[:, index], state.layout.window
+        )
+        if state.recorder is not None:
+            _record(step, index, prompts)
+        state.ops.compact_kv(cache, index, block_table, prompts, state.workspace, state.pages)
+
+
+def kv_scales(
+    layer: Any, cache_dtype: torch.dtype
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Per-tensor scales of an fp8 cache's keys and values; none for other caches."""
+    if cache_dtype != torch.float8_e4m3fn:
+        return None, None
+    return layer._k_scale, layer._v_scale
+
+
+def _record(step: Step, layer: int, prompts: Prompts) -> None:
+    """Write down what each head keeps. Waits for the device."""
+    state = step.state
+    assert state.recorder is not None
+    table = prompts.table.tolist()
+    for request, n, offset in zip(table[REQUEST], table[TOKENS], table[OFFSET], strict=True):
+        lengths = state.pages.lengths[request, layer]
+        kept = state.workspace.positions[:, offset : offset + int(state.max_kept[request])]
+        state.recorder.add(state.request_ids[request], kept, lengths, n)

@@ -3,13 +3,50 @@
 Knows nothing of vLLM; positions that only the device knows stay there.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import ModuleType
 
 import numpy as np
 import torch
 
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.recording import KeptRecorder
+from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
+from sparsemm_vllm.triton_kernels.batch import (
+    DecodeBatch,
+    DecodeBuffers,
+    HeadPages,
+    Prompts,
+    PruneWorkspace,
+    columns,
+    query_block,
+)
+from sparsemm_vllm.triton_kernels.sparse_decode import decode_tile
+
+# Queries of a row that the decode kernel is made for.
+DECODE_QUERIES = 16
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention heads of a rank's pruned layers.
+
+    Attributes:
+        L: pruned layers.
+        Hq: query heads.
+        Hkv: KV heads.
+        D: head size.
+    """
+
+    L: int
+    Hq: int
+    Hkv: int
+    D: int
+
+    @property
+    def G(self) -> int:  # noqa: N802
+        """Query heads of a KV head."""
+        return self.Hq // self.Hkv
 
 
 @dataclass(frozen=True)
@@ -19,77 +56,128 @@ class PrunedCache:
     Attributes:
         tensor: ``[L, B, Hkv, P, 2 * D]``.
         layers: index in the tensor of each attention layer, by name.
-        layout: budgets of the whole model.
-        own: the layers and heads of the layout that this rank owns.
     """
 
     tensor: torch.Tensor
     layers: dict[str, int]
-    layout: CacheLayout
-    own: tuple[slice, slice]
+
+
+def choose_ops(device: torch.device) -> ModuleType:
+    """The kernels, or their torch twins where there is no GPU."""
+    return triton_ops if device.type == "cuda" else torch_ops
+
+
+class SparseState:
+    """What a rank keeps between steps: the running requests and the kernels' memory.
+
+    Device memory is allocated here, once, before vLLM measures what is left for the KV cache. A
+    request keeps its index, by which the kernels find its head pages.
+
+    Args:
+        layout: budgets of the whole model.
+        own: the layers and heads of the layout that this rank owns.
+        heads: of this rank.
+        cache_dtype: of the KV cache.
+        max_requests: that run at once.
+        max_tokens: the longest prompt, or the tokens of a step if they are more.
+        programs: to spread decode attention over.
+        device: where the kernels run.
+        recorder: of the kept tokens, if someone wants to know.
+        max_decode_queries: rows with more are not taken for decodes.
+    """
+
+    def __init__(
+        self,
+        layout: CacheLayout,
+        own: tuple[slice, slice],
+        heads: Heads,
+        cache_dtype: torch.dtype,
+        max_requests: int,
+        max_tokens: int,
+        programs: int,
+        device: torch.device,
+        recorder: KeptRecorder | None = None,
+        max_decode_queries: int = DECODE_QUERIES,
+    ) -> None:
+        self.layout = layout
+        self.own = own
+        self.heads = heads
+        self.recorder = recorder
+        self.max_decode_queries = max(DECODE_QUERIES, max_decode_queries)
+        self.ops = choose_ops(device)
+        self.request_ids = [""] * max_requests
+        self.prompt_tokens = np.zeros(max_requests, dtype=np.int64)
+        self.compact_blocks = np.zeros(max_requests, dtype=np.int64)
+        self.max_kept = np.zeros(max_requests, dtype=np.int64)
+        self.pages = HeadPages.empty(max_requests, heads.L, heads.Hkv, device)
+        self.workspace = PruneWorkspace.allocate(
+            max_tokens, heads.Hq, heads.Hkv, layout.window, device
+        )
+        lengths = range(1, self.max_decode_queries + 1)
+        tiles = max(-(-q // (query_block(q * heads.G) // heads.G)) for q in lengths)
+        self.buffers = self._allocate_buffers(
+            max_requests * tiles, programs, decode_tile(heads.D, cache_dtype), device
+        )
+        self._cache: PrunedCache | None = None
+
+    @property
+    def cache(self) -> PrunedCache:
+        """The KV cache, which vLLM allocates last."""
+        assert self._cache is not None, "vLLM has not allocated the KV cache yet"
+        return self._cache
+
+    def attach(self, cache: PrunedCache) -> None:
+        """Work on this cache from now on."""
+        self._cache = cache
 
     @property
     def page_size(self) -> int:
         """Tokens of a block, `P`."""
-        return self.tensor.shape[3]
+        return self.cache.tensor.shape[3]
 
-
-class RequestTable:
-    """Where each running request's head pages lie, by the worker's request index.
-
-    Lengths and first pages are on the device, int32 ``[max_num_reqs, L, Hkv]`` for this rank's
-    layers and heads; what shapes tensors is on the host.
-    """
-
-    def __init__(
-        self, cache: PrunedCache, max_num_reqs: int, recorder: KeptRecorder | None = None
-    ) -> None:
-        L, _, Hkv, _, _ = cache.tensor.shape
-        self.cache = cache
-        self.recorder = recorder
-        self.request_ids = [""] * max_num_reqs
-        self.compact_blocks = np.zeros(max_num_reqs, dtype=np.int64)
-        self.longest = np.zeros((max_num_reqs, L), dtype=np.int64)
-        self.kept = np.zeros((max_num_reqs, L), dtype=np.int64)
-        device = cache.tensor.device
-        self.lengths = torch.zeros(max_num_reqs, L, Hkv, dtype=torch.int32, device=device)
-        self.first_pages = torch.zeros_like(self.lengths)
+    def _allocate_buffers(
+        self, max_query_tiles: int, programs: int, block_n: int, device: torch.device
+    ) -> DecodeBuffers:
+        heads = self.heads
+        return DecodeBuffers.allocate(
+            max_query_tiles, heads.L, heads.Hkv, heads.D, programs, block_n, device
+        )
 
     def add(self, index: int, prompt_tokens: int, request_id: str = "") -> None:
         """Enter a request; overwrites whatever had the index before."""
-        layout, page_size = self.cache.layout, self.cache.page_size
-        lengths = layout.kept_tokens(prompt_tokens)[self.cache.own]
-        pages = -(-lengths // page_size)
-        first_pages = pages.cumsum().reshape(pages.shape) - pages
+        lengths = self.layout.kept_tokens(prompt_tokens)[self.own]
+        head_pages = -(-lengths // self.page_size)
+        first_pages = head_pages.cumsum().reshape(head_pages.shape) - head_pages
         self.request_ids[index] = request_id
-        self.compact_blocks[index] = layout.compact_blocks(prompt_tokens, page_size)
-        self.longest[index] = lengths.max(1)
-        self.kept[index] = lengths.sum(1)
-        self.lengths[index].copy_(torch.from_numpy(lengths), non_blocking=True)
-        self.first_pages[index].copy_(torch.from_numpy(first_pages), non_blocking=True)
+        self.prompt_tokens[index] = prompt_tokens
+        self.compact_blocks[index] = self.layout.compact_blocks(prompt_tokens, self.page_size)
+        self.max_kept[index] = lengths.max()
+        self.pages.prompt_tokens[index] = prompt_tokens
+        self.pages.compact_blocks[index] = int(self.compact_blocks[index])
+        for tensor, values in (
+            (self.pages.lengths, lengths),
+            (self.pages.first_pages, first_pages),
+        ):
+            tensor[index].copy_(torch.from_numpy(values), non_blocking=True)
 
+    def decode_batch(self, first_row: int, rows: int, max_query_len: int) -> DecodeBatch:
+        """Rows for `sparse_decode`, in the persistent buffers."""
+        return DecodeBatch.of(self.buffers, first_row, rows, max_query_len, self.heads.G)
 
-@dataclass(frozen=True)
-class Row:
-    """A pruned request in this step's batch.
+    def long_decode_batch(self, row: int, query_len: int) -> DecodeBatch:
+        """A row with more queries than the persistent buffers are made for, in its own ones.
 
-    Attributes:
-        batch_index: its row in the block table and in sequence lengths.
-        table_index: its index in the `RequestTable`.
-        query: its tokens in this step's queries.
-        prompt_tokens: `n`.
-        prompt_blocks: `N`.
-        compact_blocks: `C`.
-        max_seq_len: bound of its tokens after this step.
-    """
-
-    batch_index: int
-    table_index: int
-    query: slice
-    prompt_tokens: int
-    prompt_blocks: int
-    compact_blocks: int
-    max_seq_len: int
+        Only a resumed request recomputes so many tokens behind a pruned prompt.
+        """
+        block_q = query_block(query_len * self.heads.G) // self.heads.G
+        buffers = self._allocate_buffers(
+            -(-query_len // block_q),
+            self.buffers.programs,
+            self.buffers.block_n,
+            self.buffers.rows.device,
+        )
+        buffers = replace(buffers, partial=self.buffers.partial, stats=self.buffers.stats)
+        return DecodeBatch.of(buffers, row, 1, query_len, self.heads.G)
 
 
 @dataclass(frozen=True)
@@ -97,85 +185,184 @@ class Step:
     """A step's batch, sorted by what SPARSEMM does with each request.
 
     Attributes:
-        table: the running requests.
-        prunes: rows whose prompt this step completes.
-        decodes: rows that attend to a pruned prompt.
-        has_dense: whether any row attends to all of its tokens.
+        state: what outlives the step.
+        short_rows: leading rows that the decode kernel computes, pruned or not.
+        pruned_rows: later rows that attend to a pruned prompt.
+        moves_slots: whether generated tokens of any row lie behind compact blocks.
+        max_query_len: the most queries of a row.
+        decodes: rows for the decode kernel: the short ones, then each of the pruned ones.
+        prunes: prompts that this step completes, as many at a time as the workspace holds.
     """
 
-    table: RequestTable
-    prunes: list[Row] = field(default_factory=list)
-    decodes: list[Row] = field(default_factory=list)
-    has_dense: bool = True
+    state: SparseState
+    short_rows: int
+    pruned_rows: list[int] = field(default_factory=list)
+    moves_slots: bool = False
+    max_query_len: int = 1
+    decodes: list[DecodeBatch] = field(default_factory=list)
+    prunes: list[Prompts] = field(default_factory=list)
+
+    def prepare(
+        self,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        block_table: torch.Tensor,
+        query_start: torch.Tensor,
+        seq_lens: torch.Tensor,
+        requests: torch.Tensor,
+    ) -> None:
+        """Correct the slots of generated tokens and schedule the decode rows, on the device.
+
+        Args:
+            slots: cache slot of each token of the step, int64 ``[T]``; changed in place.
+            positions: of each token in its request, int64 ``[T]``.
+            block_table: int32 ``[R, max_blocks]``.
+            query_start: first query of each row and the end of the last, int32 ``[R + 1]``.
+            seq_lens: tokens of each row after the step, int32 ``[R]``.
+            requests: index of each row's request, of the real rows only.
+        """
+        state = self.state
+        if self.moves_slots:
+            state.ops.correct_slots(
+                slots,
+                positions,
+                block_table,
+                query_start,
+                seq_lens,
+                requests,
+                state.pages,
+                state.page_size,
+                self.max_query_len,
+            )
+        for batch in self.decodes:
+            state.ops.schedule_decode(
+                batch,
+                state.pages,
+                state.layout.window,
+                state.page_size,
+                query_start,
+                seq_lens,
+                requests,
+            )
 
 
 def plan_step(
-    table: RequestTable,
-    table_indices: np.ndarray,
-    prompt_tokens: np.ndarray,
+    state: SparseState,
+    requests: np.ndarray,
     query_start: np.ndarray,
     max_seq_lens: np.ndarray,
+    rows: int | None = None,
 ) -> Step:
     """Sort a batch's requests.
 
     Args:
-        table: the running requests.
-        table_indices: index of each request in the table, ``[R]``.
-        prompt_tokens: of each request, ``[R]``.
-        query_start: first query of each request, and the end of the last, ``[R + 1]``.
-        max_seq_lens: bound of each request's tokens after the step, ``[R]``; exact for rows that
-            compute a prompt.
+        state: the running requests.
+        requests: index of each request, ``[R]``.
+        query_start: first query of each request, and the end of the last, ``[>= R + 1]``.
+        max_seq_lens: bound of each request's tokens after the step, ``[>= R]``; exact for rows
+            that compute a prompt.
+        rows: of the batch, if it is padded for a CUDA graph.
 
     Raises:
         RuntimeError: if a prompt's last chunk does not hold the window's queries.
     """
-    page_size = table.cache.page_size
-    prunes, decodes = [], []
-    for i, index in enumerate(table_indices.tolist()):
-        if not table.compact_blocks[index]:
-            continue
-        n, start, end = int(prompt_tokens[i]), int(query_start[i]), int(query_start[i + 1])
-        seq_len = int(max_seq_lens[i])
-        row = Row(
-            batch_index=i,
-            table_index=index,
-            query=slice(start, end),
-            prompt_tokens=n,
-            prompt_blocks=-(-n // page_size),
-            compact_blocks=int(table.compact_blocks[index]),
-            max_seq_len=seq_len,
-        )
-        if seq_len == n:
-            if end - start < table.cache.layout.window:
-                raise RuntimeError(
-                    f"the chunk that ends a prompt of {n} tokens holds {end - start} queries, "
-                    f"fewer than the window of {table.cache.layout.window}: the scheduler is not "
-                    "SPARSEMM's"
-                )
-            prunes.append(row)
-        elif seq_len - (end - start) >= n:
-            decodes.append(row)
-    return Step(table, prunes, decodes, has_dense=len(decodes) < len(table_indices))
+    R = len(requests)
+    query_lens = np.diff(query_start[: R + 1])
+    n = state.prompt_tokens[requests]
+    pruned = state.compact_blocks[requests] > 0
+    ends = pruned & (max_seq_lens[:R] == n)
+    decodes = pruned & (max_seq_lens[:R] - query_lens >= n)
+
+    is_long = query_lens > state.max_decode_queries
+    short_rows = int(is_long.argmax()) if is_long.any() else max(R, rows or R)
+    pruned_rows = [int(row) for row in decodes.nonzero()[0] if row >= short_rows]
+    batches = []
+    if short_rows:
+        longest = int(query_lens[:short_rows].max())
+        batches.append(state.decode_batch(0, short_rows, longest))
+    batches += [state.long_decode_batch(row, int(query_lens[row])) for row in pruned_rows]
+    return Step(
+        state,
+        short_rows,
+        pruned_rows,
+        moves_slots=bool(decodes.any()),
+        max_query_len=int(query_lens.max()),
+        decodes=batches,
+        prunes=_pack_prompts(state, ends.nonzero()[0], requests, query_start, query_lens),
+    )
 
 
-def correct_slots(
-    step: Step, slots: torch.Tensor, positions: torch.Tensor, block_table: torch.Tensor
-) -> None:
-    """Move the cache slots of generated tokens behind the compact blocks, in place.
+def _pack_prompts(
+    state: SparseState,
+    rows: np.ndarray,
+    requests: np.ndarray,
+    query_start: np.ndarray,
+    query_lens: np.ndarray,
+) -> list[Prompts]:
+    """The prompts of these rows, in groups that fit into the workspace."""
+    workspace, used = state.workspace, 0
+    groups: list[list[tuple[int, int, int, int]]] = []
+    for row in rows.tolist():
+        n = int(state.prompt_tokens[requests[row]])
+        if query_lens[row] < state.layout.window:
+            raise RuntimeError(
+                f"the chunk that ends a prompt of {n} tokens holds {query_lens[row]} queries, "
+                f"fewer than the window of {state.layout.window}: the scheduler is not SPARSEMM's"
+            )
+        used += columns(n)
+        if not groups or used > workspace.capacity or len(groups[-1]) == workspace.MAX_PROMPTS:
+            groups.append([])
+            used = columns(n)
+        groups[-1].append((row, int(requests[row]), int(query_start[row + 1]), n))
+    device = workspace.scores.device
+    return [
+        Prompts.pack(group, int(max(state.max_kept[request] for _, request, _, _ in group)), device)
+        for group in groups
+    ]
 
-    vLLM maps the token at position `p` to entry ``p // P`` of its row; generated tokens of a pruned
-    request lie `C` entries further.
 
-    Args:
-        step: this step.
-        slots: slot of each token of the step, int64 ``[T]``.
-        positions: of each token in its request, int64 ``[T]``.
-        block_table: ``[R, max_blocks]``.
+def capture_step(state: SparseState, rows: int, max_query_len: int) -> Step:
+    """The step of a batch that is captured in a CUDA graph, or that only fills a rank's time."""
+    return Step(
+        state,
+        rows,
+        max_query_len=max_query_len,
+        decodes=[state.decode_batch(0, rows, max_query_len)],
+    )
+
+
+def warm_up(state: SparseState, dtype: torch.dtype) -> None:
+    """Compile the kernels before the first request needs them; nothing to do without a GPU.
+
+    Prunes a prompt that keeps nothing, in the null block, and attends to nothing.
     """
-    page_size = step.table.cache.page_size
-    for row in step.decodes:
-        position = positions[row.query]
-        entry = position // page_size
-        entry = torch.where(entry < row.prompt_blocks, entry, entry + row.compact_blocks)
-        block = block_table[row.batch_index][entry].long()
-        slots[row.query] = block * page_size + position % page_size
+    device = state.workspace.scores.device
+    if device.type != "cuda":
+        return
+    heads, window, cache = state.heads, state.layout.window, state.cache.tensor
+    query = torch.zeros(max(window, 64), heads.Hq, heads.D, dtype=dtype, device=device)
+    scale = torch.ones(1, device=device) if cache.element_size() == 1 else None
+    n = min(window + 128, state.workspace.capacity)
+    table = torch.zeros(1, -(-n // state.page_size), dtype=torch.int32, device=device)
+    zero = torch.zeros(2, dtype=torch.int32, device=device)
+    prompts = Prompts.pack([(0, 0, window, n)], 0, device)
+    state.ops.window_scores(
+        query,
+        cache[0],
+        table,
+        prompts,
+        state.workspace,
+        window,
+        state.layout.pool_kernel,
+        1.0,
+        scale,
+    )
+    state.ops.select_tokens(prompts, state.workspace, state.pages.lengths[:, 0], window)
+    state.ops.compact_kv(cache, 0, table, prompts, state.workspace, state.pages)
+    slots = torch.full((1,), -1, dtype=torch.int64, device=device)
+    step = capture_step(state, 1, 1)
+    replace(step, moves_slots=True).prepare(slots, slots, table, zero, zero, zero[:0])
+    for queries in {1, 2, 4, 8, 16, state.max_decode_queries}:
+        batch = capture_step(state, 1, queries).decodes[0]
+        state.ops.sparse_decode(query, cache, 0, table, batch, query, 1.0, scale, scale)
+    torch.cuda.synchronize()

@@ -1,0 +1,388 @@
+"""What the GPU compiler makes of the Triton kernels, without a GPU: spills, load widths, memory.
+
+    python benchmarks/kernel_report.py                 # a table; CI checks these configurations
+    python benchmarks/kernel_report.py --json          # the same as one JSON array
+    python benchmarks/kernel_report.py --full          # every supported configuration
+    python benchmarks/kernel_report.py --kernel sparse_decode --target sm_90
+
+It calls the launchers that serving calls, with CPU tensors, while Triton believes in a GPU of the
+target's kind and every launch ends after compiling. So a row is a kernel exactly as it is launched:
+its tile sizes, warps, stages and argument specialisations. Compiled kernels stay in Triton's cache
+on disk (``TRITON_CACHE_DIR``). Exit status 1 if a kernel spills, needs more shared memory than the
+target has, or does not compile.
+
+Columns:
+
+* registers: 32-bit registers of a thread, of at most 255;
+* spill_bytes: local memory of a thread, its stack frame included, as `cuobjdump -res-usage` tells
+  it. Spilled registers live there, and nothing else in kernels without local arrays or calls, which
+  these are; if in doubt, it counts too much;
+* shared_bytes: shared memory of a program;
+* widest_load, widest_store: bits that one instruction moves for one thread between global memory
+  and registers, or from global to shared memory (asynchronous copies);
+* wide_loads: the share of the bytes from global memory that instructions of 128 bits and more load,
+  each counted once, however often it runs;
+* wide_loop_loads: the same of the loads in loops, null if there are none. A loop is what lies
+  between a backward branch and its target.
+"""
+
+import argparse
+import functools
+import gzip
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from sparsemm_vllm.triton_kernels.batch import (
+    DecodeBatch,
+    DecodeBuffers,
+    HeadPages,
+    Prompts,
+    PruneWorkspace,
+)
+from sparsemm_vllm.triton_kernels.compact_kv import compact_kv
+from sparsemm_vllm.triton_kernels.correct_slots import correct_slots
+from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
+from sparsemm_vllm.triton_kernels.select_tokens import select_tokens
+from sparsemm_vllm.triton_kernels.sparse_decode import decode_tile, sparse_decode
+from sparsemm_vllm.triton_kernels.window_scores import window_scores
+
+OPS = (
+    "window_scores",
+    "select_tokens",
+    "compact_kv",
+    "correct_slots",
+    "schedule_decode",
+    "sparse_decode",
+)
+
+# Shared memory that a program may have. Source: CUDA C++ programming guide, technical
+# specifications per compute capability, less 1 KiB that the system takes.
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,  # of the cache, beside bfloat16 queries
+}
+FIRST_FP8 = 89  # Triton cannot convert e4m3 on older targets
+
+CONFIGURATION = ("target", "dtype", "D", "P", "G", "Q", "n", "single")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration; what its kernel does not depend on is None.
+
+    Attributes:
+        op: the launcher.
+        arch: compute capability, as in ``sm_90``.
+        dtype: of the cache, see `DTYPES`.
+        D: head size.
+        P: page size in tokens.
+        G: query heads per KV head.
+        Q: most queries of a decode row.
+        n: prompt tokens.
+        single: one layer-1 launch for one request and one KV head. Triton compiles arguments that
+            are 1 as constants, which is a kernel of its own.
+    """
+
+    op: str
+    arch: int
+    dtype: str | None = None
+    D: int | None = None
+    P: int | None = None
+    G: int | None = None
+    Q: int | None = None
+    n: int | None = None
+    single: bool = False
+
+
+def full_matrix() -> Iterator[Case]:
+    """Every supported configuration."""
+    sizes = (DTYPES, (32, 64, 80, 96, 128, 256), (16, 32, 64, 128), (1, 4, 7), (1, 4, 16))
+    for arch, dtype, D, P, G, Q in itertools.product(SHARED_BYTES, *sizes):
+        yield from cases(arch, dtype, D, P, G, Q)
+        if (P, G, Q) == (16, 1, 1):
+            yield from cases(arch, dtype, D, P, G, Q, single=True)
+
+
+def reduced_matrix() -> Iterator[Case]:
+    """What CI has the time for."""
+    for arch, dtype, D in itertools.product(SHARED_BYTES, ("bf16", "fp8"), (64, 128)):
+        yield from cases(arch, dtype, D, 16, 4, 1)  # tiles of 16 queries
+        yield from cases(arch, dtype, D, 16, 7, 16)  # of 64, of which 63 are used
+    yield from cases(90, "bf16", 128, 16, 1, 1, single=True)
+
+
+def cases(
+    arch: int, dtype: str, D: int, P: int, G: int, Q: int, single: bool = False
+) -> Iterator[Case]:
+    """Each launcher's part of a configuration, without what it does not depend on."""
+    if dtype == "fp8" and arch < FIRST_FP8:
+        return
+    yield Case("window_scores", arch, dtype, D, P, G, single=single)
+    for n in (1001, 2001, 3001, 9001):  # tiles of 1024, 2048 and 4096 scores, and three of these
+        yield Case("select_tokens", arch, n=n, single=single)
+    yield Case("compact_kv", arch, dtype, D, P, single=single)
+    yield Case("correct_slots", arch, P=P, single=single)
+    yield Case("schedule_decode", arch, dtype, D, None, G, Q, single=single)
+    yield Case("sparse_decode", arch, dtype, D, P, G, Q, single=single)
+
+
+def launch(case: Case) -> None:
+    """Call the launcher of `case` as a serving step does."""
+    D, P, G, Q = case.D or 128, case.P or 16, case.G or 1, case.Q or 1
+    # L and Hkv of Vicuna-7B, Mistral-7B and Qwen2-VL-7B.
+    L, Hkv = {1: (32, 32), 4: (32, 8), 7: (28, 4)}[G]
+    layer, requests = 5, 3
+    if case.single:
+        Hkv, layer, requests = 1, 1, 1
+    window, n, max_requests, max_blocks = 32, case.n or 3001, 7, 1001
+    tokens = requests * n
+    cpu = torch.device("cpu")
+
+    dtype = DTYPES[case.dtype or "bf16"]
+    scale = torch.ones(1) if dtype.itemsize == 1 else None
+    # vLLM's default layout, in which a token's heads lie side by side; nothing is read or written.
+    cache = torch.empty(L, 3, P, Hkv, 2 * D, dtype=dtype).transpose(2, 3)
+    query = torch.empty(tokens, Hkv * G, D, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype)
+    table = torch.zeros(requests, max_blocks, dtype=torch.int32)
+    pages = HeadPages.empty(max_requests, L, Hkv, cpu)
+    query_start = torch.zeros(requests + 1, dtype=torch.int32)
+    seq_lens = torch.zeros(requests, dtype=torch.int32)
+    running = torch.zeros(requests, dtype=torch.int32)
+    prompts = Prompts.pack([(i, i, (i + 1) * n, n) for i in range(requests)], 1025, cpu)
+    workspace = PruneWorkspace.allocate(requests * (n + 16), Hkv * G, Hkv, window, cpu)
+    buffers = DecodeBuffers.allocate(requests * Q * G, L, Hkv, D, 132, decode_tile(D, dtype), cpu)
+    batch = DecodeBatch.of(buffers, 0, requests, Q, G)
+
+    if case.op == "window_scores":
+        window_scores(query, cache[layer], table, prompts, workspace, window, 5, 0.1, scale)
+    elif case.op == "select_tokens":
+        select_tokens(prompts, workspace, pages.lengths[:, layer], window)
+    elif case.op == "compact_kv":
+        compact_kv(cache, layer, table, prompts, workspace, pages)
+    elif case.op == "correct_slots":
+        slots = torch.empty(tokens, dtype=torch.int64)
+        positions = torch.empty(tokens, dtype=torch.int64)
+        correct_slots(
+            slots, positions, table, query_start, seq_lens, running, pages, P, max_query_len=Q
+        )
+    elif case.op == "schedule_decode":
+        schedule_decode(batch, pages, window, P, query_start, seq_lens, running)
+    else:
+        output = torch.empty_like(query)
+        sparse_decode(query, cache, layer, table, batch, output, 0.1, scale, scale)
+
+
+class Gpu:
+    """Stands in for Triton's driver: a GPU that is only compiled for."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton keeps its kernels in memory by device: one for each target
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def compiled(function: Callable[[], None], arch: int) -> list[Row]:
+    """Rows of the kernels that `function` launches, which are compiled and do not run."""
+    rows = []
+    jit_run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, **kwargs: Any) -> None:
+        kernel = jit_run(self, *args, **kwargs | {"warmup": True})
+        name = f"{self.__module__.rpartition('.')[2]}.{self.__name__}"
+        rows.append({"kernel": name, "hash": kernel.hash} | inspect(kernel))
+
+    driver.set_active(Gpu(arch))
+    with mock.patch.object(JITFunction, "run", compile_only):
+        function()
+    return rows
+
+
+def inspect(kernel: Any) -> Row:
+    """Resources and load widths of a `CompiledKernel`."""
+    (path,) = (path for name, path in kernel.metadata_group.items() if name.endswith(".cubin"))
+    text = disassemble(Path(path))
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return {
+        "num_warps": kernel.metadata.num_warps,
+        "registers": int(usage["REG"]),
+        "spill_bytes": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "shared_bytes": kernel.metadata.shared,
+        **widths(text),
+    }
+
+
+@functools.cache
+def disassemble(cubin: Path) -> str:
+    """Resource usage and instructions, kept beside the kernel in Triton's cache."""
+    listing = cubin.with_suffix(".sass.gz")
+    if not listing.exists():
+        tool = triton.knobs.nvidia.cuobjdump.path
+        command = [tool, "-res-usage", "-sass", str(cubin)]
+        text = subprocess.run(command, capture_output=True, check=True).stdout
+        part = listing.with_suffix(f".{os.getpid()}")
+        part.write_bytes(gzip.compress(text, 1))
+        part.replace(listing)
+    return gzip.decompress(listing.read_bytes()).decode()
+
+
+LOADS = ("LD", "LDG", "LDGSTS")
+STORES = ("ST", "STG")
+WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/ +(?:@\S+ +)?([A-Z][\w.]*) *([^;]*);")
+
+
+def widths(sass: str) -> Row:
+    """Widths of the accesses to global memory, in bits."""
+    loads, stores, loops = [], [0], []
+    for address, code, operands in INSTRUCTION.findall(sass):
+        at = int(address, 16)
+        name, *modifiers = code.split(".")
+        bits = min((WIDTHS[part] for part in modifiers if part in WIDTHS), default=32)
+        if name in LOADS:
+            loads.append((at, bits))
+        elif name in STORES:
+            stores.append(bits)
+        elif name == "BRA" and (goal := re.search(r"0x([0-9a-f]+) *$", operands)):
+            loops.append((int(goal[1], 16), at))
+    looped = [(at, bits) for at, bits in loads if any(start <= at <= end for start, end in loops)]
+    return {
+        "widest_load": max((bits for _, bits in loads), default=0),
+        "widest_store": max(stores),
+        "wide_loads": wide_share(loads),
+        "wide_loop_loads": wide_share(looped),
+    }
+
+
+def wide_share(loads: list[tuple[int, int]]) -> float | None:
+    """Share of the bits that loads of 128 bits and more load."""
+    total = sum(bits for _, bits in loads)
+    return round(sum(bits for _, bits in loads if bits >= 128) / total, 3) if total else None
+
+
+def rows_of(case: Case) -> list[Row]:
+    """Compile what the launcher of `case` launches."""
+    values = asdict(case) | {"target": f"sm_{case.arch}"}
+    configuration = {name: values[name] for name in CONFIGURATION}
+    try:
+        rows = compiled(lambda: launch(case), case.arch)
+    except Exception as error:  # a compiler error may be of any type; one row reports it
+        failed = {"kernel": case.op, "error": f"{type(error).__name__}: {error}"}
+        return [failed | configuration]
+    return [{"kernel": row["kernel"]} | configuration | row for row in rows]
+
+
+def problem(row: Row) -> str | None:
+    """Why a kernel must not be launched like this."""
+    if "error" in row:
+        return str(row["error"])
+    if row["spill_bytes"]:
+        return f"spills {row['spill_bytes']} bytes"
+    limit = SHARED_BYTES[int(row["target"].removeprefix("sm_"))]
+    if row["shared_bytes"] > limit:
+        return f"needs {row['shared_bytes']} bytes of shared memory, of {limit}"
+    return None
+
+
+def failures(rows: list[Row]) -> list[str]:
+    """A line for each kernel that must not be launched like this."""
+    lines = []
+    for row in rows:
+        if why := problem(row):
+            at = [f"{key}={row[key]}" for key in CONFIGURATION if row.get(key)]
+            lines.append(f"{row['kernel']} {' '.join(at)}: {why}")
+    return lines
+
+
+def report(matrix: Iterable[Case]) -> list[Row]:
+    """One row for each kernel that the matrix compiles, in its order."""
+    distinct = list(dict.fromkeys(matrix))
+    rows: dict[str, Row] = {}
+    started = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        for done, (case, found) in enumerate(
+            zip(distinct, pool.map(rows_of, distinct), strict=True), 1
+        ):
+            for row in found:
+                rows.setdefault(row.pop("hash", str(case)), row)
+            if done % 20 == 0 or done == len(distinct):
+                print(
+                    f"{done} of {len(distinct)} launches, {len(rows)} kernels, "
+                    f"{time.monotonic() - started:.0f} s",
+                    file=sys.stderr,
+                )
+    return list(rows.values())
+
+
+def table(rows: list[Row]) -> str:
+    """Rows of text, aligned."""
+    columns = list(dict.fromkeys(key for row in rows for key in row if key != "error"))
+    lines = [columns]
+    for row in rows:
+        values = (row.get(column) for column in columns)
+        lines.append(["-" if value is None else str(value) for value in values])
+    size = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, size)).rstrip() for line in lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON array")
+    parser.add_argument("--full", action="store_true", help="every supported configuration")
+    targets = [f"sm_{arch}" for arch in SHARED_BYTES]
+    parser.add_argument("--target", choices=targets, help="this target only")
+    parser.add_argument("--kernel", choices=OPS, help="this launcher's kernels only")
+    options = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: nothing would be compiled")
+
+    matrix = full_matrix() if options.full else reduced_matrix()
+    rows = report(
+        case
+        for case in matrix
+        if options.target in (None, f"sm_{case.arch}") and options.kernel in (None, case.op)
+    )
+    print(json.dumps(rows) if options.json else table(rows))
+    failed = failures(rows)
+    print(*failed, sep="\n", end="\n" * bool(failed), file=sys.stderr)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

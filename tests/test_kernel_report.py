@@ -1,0 +1,202 @@
+"""The kernels compile for GPUs that are not here: no spills, 16-byte loads."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+# Kernels that need no 16-byte loads: what they read is little beside keys and values.
+NARROW = {
+    "window_scores._pool",  # neighbours of each score: shifted by one, no load is aligned
+    "correct_slots._correct_slots_kernel",  # a few tokens a row
+    "schedule_decode._schedule_decode",  # lengths and query starts, gathered
+}
+
+
+def python(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script in which Triton compiles, whatever the tests around do."""
+    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=inherited | {"PYTHONPATH": str(BENCHMARKS)} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def report(*options: str, **environment: str) -> subprocess.CompletedProcess:
+    return python(BENCHMARKS / "kernel_report.py", "--json", *options, **environment)
+
+
+@pytest.fixture(scope="module")
+def reduced() -> list[dict]:
+    """CI's rows. Two cores need 2 minutes for them, and 15 s when they lie in Triton's cache."""
+    done = report()
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_nothing_spills(reduced):
+    assert {row["spill_bytes"] for row in reduced} == {0}
+
+
+def test_data_is_loaded_16_bytes_at_a_time(reduced):
+    for row in reduced:
+        if row["kernel"] not in NARROW:
+            assert row["widest_load"] >= 128, row
+            # The rest are indices: block table entries, positions, lengths.
+            assert row["wide_loads"] >= 0.4, row
+            assert row["wide_loop_loads"] is None or row["wide_loop_loads"] >= 0.5, row
+
+
+def test_what_ci_compiles(reduced):
+    assert len(reduced) <= 150
+    assert {row["target"] for row in reduced} == {"sm_80", "sm_90", "sm_100"}
+    streaming = [row for row in reduced if row["kernel"] == "sparse_decode._sparse_decode"]
+    covered = {(row["target"], row["dtype"], row["D"]) for row in streaming}
+    e4m3 = {(target, "fp8", D) for target in ("sm_90", "sm_100") for D in (64, 128)}
+    bf16 = {(target, "bf16", D) for target in ("sm_80", "sm_90", "sm_100") for D in (64, 128)}
+    assert covered == e4m3 | bf16
+
+
+def test_every_kernel_is_reported(reduced):
+    launched = set()
+    for path in (ROOT / "triton_kernels").glob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        kernels = {
+            node.name
+            for node in nodes
+            if isinstance(node, ast.FunctionDef)
+            and any("triton.jit" in ast.unparse(line) for line in node.decorator_list)
+        }
+        launches = {
+            node.func.value.id
+            for node in nodes
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Subscript)  # kernel[grid](...)
+            and isinstance(node.func.value, ast.Name)
+        }
+        launched |= {f"{path.stem}.{name}" for name in kernels & launches}
+    assert len(launched) >= 6
+    assert launched == {row["kernel"] for row in reduced}
+
+
+def test_compiled_kernels_are_kept_on_disk(tmp_path):
+    def files() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
+
+    options = ("--kernel", "correct_slots", "--target", "sm_90")
+    first = report(*options, TRITON_CACHE_DIR=str(tmp_path))
+    compiled = files()
+    second = report(*options, TRITON_CACHE_DIR=str(tmp_path))
+    assert any(path.suffix == ".cubin" for path in compiled)
+    assert files() == compiled
+    assert first.stdout == second.stdout
+
+
+def test_an_interpreted_run_is_refused():
+    done = report(TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET" in done.stderr
+
+
+@triton.jit
+def _sum(x_ptr, out_ptr, n, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of `n` rows of `BLOCK` numbers, `STRIDE` apart."""
+    column = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for row in range(n):
+        total += tl.load(x_ptr + row * BLOCK * STRIDE + column * STRIDE)
+    tl.store(out_ptr + column, total)
+
+
+@triton.jit
+def _product(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    """Product of `n` matrices, whose tiles wait in shared memory."""
+    index = tl.arange(0, BLOCK)
+    at = index[:, None] * BLOCK + index[None, :]
+    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for row in tl.range(n, num_stages=8):
+        x = tl.load(x_ptr + row * BLOCK * BLOCK + at)
+        total = tl.dot(x, x, total)
+    tl.store(out_ptr + at, total.to(tl.bfloat16))
+
+
+def probe(arch: int) -> None:
+    """Print the rows of kernels that are known to be good or bad, and what is wrong with each."""
+    import kernel_report
+
+    x = torch.empty(64)
+    half = x.to(torch.bfloat16)
+    launches = {
+        "wide": lambda: _sum[(1,)](x, x, 7, STRIDE=1, BLOCK=4096),
+        "narrow": lambda: _sum[(1,)](x, x, 7, STRIDE=3, BLOCK=4096),
+        # 32 sums in each thread of 32 registers.
+        "spill": lambda: _sum[(1,)](x, x, 7, STRIDE=1, BLOCK=4096, maxnreg=32),
+        # 8 tiles of 32 KiB.
+        "shared": lambda: _product[(1,)](half, half, 7, BLOCK=128),
+    }
+    rows = {name: kernel_report.compiled(launch, arch)[0] for name, launch in launches.items()}
+    if arch < 89:  # Triton has no e4m3 there
+        case = kernel_report.Case("window_scores", arch, "fp8", 64, 16, 1)
+        (rows["error"],) = kernel_report.rows_of(case)
+    found = {
+        name: [row, kernel_report.failures([row | {"target": f"sm_{arch}"}])]
+        for name, row in rows.items()
+    }
+    print(json.dumps(found))
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_the_report_sees_what_is_wrong(arch):
+    done = python(__file__, str(arch))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+
+    wide, failures = found["wide"]
+    assert not failures
+    assert wide["spill_bytes"] == 0
+    assert (wide["widest_load"], wide["widest_store"]) == (128, 128)
+    assert (wide["wide_loads"], wide["wide_loop_loads"]) == (1, 1)
+
+    narrow, failures = found["narrow"]
+    assert not failures
+    assert (narrow["widest_load"], narrow["widest_store"]) == (32, 128)
+    assert (narrow["wide_loads"], narrow["wide_loop_loads"]) == (0, 0)
+
+    spill, failures = found["spill"]
+    assert spill["spill_bytes"] > 0
+    assert spill["registers"] <= 32
+    assert failures == [f"__main__._sum target=sm_{arch}: spills {spill['spill_bytes']} bytes"]
+
+    shared, (failure,) = found["shared"]
+    assert f"needs {shared['shared_bytes']} bytes of shared memory" in failure
+
+    assert ("error" in found) == (arch < 89)
+    if arch < 89:
+        row, (failure,) = found["error"]
+        assert row["kernel"] in failure
+        assert "fp8e4nv" in failure
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
+def test_the_full_matrix():
+    done = report("--full")
+    assert done.returncode == 0, done.stderr[-10000:]
+    rows = json.loads(done.stdout)
+    assert all(row["widest_load"] >= 128 for row in rows if row["kernel"] not in NARROW)
+
+
+if __name__ == "__main__":
+    probe(int(sys.argv[1]))

@@ -1,0 +1,245 @@
+"""What the kernels are told of a step's requests, and the buffers that outlive the step.
+
+Positions and lengths are int32 tensors on the device, so that nothing waits for it; what shapes a
+launch is a Python integer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+# Rows of `Prompts.table`.
+BATCH_ROW, REQUEST, QUERY_END, TOKENS, OFFSET = range(5)
+
+# Columns of `DecodeBuffers.rows`.
+TILE_ROW, FIRST_QUERY, QUERIES, POSITION, TAIL_START, PROMPT_BLOCKS, COMPACT_BLOCKS, TAIL = range(8)
+
+OFFSET_ALIGNMENT = 16  # tokens: 16-byte loads of scores begin at multiples of it
+
+
+@dataclass(frozen=True)
+class HeadPages:
+    """Where the head pages of each running request lie; a request has a fixed index.
+
+    Attributes:
+        prompt_tokens: `n` of each request, int32 ``[max_requests]``.
+        compact_blocks: `C`, 0 for prompts that are not pruned, int32 ``[max_requests]``.
+        lengths: tokens in each head's pages, int32 ``[max_requests, L, Hkv]``.
+        first_pages: each head's first head page, int32 ``[max_requests, L, Hkv]``.
+    """
+
+    prompt_tokens: torch.Tensor
+    compact_blocks: torch.Tensor
+    lengths: torch.Tensor
+    first_pages: torch.Tensor
+
+    @classmethod
+    def empty(cls, max_requests: int, L: int, Hkv: int, device: torch.device) -> "HeadPages":
+        """No request is pruned."""
+        shapes = (max_requests,), (max_requests,), (max_requests, L, Hkv), (max_requests, L, Hkv)
+        return cls(*(torch.zeros(shape, dtype=torch.int32, device=device) for shape in shapes))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts that this step completes and prunes, side by side in a `PruneWorkspace`.
+
+    Attributes:
+        table: int32 ``[5, R]``: of each prompt its row in the block table, its index in
+            `HeadPages`, the end of its queries in the step's, `n`, and its first column in the
+            workspace.
+        max_tokens: the longest `n`.
+        max_kept: most tokens that a head keeps in its pages.
+    """
+
+    table: torch.Tensor
+    max_tokens: int
+    max_kept: int
+
+    @property
+    def count(self) -> int:
+        """Prompts, `R`."""
+        return self.table.shape[1]
+
+    @classmethod
+    def pack(
+        cls, rows: Sequence[tuple[int, int, int, int]], max_kept: int, device: torch.device
+    ) -> "Prompts":
+        """Give every prompt its columns.
+
+        Args:
+            rows: ``(batch row, request, end of its queries, n)`` of each prompt.
+            max_kept: most tokens that a head keeps in its pages.
+            device: where the kernels run.
+        """
+        offsets, end = [], 0
+        for *_, n in rows:
+            offsets.append(end)
+            end += columns(n)
+        table = torch.tensor([*zip(*rows, strict=True), offsets], dtype=torch.int32)
+        if device.type == "cuda":
+            table = table.pin_memory()
+        return cls(table.to(device, non_blocking=True), max(row[3] for row in rows), max_kept)
+
+
+def columns(prompt_tokens: int) -> int:
+    """Workspace columns of a prompt."""
+    return -(-prompt_tokens // OFFSET_ALIGNMENT) * OFFSET_ALIGNMENT
+
+
+@dataclass(frozen=True)
+class PruneWorkspace:
+    """Scratch memory of a prune, allocated once.
+
+    Attributes:
+        sums: attention that each token gets, not pooled, float32 ``[Hkv, capacity]``.
+        scores: pooled scores, float32 ``[Hkv, capacity]``.
+        positions: kept positions, from each prompt's first column on, int32 ``[Hkv, capacity]``.
+        stats: maximum and sum of each window query's softmax over a part of the prompt, float32
+            ``[2, stats_size]``.
+    """
+
+    sums: torch.Tensor
+    scores: torch.Tensor
+    positions: torch.Tensor
+    stats: torch.Tensor
+
+    # Programs that share a launch of the softmax statistics, and prompts at most.
+    PARTS = 512
+    MAX_PROMPTS = 32
+
+    @classmethod
+    def allocate(
+        cls, capacity: int, Hq: int, Hkv: int, window: int, device: torch.device
+    ) -> "PruneWorkspace":
+        """Memory for prompts of `capacity` tokens in all."""
+        capacity = columns(capacity)
+        # A part has at most 64 rows of queries, see window_scores.
+        stats = max(cls.PARTS * 64, cls.MAX_PROMPTS * Hkv * padded_queries(Hq // Hkv, window))
+        return cls(
+            torch.empty(Hkv, capacity, device=device),
+            torch.empty(Hkv, capacity, device=device),
+            torch.empty(Hkv, capacity, dtype=torch.int32, device=device),
+            torch.empty(2, stats, device=device),
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Columns: tokens of all prompts of one launch."""
+        return self.scores.shape[1]
+
+
+def query_block(rows: int) -> int:
+    """Rows of a tile of queries: a power of two, 16 at least (tensor cores), 64 at most."""
+    return min(64, max(16, 1 << (rows - 1).bit_length()))
+
+
+def padded_queries(G: int, window: int) -> int:
+    """Window queries of a KV head, all of its query heads', in whole tiles."""
+    block = query_block(G * window)
+    return -(-G * window // block) * block
+
+
+@dataclass(frozen=True)
+class DecodeBuffers:
+    """How decode attention is spread over the device, rewritten every step.
+
+    A *query tile* is up to `block_q` queries of one request; an *item* is a query tile and a KV
+    head, ``item = query_tile * Hkv + head``; its tokens are read in *KV tiles* of `block_n`. Equal
+    shares of a layer's KV tiles go to `programs` programs, whatever items they belong to.
+
+    Attributes:
+        rows: int32 ``[max_query_tiles, 8]``: of each query tile its row in the block table, its
+            first query in the step's, how many, the position of the first, the first position of
+            the tail, `N`, `C`, and the tokens of the tail that it sees.
+        items: tokens in the head pages of each item, and its first head page, int32
+            ``[L, max_items, 2]``.
+        first_tile: KV tiles of the items before each, and of all, int32 ``[L, max_items + 1]``.
+        first_item: item at which each program begins, int32 ``[L, programs]``.
+        partial: unfinished outputs, of a program's first and last item, float32
+            ``[programs, 2, 64, D]``.
+        stats: maximum and sum of their softmax, float32 ``[programs, 2, 64, 2]``.
+        block_n: tokens of a KV tile.
+    """
+
+    rows: torch.Tensor
+    items: torch.Tensor
+    first_tile: torch.Tensor
+    first_item: torch.Tensor
+    partial: torch.Tensor
+    stats: torch.Tensor
+    block_n: int
+
+    @classmethod
+    def allocate(
+        cls,
+        max_query_tiles: int,
+        L: int,
+        Hkv: int,
+        D: int,
+        programs: int,
+        block_n: int,
+        device: torch.device,
+    ) -> "DecodeBuffers":
+        """Buffers of a schedule in which nothing is to be read."""
+        items = max_query_tiles * Hkv
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        return cls(
+            zeros(max_query_tiles, 8),
+            zeros(L, items, 2),
+            zeros(L, items + 1),
+            zeros(L, programs),
+            torch.empty(programs, 2, 64, D, device=device),
+            torch.empty(programs, 2, 64, 2, device=device),
+            block_n,
+        )
+
+    @property
+    def programs(self) -> int:
+        """Programs of a decode launch."""
+        return self.first_item.shape[1]
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """Rows of a step that `sparse_decode` computes.
+
+    Attributes:
+        buffers: their schedule.
+        first_row: the first of them in the batch.
+        rows: how many.
+        tiles_per_row: query tiles of a row.
+        block_q: queries of a tile.
+    """
+
+    buffers: DecodeBuffers
+    first_row: int
+    rows: int
+    tiles_per_row: int
+    block_q: int
+
+    @property
+    def query_tiles(self) -> int:
+        """Query tiles in all."""
+        return self.rows * self.tiles_per_row
+
+    @classmethod
+    def of(
+        cls, buffers: DecodeBuffers, first_row: int, rows: int, max_query_len: int, G: int
+    ) -> "DecodeBatch":
+        """Rows of up to `max_query_len` queries each.
+
+        Raises:
+            ValueError: if the buffers are too small.
+        """
+        block_q = query_block(max_query_len * G) // G
+        batch = cls(buffers, first_row, rows, -(-max_query_len // block_q), block_q)
+        if batch.query_tiles > buffers.rows.shape[0]:
+            raise ValueError(
+                f"{batch.query_tiles} query tiles, but the buffers hold {buffers.rows.shape[0]}"
+            )
+        return batch

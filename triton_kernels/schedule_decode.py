@@ -1,0 +1,183 @@
+"""Spreads a step's decode attention evenly over the device, by tokens and not by heads."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .batch import DecodeBatch, HeadPages
+
+BLOCK_ITEMS = 1024
+
+
+@triton.jit(
+    do_not_specialize=["first_row", "num_items", "num_requests", "tiles_per_row", "block_q"]
+)
+def _schedule_decode(
+    query_start_ptr,
+    seq_lens_ptr,
+    requests_ptr,
+    prompt_tokens_ptr,
+    compact_blocks_ptr,
+    lengths_ptr,
+    first_pages_ptr,
+    rows_ptr,
+    items_ptr,
+    first_tile_ptr,
+    first_item_ptr,
+    stride_request,
+    stride_layer,
+    stride_head,
+    stride_items,
+    first_row,
+    num_items,
+    num_requests,
+    window,
+    page_size,
+    tiles_per_row,
+    block_q,
+    Hkv: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_ITEMS: tl.constexpr,
+    BLOCK_PROGRAMS: tl.constexpr,
+):
+    layer = tl.program_id(0)
+    items_ptr += layer.to(tl.int64) * 2 * stride_items
+    first_tile_ptr += layer.to(tl.int64) * (stride_items + 1)
+
+    # Each item's KV tiles, summed up.
+    total = 0
+    tl.store(first_tile_ptr, 0)
+    for block in range(0, num_items, BLOCK_ITEMS):
+        item = block + tl.arange(0, BLOCK_ITEMS)
+        inside = item < num_items
+        query_tile, head = item // Hkv, item % Hkv
+        row = first_row + query_tile // tiles_per_row
+        skipped = query_tile % tiles_per_row * block_q
+
+        start = tl.load(query_start_ptr + row, inside, 0)
+        end = tl.load(query_start_ptr + row + 1, inside, 0)
+        seq_len = tl.load(seq_lens_ptr + row, inside, 0)
+        queries = tl.minimum(tl.maximum(end - start - skipped, 0), block_q)
+        computed = seq_len - (end - start)
+
+        # Padded rows belong to no request, and a prompt that is being computed is dense still.
+        real = inside & (row < num_requests)
+        request = tl.load(requests_ptr + row, real, 0).to(tl.int64)
+        n = tl.load(prompt_tokens_ptr + request, real, 0)
+        compact_blocks = tl.load(compact_blocks_ptr + request, real, 0)
+        pruned = real & (compact_blocks > 0) & (computed >= n)
+        page = request * stride_request + layer * stride_layer + head * stride_head
+        kept = tl.load(lengths_ptr + page, pruned, 0)
+        first_page = tl.load(first_pages_ptr + page, pruned, 0)
+        tail_start = tl.where(pruned, n - window, 0)
+        position = computed + skipped
+        tail = tl.where(queries > 0, position + queries - tail_start, 0)
+        tokens = tl.where(queries > 0, kept + tail, 0)
+        tiles = (tokens + BLOCK_N - 1) // BLOCK_N
+
+        tl.store(first_tile_ptr + 1 + item, total + tl.cumsum(tiles), inside)
+        total += tl.sum(tiles)
+        tl.store(items_ptr + 2 * item, kept, inside)
+        tl.store(items_ptr + 2 * item + 1, first_page, inside)
+        once = inside & (layer == 0) & (head == 0)
+        out_ptr = rows_ptr + 8 * query_tile
+        tl.store(out_ptr, row, once)
+        tl.store(out_ptr + 1, start + skipped, once)
+        tl.store(out_ptr + 2, queries, once)
+        tl.store(out_ptr + 3, position, once)
+        tl.store(out_ptr + 4, tail_start, once)
+        tl.store(out_ptr + 5, tl.where(pruned, (n + page_size - 1) // page_size, 0), once)
+        tl.store(out_ptr + 6, tl.where(pruned, compact_blocks, 0), once)
+        tl.store(out_ptr + 7, tail, once)
+
+    # Where each program begins: the last item with no more tiles before it than its own first one.
+    tl.debug_barrier()
+    program = tl.arange(0, BLOCK_PROGRAMS)
+    begin = program * tl.cdiv(total, PROGRAMS)
+    low = tl.zeros_like(program)  # items that end at or before `begin`, counted by bisection
+    high = tl.zeros_like(program) + num_items
+    size = num_items
+    while size > 0:
+        middle = (low + high) // 2
+        ends = tl.load(first_tile_ptr + 1 + middle, low < high, 0)
+        before = ends <= begin
+        low = tl.where((low < high) & before, middle + 1, low)
+        high = tl.where((low < high) & ~before, middle, high)
+        size = size // 2
+    tl.store(first_item_ptr + layer * PROGRAMS + program, low, program < PROGRAMS)
+
+
+def schedule_decode(
+    batch: DecodeBatch,
+    pages: HeadPages,
+    window: int,
+    page_size: int,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    requests: torch.Tensor,
+) -> None:
+    """Write the schedule of one step's decode rows, for all layers, into the batch's buffers.
+
+    A row is attended to as pruned if its request is and its prompt has been computed; only the
+    device knows that, as it alone knows how many draft tokens were accepted. The decomposition is
+    stream-K's: equal shares of the KV tiles for all programs, cut wherever they end. Source: Osama
+    et al., https://arxiv.org/abs/2301.03598; for attention Sanovar et al.,
+    https://arxiv.org/abs/2405.10480.
+
+    Args:
+        batch: which rows; its buffers are written.
+        pages: head pages of all requests.
+        window: `W`, in tokens.
+        page_size: `P`, in tokens.
+        query_start: first query of each row of the batch and the end of the last, int32
+            ``[>= R + 1]``; padded rows have no queries.
+        seq_lens: tokens of each row after the step, int32 ``[>= R]``.
+        requests: index in `pages` of each row, of the real ones only, int32 or int64.
+
+    Raises:
+        ValueError: for tensors of another type, or pages of other heads than the buffers'.
+    """
+    buffers = batch.buffers
+    L, Hkv = pages.lengths.shape[1:]
+    programs = buffers.programs
+    if query_start.dtype != torch.int32 or seq_lens.dtype != torch.int32:
+        raise ValueError("query_start and seq_lens must be int32")
+    if buffers.items.shape[:2] != (L, buffers.rows.shape[0] * Hkv):
+        raise ValueError(
+            f"the buffers hold {list(buffers.items.shape[:2])} [L, items], not "
+            f"{[L, buffers.rows.shape[0] * Hkv]} as the pages' {L} layers and {Hkv} heads need"
+        )
+    last = batch.first_row + batch.rows
+    if query_start.shape[0] <= last or seq_lens.shape[0] < last:
+        raise ValueError(
+            f"rows up to {last}, but query_start has {query_start.shape[0]} and seq_lens "
+            f"{seq_lens.shape[0]}"
+        )
+    _schedule_decode[(L,)](
+        query_start,
+        seq_lens,
+        requests,
+        pages.prompt_tokens,
+        pages.compact_blocks,
+        pages.lengths,
+        pages.first_pages,
+        buffers.rows,
+        buffers.items,
+        buffers.first_tile,
+        buffers.first_item,
+        *pages.lengths.stride(),
+        buffers.items.shape[1],
+        batch.first_row,
+        batch.query_tiles * Hkv,
+        len(requests),
+        window,
+        page_size,
+        batch.tiles_per_row,
+        batch.block_q,
+        Hkv=Hkv,
+        PROGRAMS=programs,
+        BLOCK_N=buffers.block_n,
+        BLOCK_ITEMS=BLOCK_ITEMS,
+        BLOCK_PROGRAMS=triton.next_power_of_2(programs),
+    )

@@ -1,0 +1,17 @@
+"""The launchers of all kernels; `torch_ops` has the same names."""
+
+from .compact_kv import compact_kv
+from .correct_slots import correct_slots
+from .schedule_decode import schedule_decode
+from .select_tokens import select_tokens
+from .sparse_decode import sparse_decode
+from .window_scores import window_scores
+
+__all__ = [
+    "compact_kv",
+    "correct_slots",
+    "schedule_decode",
+    "select_tokens",
+    "sparse_decode",
+    "window_scores",
+]
