@@ -5,35 +5,18 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, FP8, TOLERANCE, Paged, bits, relative_error
 from test_golden import Case, differs_by_ties_only
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from sparsemm_vllm.triton_kernels import torch_ops
 from sparsemm_vllm.triton_kernels.batch import Prompts, PruneWorkspace, columns
 from sparsemm_vllm.triton_kernels.reference import kept_tokens, read_tokens
 from sparsemm_vllm.triton_kernels.window_scores import part_count, tiles, window_scores
-
-
-@pytest.fixture(autouse=True)
-def bfloat16_products(monkeypatch):
-    """Triton's interpreter multiplies the bits of bfloat16 numbers (up to 3.7.1): convert them."""
-    if DEVICE.type == "cuda":
-        return
-    dot = InterpreterBuilder.create_dot
-
-    def create_dot(self, a, b, *rest):
-        if a.dtype.scalar == tl.bfloat16:
-            a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
-        return dot(self, a, b, *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
-
 
 SCALE = 0.3  # not the default one; sharpens the softmax
 
@@ -209,6 +192,18 @@ def test_more_than_one_chunk_of_parts():
     rows = 2
     block_n = tiles(6, 16, torch.float32).block_n
     assert part_count(401, block_n, rows) > 16
+    step.check()
+
+
+@pytest.mark.parametrize("total", [1, 12])
+def test_parts_of_several_tiles(total, monkeypatch):
+    """One part of 9 tiles, or three of 3: the running maximum and sum; 16 queries end in the last.
+
+    The logits differ by tens, so that the maximum changes between tiles.
+    """
+    monkeypatch.setattr(PruneWorkspace, "PARTS", total)
+    step = Step([139, 24], window=16, G=1)
+    step.query *= 5
     step.check()
 
 

@@ -21,9 +21,9 @@ def decode_tile(D: int, dtype: torch.dtype) -> int:
         dtype: of the cache.
     """
     D = triton.next_power_of_2(D)
-    if dtype == torch.float32 or (dtype == torch.float8_e4m3fn and D > 128):
-        return 16
-    return min(128, 8192 // D)
+    if dtype == torch.float32:  # multiplied without tensor cores
+        return max(16, 2048 // D)
+    return 16 if D > 128 and dtype == torch.float8_e4m3fn else min(128, 8192 // D)
 
 
 def launch_options(block_m: int, D: int, dtype: torch.dtype) -> dict[str, int]:

@@ -1,0 +1,264 @@
+"""Decode attention against torch in float64, and that it touches nothing else."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import DEVICE, FP8, TOLERANCE, Paged, bits, head_pages, relative_error
+
+from sparsemm_vllm.triton_kernels import torch_ops
+from sparsemm_vllm.triton_kernels.batch import DecodeBatch, DecodeBuffers, query_block
+from sparsemm_vllm.triton_kernels.reference import head_page_slots
+from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
+from sparsemm_vllm.triton_kernels.sparse_decode import decode_tile, launch_options, sparse_decode
+
+SCALE = 0.4  # not the default one; sharpens the softmax
+L = 2
+
+
+@dataclass
+class Requests:
+    """Rows of `prompts` tokens each and their answers so far, before a step of `query_lens`.
+
+    Request 0 has heads that keep 0, 1, P - 1, P and P + 1 tokens and everything; odd ones are not
+    pruned. Everything that no row may read is NaN: null block, strange blocks, the ends of pages,
+    prompt blocks that have been freed, tokens not yet generated.
+    """
+
+    prompts: list[int]
+    query_lens: list[int]
+    generated: list[int]
+    Hkv: int = 3
+    G: int = 2
+    D: int = 32
+    P: int = 8
+    window: int = 4
+    programs: int = 6
+    dtype: torch.dtype = torch.float32
+    cache_dtype: torch.dtype | None = None
+    padded_rows: int = 1
+    block_n: int = 16
+    cache: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        P, Hkv, W = self.P, self.Hkv, self.window
+        generator = torch.random.manual_seed(sum(self.prompts))
+        lengths = []
+        for index, n in enumerate(self.prompts):
+            edges = torch.tensor([0, 1, P - 1, P, P + 1, n - W]).clamp(max=n - W)
+            order = torch.arange(L * Hkv) if index == 0 else torch.randint(0, 6, (L * Hkv,))
+            lengths.append(edges[order % 6].reshape(L, Hkv) * (index % 2 == 0))
+        self.lengths = torch.stack(lengths)
+        pages = (-(-self.lengths // P)).sum((1, 2)).tolist()
+        # One block more than needed: the maximum over ranks may be another's.
+        self.C = [1 - -p // (L * Hkv) if i % 2 == 0 else 0 for i, p in enumerate(pages)]
+        self.N = [-(-n // P) for n in self.prompts]
+        self.seq_lens = [
+            n + g + q for n, g, q in zip(self.prompts, self.generated, self.query_lens, strict=True)
+        ]
+        totals = [-(-s // P) + c for s, c in zip(self.seq_lens, self.C, strict=True)]
+        cache_dtype = self.cache_dtype or self.dtype
+        paged = Paged.random(totals, L, Hkv, P, self.D, cache_dtype)
+        self.cache, self.block_table = paged.cache, paged.block_table
+        self.pages = head_pages(self.prompts, self.lengths, self.C, P)
+        self._poison()
+        tokens = sum(self.query_lens) + self.padded_rows
+        shape = tokens, 2, Hkv * self.G, self.D
+        query = torch.randn(shape, generator=generator).to(self.dtype).to(DEVICE)
+        self.query = query[:, 0]  # strided, as a slice of a fused projection
+        self.output = torch.full_like(query, torch.nan)[:, 1]
+
+    def _poison(self) -> None:
+        """NaN for every slot of the rows' blocks that no query may see."""
+        raw = bits(self.cache)
+        poison = bits(torch.full((1,), torch.nan, device=DEVICE).to(self.cache.dtype))
+        readable = torch.zeros(self.cache.shape[:4], dtype=torch.bool, device=DEVICE)
+        for r, n in enumerate(self.prompts):
+            row, C, N = self.block_table[r], self.C[r], self.N[r]
+            start = n - self.window if C else 0
+            position = torch.arange(start, self.seq_lens[r], device=DEVICE)
+            entry = position // self.P
+            entry = torch.where(entry < N, entry, entry + C)
+            readable[:, row[entry].long(), :, position % self.P] = True
+            for layer in range(L):
+                for head in range(self.Hkv):
+                    kept = torch.arange(int(self.lengths[r, layer, head]), device=DEVICE)
+                    first = self.pages.first_pages[r, layer, head].expand_as(kept)
+                    readable[head_page_slots(self.cache, row, first, kept, N)] = True
+        raw[~readable] = poison
+
+    def batch(self) -> DecodeBatch:
+        """The step's rows, scheduled."""
+        rows = len(self.prompts) + self.padded_rows
+        longest = max(self.query_lens)
+        tiles = rows * -(-longest // max(1, query_block(longest * self.G) // self.G))
+        buffers = DecodeBuffers.allocate(
+            tiles, L, self.Hkv, self.D, self.programs, self.block_n, DEVICE
+        )
+        buffers.partial.fill_(torch.nan)
+        buffers.stats.fill_(torch.nan)
+        batch = DecodeBatch.of(buffers, 0, rows, longest, self.G)
+        ends = torch.tensor([0, *self.query_lens, *[0] * self.padded_rows]).cumsum(0)
+        schedule_decode(
+            batch,
+            self.pages,
+            self.window,
+            self.P,
+            ends.int().to(DEVICE),
+            torch.tensor(self.seq_lens + [0] * self.padded_rows).int().to(DEVICE),
+            torch.arange(len(self.prompts), device=DEVICE),
+        )
+        return batch
+
+    def check(self, k_scale: float | None = None, v_scale: float | None = None) -> None:
+        """All layers equal the reference; padding and the cache are as they were."""
+        scales = [
+            None if x is None else torch.tensor([x], device=DEVICE) for x in (k_scale, v_scale)
+        ]
+        batch = self.batch()
+        table = torch.cat([self.block_table, self.block_table[: self.padded_rows] * 0])
+        before = bits(self.cache).clone()
+        queries = sum(self.query_lens)
+        for layer in range(L):
+            self.output.fill_(torch.nan)
+            sparse_decode(self.query, self.cache, layer, table, batch, self.output, SCALE, *scales)
+            expected = torch.full_like(self.output, torch.nan, dtype=torch.float32)
+            torch_ops.sparse_decode(
+                self.query, self.cache, layer, table, batch, expected, SCALE, *scales
+            )
+            error = relative_error(self.output[:queries], expected[:queries])
+            assert error < TOLERANCE[self.dtype], f"layer {layer}: {error}"
+            assert self.output[queries:].isnan().all(), "padded rows are not written"
+        assert torch.equal(bits(self.cache), before)
+
+
+def mixed(**options: object) -> Requests:
+    """Pruned, not pruned, pruned; one, three and two queries; a prime-sized prompt."""
+    return Requests([61, 9, 37], [1, 3, 2], [4, 2, 20], **options)
+
+
+# Page and tile sizes need not divide one another; one page a tile, two, half of one.
+@pytest.mark.parametrize("P", [8, 16, 32, 128])
+def test_page_sizes(P: int) -> None:
+    mixed(P=P).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("D", [32, 64, 80, 96, 128, 256])  # 80 and 96 are padded to 128
+def test_head_sizes_and_types(D: int, dtype: torch.dtype) -> None:
+    mixed(D=D, dtype=dtype, block_n=decode_tile(D, dtype)).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("D", [80, 128])
+def test_fp8_cache(D: int, dtype: torch.dtype) -> None:
+    mixed(D=D, dtype=dtype, cache_dtype=FP8).check(k_scale=0.5, v_scale=3.0)
+
+
+@pytest.mark.parametrize("G", [1, 4, 7, 16])
+@pytest.mark.parametrize("query_len", [1, 5, 16, 23])  # decode, drafts, the most tuned for, more
+def test_packed_query_heads(G: int, query_len: int) -> None:
+    Requests([61, 9], [query_len, 1], [3, 30], G=G, Hkv=2).check()
+
+
+# One program does everything; items end where programs do; more programs than tiles.
+@pytest.mark.parametrize("programs", [1, 2, 7, 13, 200])
+def test_split_of_the_work(programs: int) -> None:
+    mixed(programs=programs).check()
+
+
+@pytest.mark.parametrize("n", [24, 63, 64, 65, 127])  # page edges, and a prime
+@pytest.mark.parametrize("generated", [0, 1, 7, 8, 40])
+def test_edges_of_the_tail(n: int, generated: int) -> None:
+    """The tail begins in a prompt page, fills it and goes on in growth blocks, or does not."""
+    Requests([n], [1], [generated], programs=3).check()
+
+
+def test_drafts_see_themselves_and_what_came_before() -> None:
+    """A later draft token's key must not change an earlier one's output."""
+    requests = Requests([61], [4], [5], programs=2)
+    requests.check()
+    before = requests.output.clone()
+    last = requests.seq_lens[0] - 1
+    entry = last // requests.P + requests.C[0]
+    block = int(requests.block_table[0, entry])
+    requests.cache[1, block, :, last % requests.P] += 1.0
+    requests.check()
+    assert torch.equal(requests.output[:3], before[:3])
+    assert not torch.allclose(requests.output[3], before[3])
+
+
+def test_a_captured_launch_follows_the_buffers() -> None:
+    """The same launch, other requests in the buffers: what a CUDA graph replays."""
+    first, second = mixed(), Requests([37, 11, 61], [2, 1, 3], [1, 30, 9])
+    buffers = first.batch().buffers
+    table = torch.zeros(4, 40, dtype=torch.int32, device=DEVICE)
+    for requests in (first, second):
+        batch = requests.batch()
+        for name in ("rows", "items", "first_tile", "first_item"):
+            getattr(buffers, name).copy_(getattr(batch.buffers, name))
+        table.zero_()
+        table[:3, : requests.block_table.shape[1]] = requests.block_table
+        captured = DecodeBatch(buffers, 0, 4, batch.tiles_per_row, batch.block_q)
+        expected = torch.full_like(requests.output, torch.nan)
+        torch_ops.sparse_decode(requests.query, requests.cache, 1, table, captured, expected, SCALE)
+        sparse_decode(requests.query, requests.cache, 1, table, captured, requests.output, SCALE)
+        assert relative_error(requests.output[:6], expected[:6]) < 1e-5
+
+
+@settings(max_examples=12)
+@given(data=st.data())
+def test_any_requests(data: st.DataObject) -> None:
+    rows = data.draw(st.integers(1, 4))
+
+    def numbers(low: int, high: int) -> list[int]:
+        return data.draw(st.lists(st.integers(low, high), min_size=rows, max_size=rows))
+
+    Requests(
+        numbers(5, 90),
+        numbers(1, 6),
+        numbers(0, 40),
+        Hkv=data.draw(st.sampled_from([1, 2, 5])),
+        G=data.draw(st.sampled_from([1, 2, 7])),
+        P=data.draw(st.sampled_from([4, 8, 16])),
+        programs=data.draw(st.integers(1, 30)),
+        padded_rows=data.draw(st.integers(0, 2)),
+        block_n=data.draw(st.sampled_from([16, 32])),
+    ).check()
+
+
+def test_tiles_fit_the_machine() -> None:
+    """Keys and values in flight: two programs share the 163 KiB of an sm_80 multiprocessor."""
+    for D in (32, 64, 80, 96, 128, 256):
+        for dtype in (torch.float32, torch.bfloat16, FP8):
+            element = torch.empty(0, dtype=dtype).element_size()
+            tile = decode_tile(D, dtype) * 2 * (1 << (D - 1).bit_length()) * element
+            query = torch.bfloat16 if dtype == FP8 else dtype
+            buffers = max(1, launch_options(16, D, query)["STAGES"] - 3)
+            assert tile * buffers <= 80 * 1024
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.zeros(7, 6, 16)}, "do not fit"),
+        ({"query": torch.zeros(7, 32, 6).transpose(1, 2)}, "contiguous"),
+        ({"cache": torch.zeros(2, 4, 3, 8, 64, dtype=torch.float16)}, "float16"),
+        ({"block_table": torch.zeros(3, 4, dtype=torch.int64)}, "int32"),
+    ],
+)
+def test_wrong_input(change: dict[str, torch.Tensor], message: str) -> None:
+    requests = mixed()
+    arguments = {
+        "query": requests.query,
+        "cache": requests.cache,
+        "layer": 0,
+        "block_table": requests.block_table,
+        "batch": requests.batch(),
+        "output": requests.output,
+        "scale": SCALE,
+    }
+    with pytest.raises(ValueError, match=message):
+        sparse_decode(**arguments | {name: x.to(DEVICE) for name, x in change.items()})
