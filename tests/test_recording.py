@@ -31,6 +31,23 @@ def test_ranks_are_put_together(tmp_path: Path) -> None:
         np.testing.assert_array_equal(positions, np.arange(int(LENGTHS[head])) + 5)
 
 
+def test_what_is_recorded_outlives_the_workspace(tmp_path: Path) -> None:
+    """The next layer's positions are written over those of the last one."""
+    recorder = KeptRecorder(tmp_path, (slice(0, 2), slice(0, 2)))
+    workspace = torch.empty(2, 4, dtype=torch.int32)
+    for layer in range(2):
+        workspace.copy_(torch.arange(4) + 10 * layer)
+        recorder.add("a", workspace, LENGTHS[layer], N)
+        workspace.fill_(-1)
+    kept = load_kept(tmp_path, "a")
+    assert [kept[head].tolist() for head in np.ndindex(2, 2)] == [
+        [0, 1, 2],
+        [],
+        [10],
+        [10, 11, 12, 13],
+    ]
+
+
 def test_requests_whose_names_begin_alike(tmp_path: Path) -> None:
     everything = slice(0, 2), slice(0, 2)
     for offset, name in enumerate(["request-1", "request-10", "request-1-0123abcd-89abcdef"]):

@@ -164,7 +164,7 @@ def test_any_batch(data: st.DataObject) -> None:
     pages = requests(L, Hkv)
     request = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=5))
     query_lens, seq_lens = [], []
-    for index in request:
+    for _ in request:
         queries = data.draw(st.integers(0, 20))
         query_lens.append(queries)
         seq_lens.append(queries + data.draw(st.integers(0, 100)))

@@ -1,0 +1,125 @@
+"""The GPU, or the CPU in its place."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Function = Callable[[], Any]
+
+# What the GPU machine need not have; a dry run does without, to prove it.
+ABSENT = ("typer", "rich", "matplotlib", "hypothesis", "pytest")
+
+
+class Device:
+    """What only CUDA has, and its equivalent in a dry run."""
+
+    def __init__(self, dry: bool) -> None:
+        self.dry = dry
+        if dry:
+            imitate_gpu_machine()
+        elif not torch.cuda.is_available():
+            raise RuntimeError("torch finds no GPU; --dry-run needs none")
+        self.torch = torch.device("cpu" if dry else "cuda")
+
+    @property
+    def multiprocessors(self) -> int:
+        if self.dry:
+            return 2
+        return torch.cuda.get_device_properties(self.torch).multi_processor_count
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether Triton converts e4m3 here."""
+        return self.dry or torch.cuda.get_device_capability() >= (8, 9)
+
+    def synchronize(self) -> None:
+        if not self.dry:
+            torch.cuda.synchronize()
+
+    def graph(self, function: Function) -> Function:
+        """A replay of what `function` launches."""
+        if self.dry:
+            return function
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function()  # compiles
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        return graph.replay
+
+    def time(self, function: Function, repeats: int = 20) -> dict[str, float]:
+        """Microseconds on the device: median, 20th and 80th percentile."""
+        if self.dry:
+            begin = time.perf_counter()
+            function()
+            times = 2 * [1e6 * (time.perf_counter() - begin)]
+        else:
+            function()
+            events = [
+                [torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)
+            ]
+            for start, end in events:
+                start.record()
+                function()
+                end.record()
+            torch.cuda.synchronize()
+            times = [1e3 * start.elapsed_time(end) for start, end in events]
+        p20, *_, p80 = statistics.quantiles(times, n=5)
+        return {"us": statistics.median(times), "us_20": p20, "us_80": p80}
+
+    def free(self) -> None:
+        """Give back memory that no tensor holds."""
+        if not self.dry:
+            torch.cuda.empty_cache()
+
+
+@dataclass
+class Context:
+    """What the cases of a part are told.
+
+    Attributes:
+        device: where they run.
+        scores: file with head scores, if any.
+        folder: for files that outlive a case.
+        deadline: of this call, by `time.monotonic`.
+        results: of the cases that passed, by name.
+    """
+
+    device: Device
+    scores: Path | None
+    folder: Path
+    deadline: float
+    results: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
+
+def imitate_gpu_machine() -> None:
+    """Hide what the GPU machine may lack, and repair products of bfloat16 in the interpreter."""
+    for name in ABSENT:
+        sys.modules[name] = None  # type: ignore[assignment]  # importing it fails
+
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    dot = InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        # Triton up to 3.7.1 multiplies the bits of bfloat16 numbers.
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    InterpreterBuilder.create_dot = create_dot

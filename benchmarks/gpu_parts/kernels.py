@@ -1,0 +1,380 @@
+"""Every launcher against its torch twin, over types, sizes, layouts; decoding in a CUDA graph."""
+
+import itertools
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from gpu_parts.device import Context, Device
+from gpu_parts.records import ROOT
+
+sys.path.append(str(ROOT / "tests"))
+from kernel_cases import FP8, TOLERANCE, Paged, bits, head_pages, relative_error
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
+from sparsemm_vllm.triton_kernels.batch import (
+    DecodeBatch,
+    DecodeBuffers,
+    HeadPages,
+    Prompts,
+    PruneWorkspace,
+)
+from sparsemm_vllm.triton_kernels.sparse_decode import decode_tile
+
+NEEDS = 20
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": FP8}
+LAYOUTS = ("LBHNC", "LBNHC")  # head-major and token-major pages
+AXES: dict[str, tuple[Any, ...]] = {
+    "dtype": ("fp32", "fp16", "bf16", "fp8"),  # fp8: of the cache, beside bf16 queries
+    "D": (32, 64, 80, 96, 128, 256),
+    "P": (16, 32, 64, 128),
+    "G": (1, 4, 7, 16),
+    "Q": (1, 4, 16),
+    "layout": LAYOUTS,
+}
+DRY_AXES = {"dtype": ("fp32", "fp8"), "D": (32, 80), "P": (16,), "G": (1, 4), "Q": (1, 4)}
+
+L, HKV = 2, 3
+ROWS = 6
+KERNEL_SIZE = 5
+
+
+def pairwise(axes: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Few combinations in which any value of an axis meets any of every other axis."""
+    missing = {
+        ((a, x), (b, y)): None  # a dict keeps the order
+        for a, b in itertools.combinations(axes, 2)
+        for x, y in itertools.product(axes[a], axes[b])
+    }
+    combinations = []
+    while missing:
+        case = dict(next(iter(missing)))
+        for axis in axes:
+            if axis not in case:
+                case[axis] = max(axes[axis], key=partial(_new_pairs, missing, case, axis))
+        for pair in [pair for pair in missing if all(case[a] == x for a, x in pair)]:
+            del missing[pair]
+        combinations.append({axis: case[axis] for axis in axes})
+    return combinations
+
+
+def _new_pairs(missing: dict[Any, None], case: dict[str, Any], axis: str, value: Any) -> int:
+    known = {*case.items(), (axis, value)}
+    return sum((axis, value) in pair and known.issuperset(pair) for pair in missing)
+
+
+def relayout(cache: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same ``[L, B, Hkv, P, 2 * D]``, stored as `layout` says."""
+    if layout == "LBHNC":
+        return cache.contiguous()
+    return cache.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+class Scene:
+    """A batch with a row of every kind, in pages that are NaN where nothing may be read.
+
+    Rows: a pruned request whose heads keep lengths at every edge of a page; one that is not
+    pruned; one whose pruned prompt ends with a page and that has generated nothing yet; one whose
+    prompt, to be pruned, is still computed; a long one that several programs share; a padded row.
+    Rows from `real` on are padded too.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        dtype: str,
+        D: int,
+        P: int,
+        G: int,
+        Q: int,
+        layout: str,
+        real: int = ROWS - 1,
+        seed: int = 0,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.device, self.D, self.P, self.G, self.Q, self.real = device, D, P, G, Q, real
+        self.W = W = 8 if device.dry else 32
+        cache_dtype = DTYPES[dtype]
+        self.dtype = torch.bfloat16 if cache_dtype == FP8 else cache_dtype
+        self.tolerance = TOLERANCE[self.dtype]
+
+        edges = torch.tensor([[0, 1, P - 1], [P, P + 1, 3 * P + 2]])
+        lengths = torch.stack([edges, 0 * edges, edges.flip(0, 1), edges, 0 * edges, 0 * edges])
+        n = 3 * P + 2 + W + 5 + seed
+        prompts = [n, n, -(-n // P) * P, n, n, 0]
+        long = (3 if device.dry else 40) * P + 13
+        queries = [Q, max(1, Q - 1), Q, Q, 1, 0]
+        tokens = [n + P + Q, 2 * P + 1 + Q, prompts[2] + Q, n - 3, long, 0]
+        for row in range(real, ROWS):
+            queries[row] = tokens[row] = 0
+        pages = (-(-lengths // P)).flatten(1).sum(1)
+        self.C = (-(-pages // (L * HKV))).tolist()
+
+        order = torch.randperm(ROWS, generator=generator)  # a request's index in the pages
+        by_row = head_pages(prompts, lengths, self.C, P)
+        inverse = order.argsort().to(device.torch)
+        self.pages = HeadPages(*(x[inverse].contiguous() for x in vars(by_row).values()))
+        self.requests = order.int().to(device.torch)
+        self.lengths = lengths
+
+        blocks = [-(-t // P) for t in tokens]
+        blocks = [
+            b + (C if r in (0, 2) else 0)
+            for r, (b, C) in enumerate(zip(blocks, self.C, strict=True))
+        ]
+        paged = Paged.random(blocks, L, HKV, P, D, cache_dtype, seed)
+        self.cache = relayout(paged.cache, layout)
+        self.block_table = paged.block_table
+        self.tables = paged.block_table.tolist()
+
+        # The rows that are pruned, and where their blocks are.
+        self.pruned = {r: prompts[r] for r in (0, 2) if r < real}
+        self._poison_unused(tokens)
+
+        start = torch.tensor([0, *queries]).cumsum(0)
+        self.query_start = start.int().to(device.torch)
+        self.seq_lens = torch.tensor(tokens, dtype=torch.int32, device=device.torch)
+        self.queries, self.tokens = queries, tokens
+        shape = (ROWS * Q + 2, HKV * G, D)  # more than are scheduled
+        self.query = torch.randn(shape, generator=generator).to(self.dtype).to(device.torch)
+        scales = torch.tensor([0.7, 1.3], device=device.torch)
+        self.scales = tuple(scales.split(1)) if cache_dtype == FP8 else (None, None)
+
+        # The step that ends the prompts: the window's queries and a few before them.
+        self.ends = [(W + 3) * (i + 1) for i in range(len(self.pruned))]
+        shape = (self.ends[-1], HKV * G, D)
+        self.window = torch.randn(shape, generator=generator).to(self.dtype).to(device.torch)
+        rows = zip(self.pruned.items(), self.ends, strict=True)
+        table = [(row, int(order[row]), end, n) for (row, n), end in rows]
+        self.prompts = Prompts.pack(table, int(lengths.max()), device.torch)
+        self.capacity = int(self.prompts.table[-1, -1]) + n + P + 16
+
+    def _poison(self, where: torch.Tensor) -> None:
+        """Make the slots ``[B, P]`` of all layers and heads NaN."""
+        nan = bits(torch.tensor([torch.nan]).to(self.cache.dtype)).item()
+        bits(self.cache).transpose(2, 3)[:, where.to(self.cache.device)] = nan
+
+    def _poison_unused(self, tokens: list[int]) -> None:
+        """Compact blocks, not written yet, and what follows a row's last token."""
+        where = torch.zeros(self.cache.shape[1], self.P, dtype=torch.bool)
+        for row, seq_len in enumerate(tokens):
+            if not seq_len:
+                continue
+            N, C = self.compact_blocks(row)
+            where[self.tables[row][N : N + C]] = True
+            last, used = divmod(seq_len - 1, self.P)
+            where[self.tables[row][last + C], used + 1 :] = True
+        self._poison(where)
+
+    def compact_blocks(self, row: int) -> tuple[int, int]:
+        """`N` and `C` of a pruned row; nothing of the others."""
+        if row not in self.pruned:
+            return 0, 0
+        return -(-self.pruned[row] // self.P), self.C[row]
+
+    def workspace(self) -> PruneWorkspace:
+        """Poisoned."""
+        heads = HKV * self.G, HKV
+        workspace = PruneWorkspace.allocate(self.capacity, *heads, self.W, self.device.torch)
+        for buffer in (workspace.sums, workspace.scores, workspace.stats):
+            buffer.fill_(torch.nan)
+        workspace.positions.fill_(2**30)
+        return workspace
+
+    def check_prune(self) -> dict[str, float]:
+        """Score, select and compact, layer by layer; then the freed blocks become NaN."""
+        errors = []
+        exact = self.cache.float()
+        expected = self.cache.clone()
+        k_scale = self.scales[0]
+        for layer in range(L):
+            mine, twin = self.workspace(), self.workspace()
+            rest = (self.W, KERNEL_SIZE, 0.3, k_scale)
+            args = self.block_table, self.prompts
+            triton_ops.window_scores(self.window, self.cache[layer], *args, mine, *rest)
+            torch_ops.window_scores(self.window.float(), exact[layer], *args, twin, *rest)
+            written = ~twin.scores.isnan()
+            assert torch.equal(~mine.scores.isnan(), written), "window_scores: columns"
+            error = relative_error(mine.scores[written], twin.scores[written])
+            assert error <= self.tolerance, f"window_scores: error {error:.2e}"
+            errors.append(error)
+
+            lengths = self.pages.lengths[:, layer]
+            for ties in (False, True):  # of all heads' scores, then of few different ones
+                if ties:
+                    mine.scores.copy_((mine.scores * 1e3).round())
+                mine.positions.fill_(2**30)
+                twin.positions.fill_(2**30)
+                twin.scores.copy_(mine.scores)
+                triton_ops.select_tokens(self.prompts, mine, lengths, self.W)
+                torch_ops.select_tokens(self.prompts, twin, lengths, self.W)
+                assert torch.equal(mine.positions, twin.positions), f"select_tokens, ties={ties}"
+
+            triton_ops.compact_kv(self.cache, layer, *args, mine, self.pages)
+            torch_ops.compact_kv(expected, layer, *args, mine, self.pages)
+            assert torch.equal(bits(self.cache), bits(expected)), "compact_kv: not the same bytes"
+        freed = torch.zeros(self.cache.shape[1], self.P, dtype=torch.bool)
+        for row, n in self.pruned.items():
+            freed[self.tables[row][: (n - self.W) // self.P]] = True
+        self._poison(freed)
+        return {"window_scores": max(errors)}
+
+    def check_slots(self) -> None:
+        """Slots as vLLM computes them, corrected."""
+        positions = [
+            p
+            for tokens, queries in zip(self.tokens, self.queries, strict=True)
+            for p in range(tokens - queries, tokens)
+        ]
+        positions = torch.tensor(positions, device=self.device.torch)
+        before = torch.arange(len(positions) + 3, device=self.device.torch) * 7
+        mine, twin = before.clone(), before.clone()
+        rows = self.query_start, self.seq_lens, self.requests[: self.real]
+        for slots, ops in ((mine, triton_ops), (twin, torch_ops)):
+            ops.correct_slots(slots, positions, self.block_table, *rows, self.pages, self.P, self.Q)
+        assert torch.equal(mine, twin), "correct_slots"
+        assert not torch.equal(mine, before), "correct_slots did nothing"
+
+    def batch(self, programs: int) -> DecodeBatch:
+        """Empty buffers for the decode rows."""
+        tiles = ROWS * max(1, self.Q * self.G)
+        block_n = decode_tile(self.D, self.cache.dtype)
+        sizes = tiles, L, HKV, self.D, programs, block_n
+        buffers = DecodeBuffers.allocate(*sizes, self.device.torch)
+        buffers.partial.fill_(torch.nan)
+        buffers.stats.fill_(torch.nan)
+        return DecodeBatch.of(buffers, 0, ROWS, self.Q, self.G)
+
+    def schedule(self, ops: Any, batch: DecodeBatch) -> None:
+        rows = self.query_start, self.seq_lens, self.requests[: self.real]
+        ops.schedule_decode(batch, self.pages, self.W, self.P, *rows)
+
+    def check_decode(self, programs: int) -> float:
+        """Schedule and decode every layer."""
+        mine, twin = self.batch(programs), self.batch(programs)
+        self.schedule(triton_ops, mine)
+        self.schedule(torch_ops, twin)
+        items = twin.query_tiles * HKV
+        for name, end in (("rows", None), ("items", items), ("first_tile", items + 1)):
+            a, b = getattr(mine.buffers, name), getattr(twin.buffers, name)
+            a, b = (a, b) if end is None else (a[:, :end], b[:, :end])
+            assert torch.equal(a, b), f"schedule_decode: {name}"
+        used = mine.buffers.first_item < items  # the others have nothing to do
+        assert torch.equal(mine.buffers.first_item[used], twin.buffers.first_item[used]), (
+            "schedule_decode: first_item"
+        )
+        outputs = []
+        for layer in range(L):
+            output = torch.full_like(self.query, torch.nan)
+            args = self.block_table, mine, output, self.D**-0.5, *self.scales
+            triton_ops.sparse_decode(self.query, self.cache, layer, *args)
+            outputs.append(output)
+        return self.compare(outputs)
+
+    def compare(self, outputs: list[torch.Tensor]) -> float:
+        """Largest error of a layer's output; raises if it is too large."""
+        batch, exact = self.batch(1), self.cache.float()
+        self.schedule(torch_ops, batch)
+        errors = []
+        for layer, output in enumerate(outputs):
+            expected = torch.full(output.shape, torch.nan, device=output.device)
+            args = self.block_table, batch, expected, self.D**-0.5, *self.scales
+            with sdpa_kernel(SDPBackend.MATH):
+                torch_ops.sparse_decode(self.query, exact, layer, *args)
+            scheduled = sum(self.queries)
+            assert not output[:scheduled].isnan().any(), "sparse_decode read what it may not"
+            assert output[scheduled:].isnan().all(), "sparse_decode wrote rows of nobody"
+            errors.append(relative_error(output[:scheduled], expected[:scheduled]))
+        assert max(errors) <= self.tolerance, f"sparse_decode: error {max(errors):.2e}"
+        return max(errors)
+
+
+def check(device: Device, **case: Any) -> dict[str, Any]:
+    """All launchers on one scene, spread over few programs and over all."""
+    if case["dtype"] == "fp8" and not device.has_fp8:
+        return {"skipped": "Triton does not convert e4m3 on this device"}
+    scene = Scene(device, **case)
+    errors = scene.check_prune()
+    scene.check_slots()
+    programs = (5, 2 * device.multiprocessors)
+    errors["sparse_decode"] = max(map(scene.check_decode, programs))
+    return {"errors": errors, "tolerance": scene.tolerance}
+
+
+def check_graph(device: Device, G: int, Q: int, layout: str) -> dict[str, Any]:
+    """Captured once with no requests, replayed for others: as a serving engine does it."""
+    case = {"dtype": "fp32" if device.dry else "bf16", "D": 32 if device.dry else 128}
+    case |= {"P": 16, "G": G, "Q": Q, "layout": layout}
+    scenes = [Scene(device, **case, real=real, seed=seed) for real, seed in ((5, 0), (3, 1))]
+    for scene in scenes:
+        scene.check_prune()
+    first = scenes[0]
+    # What the graph sees is as large as the larger scene.
+    B = max(scene.cache.shape[1] for scene in scenes)
+    width = max(scene.block_table.shape[1] for scene in scenes)
+    cache = torch.full((L, B, HKV, 16, 2 * first.D), torch.nan, device=device.torch)
+    cache = relayout(cache.to(first.cache.dtype), layout)
+    table = torch.zeros(ROWS, width, dtype=torch.int32, device=device.torch)
+    query = torch.zeros_like(first.query)
+    outputs = [torch.empty_like(query) for _ in range(L)]
+    start, seq_lens = torch.zeros_like(first.query_start), torch.zeros_like(first.seq_lens)
+    pages = HeadPages(*map(torch.zeros_like, vars(first.pages).values()))
+    batch = first.batch(2 * device.multiprocessors)
+
+    def schedule(requests: torch.Tensor) -> None:
+        triton_ops.schedule_decode(batch, pages, first.W, 16, start, seq_lens, requests)
+
+    def decode() -> None:
+        for layer, output in enumerate(outputs):
+            args = table, batch, output, first.D**-0.5
+            triton_ops.sparse_decode(query, cache, layer, *args)
+
+    schedule(first.requests[:0])
+    replay = device.graph(decode)
+    errors = []
+    for scene in (scenes[0], scenes[1], scenes[0]):
+        cache.fill_(torch.nan)[:, : scene.cache.shape[1]] = scene.cache
+        table.zero_()[:, : scene.block_table.shape[1]] = scene.block_table
+        query.copy_(scene.query)
+        start.copy_(scene.query_start)
+        seq_lens.copy_(scene.seq_lens)
+        for mine, its in zip(vars(pages).values(), vars(scene.pages).values(), strict=True):
+            mine.copy_(its)
+        for output in outputs:
+            output.fill_(torch.nan)
+        schedule(scene.requests[: scene.real])
+        replay()
+        errors.append(scene.compare(outputs))
+    return {"errors": {"sparse_decode": max(errors)}, "tolerance": first.tolerance}
+
+
+def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
+    """A covering selection of the sizes, then the graphs."""
+    device = context.device
+    axes = AXES | DRY_AXES if device.dry else AXES
+    found: dict[str, Callable[[], dict[str, Any]]] = {}
+    for case in pairwise(axes):
+        name = " ".join(f"{key}={value}" for key, value in case.items())
+        found[name] = partial(check, device, **case)
+    for G, Q in ((4, 1),) if device.dry else itertools.product((1, 4, 7), (1, 4)):
+        layout = LAYOUTS[(G + Q) % 2]
+        found[f"graph G={G} Q={Q} layout={layout}"] = partial(check_graph, device, G, Q, layout)
+    return found
+
+
+def summary(results: dict[str, Any]) -> list[str]:
+    """The worst error of each op, beside what is allowed."""
+    lines = []
+    for dtype in (*DTYPES, "graph"):
+        own = [r for name, r in results.items() if dtype in name.split()[0] and "errors" in r]
+        for op in ("window_scores", "sparse_decode"):
+            errors = [r["errors"][op] for r in own if op in r["errors"]]
+            if errors:
+                allowed = own[0]["tolerance"]
+                lines.append(f"{dtype:6}{op:14} error {max(errors):.1e}, allowed {allowed:.0e}")
+    return lines

@@ -1,0 +1,105 @@
+"""A 7B model in full size with random weights: dense and SPARSEMM, one after the other."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from gpu_parts.bench import TINY, VICUNA, Model
+from gpu_parts.device import Context
+from gpu_parts.modes import MODES, compare, prompts, run_engine, settings, write_model
+
+NEEDS = 120
+TOLERANCE = 5e-2
+
+
+def serve(context: Context, budget: int | None, check: bool, measure: bool) -> dict[str, Any]:
+    """Short prompts to compare with dense attention; long ones at once, for their throughput.
+
+    Both engines run without Inductor, whose compilation takes longer than all the rest, and with
+    full CUDA graphs for decoding.
+    """
+    dry = context.device.dry
+    model: Model = TINY if dry else VICUNA
+    short = (60, 21, 33) if dry else (700, 90, 1000, 33, 512, 257, 640, 128)
+    long, count, tokens = (150, 2, 5) if dry else (8192, 8, 128)
+    length = 512 if dry else long + tokens + 64
+    sizes = (256, 512) if dry else (4096, 11008)
+    folder = write_model(context.folder / "engines" / "full", model, *sizes, length)
+    vocabulary = 128 if dry else 32000
+    dense = "CPU_ATTN" if dry else "FLASH_ATTN"
+    options: dict[str, Any] = {
+        "model": str(folder),
+        "dtype": "float32" if dry else "bfloat16",
+        "attention_backend": dense if budget is None else "SPARSEMM",
+        "max_model_len": length,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 512 if dry else 8192,
+        "enable_prefix_caching": False,
+    }
+    if dry:
+        options |= MODES["eager"] | {"kv_cache_memory_bytes": 64 << 20}
+    else:
+        options |= MODES["full"] | {"gpu_memory_utilization": 0.85}
+        options["compilation_config"] |= {"cudagraph_capture_sizes": [1, 2, 4, 8]}
+    rounds = []
+    if check:
+        asked = prompts(short, vocabulary)
+        rounds.append({"prompts": asked, "every": 2, "tokens": 4 if dry else 32})
+    if measure:
+        asked = prompts((long,) * count, vocabulary, seed=1)
+        rounds.append({"prompts": asked, "every": 0, "tokens": tokens})
+    window = 8 if dry else 32
+    own = None if budget is None else settings(context, model, budget, window)
+    job = {"options": options, "settings": own, "rounds": rounds}
+    result = run_engine(context, f"pair-{budget or 'dense'}", job)
+    for each in result["rounds"]:
+        assert each["idle"], "blocks are held by nobody"
+    return result
+
+
+def dense(context: Context) -> dict[str, Any]:
+    """FlashAttention, for both."""
+    result = serve(context, None, check=True, measure=True)
+    assert context.device.dry or result["backend"] == ["FLASH_ATTN"], result["backend"]
+    return result
+
+
+def equal(context: Context) -> dict[str, Any]:
+    """A budget that is larger than any prompt gives dense answers."""
+    expected = context.results.get("dense")
+    assert expected is not None, "there is nothing to compare with: the dense engine failed"
+    result = serve(context, 1024, check=True, measure=False)
+    assert result["backend"] == ["SPARSEMM"], result["backend"]
+    (own,) = result["rounds"]
+    assert own["pruned"] == 0, "a prompt was pruned that fits the budget"
+    return result | compare(own["answers"], expected["rounds"][0]["answers"], TOLERANCE)
+
+
+def pruned(context: Context) -> dict[str, Any]:
+    """Long prompts, pruned."""
+    result = serve(context, 40 if context.device.dry else 256, check=False, measure=True)
+    (own,) = result["rounds"]
+    assert own["pruned"] == len(own["answers"]), f"{own['pruned']} prompts are pruned"
+    return result
+
+
+def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
+    """The dense engine first, since the others are compared with it."""
+    named = {"dense": dense, "budget over prompt": equal, "pruned": pruned}
+    return {name: partial(function, context) for name, function in named.items()}
+
+
+def summary(results: dict[str, Any]) -> list[str]:
+    """A line for each engine."""
+    lines = []
+    for name, r in results.items():
+        last = r["rounds"][-1]
+        line = f"{name:20} started in {r['start_seconds']:.0f} s, {'/'.join(r['backend'])}"
+        if "compared" in r:
+            line += f", {r['compared']} of {r['of']} tokens compared, {r['swaps']} swaps"
+            line += f", log-probabilities within {r['largest_difference']:.1e}"
+        elif "tokens_per_second" in last:
+            line += f", decode {last['tokens_per_second']:.1f} tokens/s ({last['step_ms']:.2f} ms)"
+            line += f", {last['most_blocks']} blocks at most"
+        lines.append(line)
+    return lines

@@ -1,0 +1,105 @@
+"""What a part has found out so far, on disk after every case. Needs the standard library only."""
+
+import hashlib
+import json
+import os
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Record:
+    """``<part>.partial.json`` while the part runs, ``<part>.json`` when every case has passed.
+
+    Attributes:
+        data: ``cases`` by name, the ``failed`` ones of this call with their errors, those that
+            failed ``earlier``, which one is ``running``, the machine, and the seconds of all calls.
+    """
+
+    def __init__(self, folder: Path, part: str) -> None:
+        self.part = part
+        self.final = folder / f"{part}.json"
+        self.partial = folder / f"{part}.partial.json"
+        self.failures = folder / f"{part}.failed.txt"
+        self.data: dict[str, Any] = {"part": part, "source": source(), "seconds": 0.0}
+        self.data |= {"total": None, "cases": {}, "failed": {}, "earlier": [], "running": None}
+        if self.final.exists():
+            self.data = json.loads(self.final.read_text())
+        elif self.partial.exists():
+            found = json.loads(self.partial.read_text())
+            if found["source"] == self.data["source"]:  # results of other kernels count for nothing
+                self.data = found
+
+    @property
+    def complete(self) -> bool:
+        """Whether every case has passed."""
+        return self.data["total"] is not None and len(self.data["cases"]) == self.data["total"]
+
+    def save(self) -> None:
+        """Write what there is, at once or not at all."""
+        part = self.partial.with_suffix(".tmp")
+        part.write_text(json.dumps(self.data, indent=1))
+        part.replace(self.partial)
+
+    def finish(self) -> None:
+        """Write the failures, or the final file."""
+        self.failures.unlink(missing_ok=True)
+        self.save()
+        if self.data["failed"]:
+            errors = (f"== {name}\n{error}\n" for name, error in self.data["failed"].items())
+            self.failures.write_text("\n".join(errors))
+        elif self.complete:
+            self.partial.replace(self.final)
+
+    @property
+    def status(self) -> str:
+        """In one word."""
+        if self.data["failed"]:
+            return "failed"
+        if self.complete:
+            return "done"
+        return "unfinished" if self.partial.exists() else "not begun"
+
+
+def source() -> str:
+    """Digest of the code that is measured."""
+    digest = hashlib.sha256()
+    for folder in ("triton_kernels", "sparsemm_vllm", "benchmarks/gpu_parts"):
+        for path in sorted((ROOT / folder).glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def machine(dry: bool) -> dict[str, Any]:
+    """Hardware, versions and commit."""
+    import torch
+
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "device": "CPU" if dry else torch.cuda.get_device_name(),
+        "cores": os.cpu_count(),
+        "driver": None if dry else _output(*query),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        **{package: _version(package) for package in ("triton", "vllm", "transformers")},
+        "commit": _output("git", "rev-parse", "HEAD") or "unknown",
+        "changed": bool(_output("git", "status", "--porcelain", "triton_kernels", "sparsemm_vllm")),
+    }

@@ -1,0 +1,217 @@
+"""Checks and measurements on a GPU, in parts that can be resumed.
+
+    python benchmarks/gpu_suite.py --out build/gpu                  # every part
+    python benchmarks/gpu_suite.py --out build/gpu --parts kernels  # needs neither vLLM nor a model
+    python benchmarks/gpu_suite.py --out build/dry --dry-run        # the same on a CPU, tiny
+
+* kernels: every launcher against its torch twin, and decoding in a CUDA graph;
+* bench: time of the kernels beside the time that their bytes take at the measured bandwidth;
+* modes: a model of four layers gives the same tokens without graphs and in every graph mode;
+* pair: dense and pruned 7B models in full size, their log-probabilities and decode throughput;
+* tune: bandwidth of decode variants.
+
+A part runs in a process of its own for `--minutes` at most and saves every case. Called again, it
+goes on where it stopped, repeats what failed, and skips what is done: ``<part>.json`` in the folder
+says so, ``<part>.failed.txt`` why not. The last lines are a table and one JSON object. Exit status:
+0 if all parts are done, 1 if a case failed, 3 if something is left to do.
+
+Needs torch and triton, `modes` and `pair` vLLM too; the package need not be installed.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import traceback
+from pathlib import Path
+from typing import Any
+
+from gpu_parts.records import ROOT, Record, machine
+
+PARTS = ("kernels", "bench", "modes", "pair", "tune")
+GRACE = 30  # seconds after its time in which a part may end by itself
+RESTARTS = 3  # of a part that died; a GPU is useless to a process after an illegal access
+TIME_IS_OVER = 3
+
+
+def package_tree(folder: Path) -> Path:
+    """The package as an installation would lay it out, with the entry points that vLLM looks for.
+
+    The repository's root must not be on the path: `triton_kernels` is another package's name.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    name, version = project["project"]["name"], project["project"]["version"]
+    places = project["tool"]["setuptools"]["package-dir"]
+    for package in project["tool"]["setuptools"]["packages"]:  # parents first
+        target = folder / package.replace(".", "/")
+        target.mkdir(parents=True)
+        for path in (ROOT / places.get(package, package)).iterdir():
+            if path.name != "__pycache__":
+                (target / path.name).symlink_to(path)
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    lines = []
+    for group, points in project["project"]["entry-points"].items():
+        lines += [f"[{group}]", *(f"{key} = {value}" for key, value in points.items()), ""]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    return folder
+
+
+def child(args: argparse.Namespace) -> int:
+    """Run the cases of one part that are left to do."""
+    from gpu_parts.device import Context, Device
+
+    start = time.monotonic()
+    record = Record(args.out, args.child)
+    data, part = record.data, importlib.import_module(f"gpu_parts.{args.child}")
+    device = Device(args.dry_run)
+    context = Context(device, args.scores, args.out, start + args.seconds, data["cases"])
+    cases = part.cases(context)
+    data |= {"total": len(cases), "dry_run": args.dry_run, "machine": machine(args.dry_run)}
+    todo = [name for name in cases if name not in data["cases"] and name not in data["failed"]]
+    begun = False
+    for name in sorted(todo, key=data["earlier"].__contains__):
+        if begun and context.left < part.NEEDS:
+            return TIME_IS_OVER
+        begun, data["running"] = True, name
+        record.save()
+        case_start = time.monotonic()
+        try:
+            result = cases[name]()
+            device.synchronize()
+            data["cases"][name] = result | {"seconds": round(time.monotonic() - case_start, 2)}
+        except Exception:
+            data["failed"][name] = traceback.format_exc()
+            print(f"{args.child}: {name} failed\n{data['failed'][name]}", flush=True)
+        data["running"] = None
+        record.save()
+        print(f"{args.child}: {name}, {time.monotonic() - case_start:.1f} s", flush=True)
+        device.synchronize()  # raises, and ends this process, if the GPU is lost to it
+        device.free()
+    return 0
+
+
+def run_part(part: str, args: argparse.Namespace, environment: dict[str, str]) -> Record:
+    """Run a part's cases in processes of its own until they are done or its time is over."""
+    record = Record(args.out, part)
+    if record.final.exists():
+        print(f"{part}: done before", flush=True)
+        return record
+    record.data["earlier"] = list(record.data["failed"])
+    record.data["failed"] = {}
+    record.save()
+    start = time.monotonic()
+    deadline = start + 60 * args.minutes
+    for _ in range(1 + RESTARTS):
+        seconds = deadline - time.monotonic()
+        command = [sys.executable, __file__, "--out", str(args.out), "--child", part]
+        command += ["--seconds", str(seconds)]
+        command += ["--dry-run"] if args.dry_run else []
+        command += ["--scores", str(args.scores)] if args.scores else []
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        try:
+            code = process.wait(max(0, seconds) + GRACE)
+            why = f"the process ended with status {code}"
+        except subprocess.TimeoutExpired:
+            code, why = None, f"stopped {GRACE} seconds after the end of the part's time"
+        finally:
+            stop(process)
+        record = Record(args.out, part)
+        if code in (0, TIME_IS_OVER):
+            break
+        name = record.data["running"] or "the part itself"
+        if record.data["running"] or not record.data["failed"]:
+            record.data["failed"][name] = why
+            print(f"{part}: {name}: {why}", flush=True)
+        record.data["running"] = None
+        record.save()
+        if record.data["total"] is None or deadline - time.monotonic() < GRACE:
+            break
+    record.data["seconds"] = round(record.data["seconds"] + time.monotonic() - start, 1)
+    record.finish()
+    return record
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End what a part has started, vLLM engines too."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def report(out: Path, called: list[str]) -> int:
+    """Print the table of all results so far and one JSON object; the exit status."""
+    overview: dict[str, Any] = {}
+    print("\n" + "=" * 100)
+    for part in PARTS:
+        record = Record(out, part)
+        data = record.data
+        if record.status == "not begun" and part not in called:
+            continue
+        counts = f"{len(data['cases'])} of {data['total']} cases"
+        failed = f", {len(data['failed'])} failed" if data["failed"] else ""
+        print(f"{part}: {record.status}, {counts}{failed}, {data['seconds']:.0f} s")
+        if data["cases"]:
+            module = importlib.import_module(f"gpu_parts.{part}")
+            print(*(f"  {line}" for line in module.summary(data["cases"])), sep="\n")
+        for name, error in data["failed"].items():
+            print(f"  FAILED {name}: {error.strip().splitlines()[-1][:200]}")
+        overview[part] = {
+            "status": record.status,
+            "cases": len(data["cases"]),
+            "total": data["total"],
+            "failed": list(data["failed"]),
+            "seconds": data["seconds"],
+            "machine": data.get("machine"),
+            "source": data["source"],
+        }
+    statuses = [overview[part]["status"] for part in called]
+    code = 1 if "failed" in statuses else 0 if set(statuses) == {"done"} else TIME_IS_OVER
+    print(json.dumps({"ok": code == 0, "parts": overview}))
+    return code
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--minutes", type=float, default=7, help="time of a part (%(default)s)")
+    parser.add_argument("--scores", type=Path, help="head scores, as JSON; made up if not given")
+    parser.add_argument("--child", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        return child(args)
+
+    called = args.parts.split(",")
+    if unknown := set(called) - set(PARTS):
+        parser.error(f"unknown parts: {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        tree = package_tree(Path(folder))
+        sys.path.insert(0, str(tree))
+        if args.dry_run:
+            import sparsemm_vllm
+
+            sparsemm_vllm.use_cpu()
+        paths = [str(tree), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        for part in called:
+            run_part(part, args, environment)
+        return report(args.out, called)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
