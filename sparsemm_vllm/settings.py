@@ -32,7 +32,7 @@ class Settings(BaseModel):
     profile: str | HeadProfile | None = None
     budget: int = Field(default=256, ge=2, lt=2**31)
     rho: float = Field(default=0.1, ge=0.0, le=1.0)
-    window: int = Field(default=32, ge=1)
+    window: int = Field(default=32, ge=1, le=64)
     pool_kernel: int = Field(default=5, ge=1)
     min_prompt_tokens: int = Field(default=0, ge=0)
     record_kept: str | None = None

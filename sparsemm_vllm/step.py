@@ -19,7 +19,7 @@ from sparsemm_vllm.triton_kernels.batch import (
     Prompts,
     PruneWorkspace,
     columns,
-    query_block,
+    decode_queries,
 )
 from sparsemm_vllm.triton_kernels.sparse_decode import decode_tile
 
@@ -114,7 +114,7 @@ class SparseState:
             max_tokens, heads.Hq, heads.Hkv, layout.window, device
         )
         lengths = range(1, self.max_decode_queries + 1)
-        tiles = max(-(-q // (query_block(q * heads.G) // heads.G)) for q in lengths)
+        tiles = max(-(-q // decode_queries(q, heads.G, heads.D)) for q in lengths)
         self.buffers = self._allocate_buffers(
             max_requests * tiles, programs, decode_tile(heads.D, cache_dtype), device
         )
@@ -169,9 +169,8 @@ class SparseState:
 
         Only a resumed request recomputes so many tokens behind a pruned prompt.
         """
-        block_q = query_block(query_len * self.heads.G) // self.heads.G
         buffers = self._allocate_buffers(
-            -(-query_len // block_q),
+            -(-query_len // decode_queries(query_len, self.heads.G, self.heads.D)),
             self.buffers.programs,
             self.buffers.block_n,
             self.buffers.rows.device,

@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.profile import HeadProfile
 from sparsemm_vllm.settings import KEY, Settings
+from sparsemm_vllm.triton_kernels.batch import most_heads_per_kv_head
 
 logger = init_logger("vllm.sparsemm")  # vLLM configures its own loggers only
 
@@ -108,6 +109,11 @@ def unsupported(vllm_config: VllmConfig, settings: Settings) -> list[str]:
             "every layer has a sliding window, so no layer's cache grows with the prompt",
         ),
         (
+            heads_per_kv_head(model) > (most := most_heads_per_kv_head(model.get_head_size())),
+            f"{heads_per_kv_head(model)} query heads share a KV head, the decode kernel packs at "
+            f"most {most} of this size",
+        ),
+        (
             scheduler.disable_hybrid_kv_cache_manager
             and len(pruned_layers(model)) < model.get_total_num_hidden_layers(),
             "a model that mixes sliding-window and full attention needs the hybrid KV cache "
@@ -131,6 +137,12 @@ def unsupported(vllm_config: VllmConfig, settings: Settings) -> list[str]:
         ),
     ]
     return [reason for refused, reason in checks if refused]
+
+
+def heads_per_kv_head(model_config: Any) -> int:
+    """Query heads that share a KV head, `G`."""
+    query_heads = model_config.hf_text_config.num_attention_heads
+    return query_heads // model_config.get_total_num_kv_heads()
 
 
 def pruned_layers(model_config: Any) -> list[int]:

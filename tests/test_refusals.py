@@ -10,6 +10,7 @@ from transformers import (
     BartConfig,
     DeepseekV2Config,
     Gemma3TextConfig,
+    LlamaConfig,
     MambaConfig,
     MistralConfig,
     PretrainedConfig,
@@ -119,6 +120,13 @@ MODELS = {
         MistralConfig(**SIZES, sliding_window=256),
         "MistralForCausalLM",
         "every layer has a sliding window",
+    ),
+    "many query heads on one KV head": (
+        LlamaConfig(
+            **SIZES | {"hidden_size": 288, "num_attention_heads": 72, "num_key_value_heads": 1}
+        ),
+        "LlamaForCausalLM",
+        "72 query heads share a KV head, the decode kernel packs at most 64",
     ),
     "MLA": (
         DeepseekV2Config(

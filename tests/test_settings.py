@@ -107,7 +107,8 @@ def test_the_section_must_be_an_object(values):
     [
         ({"budget": 32}, "budget (32 tokens)", "larger than window (32 tokens)"),
         ({"budget": 31}, "budget (31 tokens)", "larger than window (32 tokens)"),
-        ({"window": 256}, "window (256 tokens)", "budget (256 tokens)"),
+        ({"window": 64, "budget": 64}, "window (64 tokens)", "budget (64 tokens)"),
+        ({"window": 65}, "window", "less than or equal to 64"),  # the kernels' limit
         ({"window": 0}, "window", "greater than or equal to"),
         ({"window": -3}, "window", "greater than or equal to"),
         ({"budget": 0}, "budget", "greater than or equal to"),

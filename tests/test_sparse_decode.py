@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE, FP8, TOLERANCE, Paged, bits, head_pages, relative_error
 
 from sparsemm_vllm.triton_kernels import torch_ops
-from sparsemm_vllm.triton_kernels.batch import DecodeBatch, DecodeBuffers, query_block
+from sparsemm_vllm.triton_kernels.batch import DecodeBatch, DecodeBuffers, decode_queries
 from sparsemm_vllm.triton_kernels.reference import head_page_slots
 from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
 from sparsemm_vllm.triton_kernels.sparse_decode import decode_tile, launch_options, sparse_decode
@@ -93,7 +93,7 @@ class Requests:
         """The step's rows, scheduled."""
         rows = len(self.prompts) + self.padded_rows
         longest = max(self.query_lens)
-        tiles = rows * -(-longest // max(1, query_block(longest * self.G) // self.G))
+        tiles = rows * -(-longest // decode_queries(longest, self.G, self.D))
         buffers = DecodeBuffers.allocate(
             tiles, L, self.Hkv, self.D, self.programs, self.block_n, DEVICE
         )

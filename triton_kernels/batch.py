@@ -15,6 +15,8 @@ BATCH_ROW, REQUEST, QUERY_END, TOKENS, OFFSET = range(5)
 # Columns of `DecodeBuffers.rows`.
 TILE_ROW, FIRST_QUERY, QUERIES, POSITION, TAIL_START, PROMPT_BLOCKS, COMPACT_BLOCKS, TAIL = range(8)
 
+MAX_DECODE_ROWS = 64  # queries times query heads of a decode tile
+
 OFFSET_ALIGNMENT = 16  # tokens: 16-byte loads of scores begin at multiples of it
 
 
@@ -96,8 +98,7 @@ class PruneWorkspace:
         sums: attention that each token gets, not pooled, float32 ``[Hkv, capacity]``.
         scores: pooled scores, float32 ``[Hkv, capacity]``.
         positions: kept positions, from each prompt's first column on, int32 ``[Hkv, capacity]``.
-        stats: maximum and sum of each window query's softmax over a part of the prompt, float32
-            ``[2, stats_size]``.
+        stats: logarithm of each window query's softmax sum over a part of the prompt, float32.
     """
 
     sums: torch.Tensor
@@ -121,7 +122,7 @@ class PruneWorkspace:
             torch.empty(Hkv, capacity, device=device),
             torch.empty(Hkv, capacity, device=device),
             torch.empty(Hkv, capacity, dtype=torch.int32, device=device),
-            torch.empty(2, stats, device=device),
+            torch.empty(stats, device=device),
         )
 
     @property
@@ -133,6 +134,23 @@ class PruneWorkspace:
 def query_block(rows: int) -> int:
     """Rows of a tile of queries: a power of two, 16 at least (tensor cores), 64 at most."""
     return min(64, max(16, 1 << (rows - 1).bit_length()))
+
+
+def most_heads_per_kv_head(D: int) -> int:
+    """Query heads of size `D` that a decode tile takes in."""
+    return MAX_DECODE_ROWS if D <= 128 else 32
+
+
+def decode_queries(max_query_len: int, G: int, D: int) -> int:
+    """Queries of a decode tile: those of a row, if the registers hold them for `G` heads.
+
+    Raises:
+        ValueError: if they do not hold a single one.
+    """
+    most = most_heads_per_kv_head(D)
+    if most < G:
+        raise ValueError(f"{G} query heads share a KV head; head size {D} allows {most}")
+    return min(query_block(max_query_len * G), most) // G
 
 
 def padded_queries(G: int, window: int) -> int:
@@ -158,8 +176,8 @@ class DecodeBuffers:
         first_tile: KV tiles of the items before each, and of all, int32 ``[L, max_items + 1]``.
         first_item: item at which each program begins, int32 ``[L, programs]``.
         partial: unfinished outputs, of a program's first and last item, float32
-            ``[programs, 2, 64, D]``.
-        stats: maximum and sum of their softmax, float32 ``[programs, 2, 64, 2]``.
+            ``[programs, 2, MAX_DECODE_ROWS, D]``.
+        stats: maximum and sum of their softmax, float32 ``[programs, 2, MAX_DECODE_ROWS, 2]``.
         block_n: tokens of a KV tile.
     """
 
@@ -193,8 +211,8 @@ class DecodeBuffers:
             zeros(L, items, 2),
             zeros(L, items + 1),
             zeros(L, programs),
-            torch.empty(programs, 2, 64, D, device=device),
-            torch.empty(programs, 2, 64, 2, device=device),
+            torch.empty(programs, 2, MAX_DECODE_ROWS, D, device=device),
+            torch.empty(programs, 2, MAX_DECODE_ROWS, 2, device=device),
             block_n,
         )
 
@@ -234,9 +252,9 @@ class DecodeBatch:
         """Rows of up to `max_query_len` queries each.
 
         Raises:
-            ValueError: if the buffers are too small.
+            ValueError: if the buffers are too small, or `G` is too large.
         """
-        block_q = query_block(max_query_len * G) // G
+        block_q = decode_queries(max_query_len, G, buffers.partial.shape[3])
         batch = cls(buffers, first_row, rows, -(-max_query_len // block_q), block_q)
         if batch.query_tiles > buffers.rows.shape[0]:
             raise ValueError(

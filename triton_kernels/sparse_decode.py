@@ -27,7 +27,7 @@ def decode_tile(D: int, dtype: torch.dtype) -> int:
 
 
 def launch_options(block_m: int, D: int, dtype: torch.dtype) -> dict[str, int]:
-    """Warps and pipeline stages that need no more registers than there are.
+    """Warps, registers and pipeline stages: the compiler may use what a program can have.
 
     Five stages: a tile's block numbers, the addresses made of them, two tiles in flight, one in
     use. With three a tile is fetched while other programs compute.
@@ -39,6 +39,7 @@ def launch_options(block_m: int, D: int, dtype: torch.dtype) -> dict[str, int]:
     """
     return {
         "num_warps": 8 if block_m > 16 else 4,
+        "maxnreg": 255,
         "STAGES": 3 if D > 128 or dtype == torch.float32 else 5,
     }
 
@@ -76,6 +77,7 @@ def _sparse_decode(
     D: tl.constexpr,
     P: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    ROWS: tl.constexpr,
     HAS_K_SCALE: tl.constexpr,
     HAS_V_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -175,7 +177,7 @@ def _sparse_decode(
                 tl.store(output_ptr + o_offset + d[None, :], out, q_mask)
         else:
             part = program * 2 + (begin >= program * share).to(tl.int32)
-            part_row = part.to(tl.int64) * 64 + m_row
+            part_row = part.to(tl.int64) * ROWS + m_row
             tl.store(partial_ptr + part_row[:, None] * D + d[None, :], acc, q_mask)
             tl.store(stats_ptr + part_row * 2, m, q_valid)
             tl.store(stats_ptr + part_row * 2 + 1, norm, q_valid)
@@ -200,6 +202,7 @@ def _combine(
     G: tl.constexpr,
     D: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    ROWS: tl.constexpr,
     HAS_V_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -231,7 +234,7 @@ def _combine(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for program in range(first, last + 1):
         # The item is the last one of its first program, and the first one of the others.
-        part_row = (program * 2 + (program == first).to(tl.int32)).to(tl.int64) * 64 + m_row
+        part_row = (program * 2 + (program == first).to(tl.int32)).to(tl.int64) * ROWS + m_row
         part_m = tl.load(stats_ptr + part_row * 2, q_valid, 0.0)
         part_norm = tl.load(stats_ptr + part_row * 2 + 1, q_valid, 0.0)
         part = tl.load(partial_ptr + part_row[:, None] * D + d[None, :], mask, 0.0)
@@ -326,6 +329,7 @@ def sparse_decode(
         D=D,
         P=P,
         PROGRAMS=buffers.programs,
+        ROWS=buffers.partial.shape[2],
         HAS_K_SCALE=has_k_scale,
         HAS_V_SCALE=has_v_scale,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
@@ -349,8 +353,10 @@ def sparse_decode(
         G=G,
         D=D,
         PROGRAMS=buffers.programs,
+        ROWS=buffers.partial.shape[2],
         HAS_V_SCALE=has_v_scale,
         BLOCK_M=BLOCK_M,
         BLOCK_D=BLOCK_D,
         num_warps=8 if BLOCK_M > 32 else 4,
+        maxnreg=255,
     )
