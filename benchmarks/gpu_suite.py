@@ -33,7 +33,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from gpu_parts.records import ROOT, Record, machine
+from gpu_parts.records import ROOT, Record, machine, source
 
 PARTS = ("kernels", "bench", "modes", "pair", "tune")
 GRACE = 30  # seconds after its time in which a part may end by itself
@@ -70,12 +70,18 @@ def child(args: argparse.Namespace) -> int:
     from gpu_parts.device import Context, Device
 
     start = time.monotonic()
-    record = Record(args.out, args.child)
-    data, part = record.data, importlib.import_module(f"gpu_parts.{args.child}")
-    device = Device(args.dry_run)
-    context = Context(device, args.scores, args.out, start + args.seconds, data["cases"])
-    cases = part.cases(context)
-    data |= {"total": len(cases), "dry_run": args.dry_run, "machine": machine(args.dry_run)}
+    record = Record(args.out, args.child, args.dry_run)
+    data = record.data
+    try:
+        device = Device(args.dry_run)
+        part = importlib.import_module(f"gpu_parts.{args.child}")
+        context = Context(device, args.scores, args.out, start + args.seconds, data["cases"])
+        cases = part.cases(context)
+    except Exception:
+        data["failed"]["the part itself"] = traceback.format_exc()
+        record.save()
+        raise
+    data |= {"total": len(cases), "machine": machine(args.dry_run)}
     todo = [name for name in cases if name not in data["cases"] and name not in data["failed"]]
     begun = False
     for name in sorted(todo, key=data["earlier"].__contains__):
@@ -99,12 +105,13 @@ def child(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_part(part: str, args: argparse.Namespace, environment: dict[str, str]) -> Record:
+def run_part(part: str, args: argparse.Namespace, environment: dict[str, str]) -> None:
     """Run a part's cases in processes of its own until they are done or its time is over."""
-    record = Record(args.out, part)
+    record = Record(args.out, part, args.dry_run)
     if record.final.exists():
-        print(f"{part}: done before", flush=True)
-        return record
+        other = "" if record.data["source"] == source() else ", with other code"
+        print(f"{part}: done before{other}", flush=True)
+        return
     record.data["earlier"] = list(record.data["failed"])
     record.data["failed"] = {}
     record.save()
@@ -124,7 +131,7 @@ def run_part(part: str, args: argparse.Namespace, environment: dict[str, str]) -
             code, why = None, f"stopped {GRACE} seconds after the end of the part's time"
         finally:
             stop(process)
-        record = Record(args.out, part)
+        record = Record(args.out, part, args.dry_run)
         if code in (0, TIME_IS_OVER):
             break
         name = record.data["running"] or "the part itself"
@@ -137,7 +144,6 @@ def run_part(part: str, args: argparse.Namespace, environment: dict[str, str]) -
             break
     record.data["seconds"] = round(record.data["seconds"] + time.monotonic() - start, 1)
     record.finish()
-    return record
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -147,12 +153,12 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def report(out: Path, called: list[str]) -> int:
+def report(out: Path, dry: bool, called: list[str]) -> int:
     """Print the table of all results so far and one JSON object; the exit status."""
     overview: dict[str, Any] = {}
     print("\n" + "=" * 100)
     for part in PARTS:
-        record = Record(out, part)
+        record = Record(out, part, dry)
         data = record.data
         if record.status == "not begun" and part not in called:
             continue
@@ -210,7 +216,7 @@ def main() -> int:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         for part in called:
             run_part(part, args, environment)
-        return report(args.out, called)
+        return report(args.out, args.dry_run, called)
 
 
 if __name__ == "__main__":

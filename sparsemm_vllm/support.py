@@ -141,8 +141,8 @@ def unsupported(vllm_config: VllmConfig, settings: Settings) -> list[str]:
 
 def heads_per_kv_head(model_config: Any) -> int:
     """Query heads that share a KV head, `G`."""
-    query_heads = model_config.hf_text_config.num_attention_heads
-    return query_heads // model_config.get_total_num_kv_heads()
+    query_heads = model_config.model_arch_config.total_num_attention_heads
+    return query_heads // max(1, model_config.get_total_num_kv_heads())
 
 
 def pruned_layers(model_config: Any) -> list[int]:

@@ -19,19 +19,23 @@ class Record:
             failed ``earlier``, which one is ``running``, the machine, and the seconds of all calls.
     """
 
-    def __init__(self, folder: Path, part: str) -> None:
+    def __init__(self, folder: Path, part: str, dry: bool) -> None:
         self.part = part
         self.final = folder / f"{part}.json"
         self.partial = folder / f"{part}.partial.json"
         self.failures = folder / f"{part}.failed.txt"
-        self.data: dict[str, Any] = {"part": part, "source": source(), "seconds": 0.0}
-        self.data |= {"total": None, "cases": {}, "failed": {}, "earlier": [], "running": None}
-        if self.final.exists():
-            self.data = json.loads(self.final.read_text())
-        elif self.partial.exists():
-            found = json.loads(self.partial.read_text())
-            if found["source"] == self.data["source"]:  # results of other kernels count for nothing
-                self.data = found
+        self.data: dict[str, Any] = {"part": part, "dry_run": dry, "source": source()}
+        self.data |= {"seconds": 0.0, "total": None, "running": None}
+        self.data |= {"cases": {}, "failed": {}, "earlier": []}
+        for path in (self.final, self.partial):
+            if not path.exists():
+                continue
+            found = json.loads(path.read_text())
+            if found["dry_run"] != dry:
+                raise SystemExit(f"{path} is of another kind of run; give another --out")
+            if path == self.final or found["source"] == self.data["source"]:
+                self.data = found  # half a part of other code counts for nothing
+                break
 
     @property
     def complete(self) -> bool:
