@@ -67,7 +67,8 @@ class SparseMMModelState(DefaultModelState):
                 f"{expected}"
             )
         self._state.attach(cache)
-        warm_up(self._state, self.dtype)
+        if self.device.type == "cuda":
+            warm_up(self._state, self.dtype, block_tables.input_block_tables[self._group])
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Enter a request that starts, or resumes after preemption."""
@@ -117,14 +118,17 @@ class SparseMMModelState(DefaultModelState):
             return capture_step(self._state, batch.num_reqs, int(batch.num_scheduled_tokens.max()))
         if not batch.prefill_len_np.all():
             return None
-        padded = cudagraph_mode == CUDAGraphMode.FULL
-        return plan_step(
+        full_graph = cudagraph_mode == CUDAGraphMode.FULL
+        step = plan_step(
             self._state,
             batch.idx_mapping_np,
             batch.query_start_loc_np,
             batch.seq_lens_cpu_upper_bound.numpy(),
-            batch.num_reqs_after_padding if padded else None,
+            batch.num_reqs_after_padding if full_graph else None,
         )
+        if full_graph and (step.prunes or step.pruned_rows):
+            raise RuntimeError("vLLM replays a decode graph for a step that prunes a prompt")
+        return step
 
 
 def _allocate_state(

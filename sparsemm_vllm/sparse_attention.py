@@ -20,6 +20,11 @@ class SparseBackendMixin:
         return NAME
 
     @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        """Multiples of 8 elements, 16 bytes or 8 of fp8, up to what the registers hold."""
+        return head_size % 8 == 0 and head_size <= 256
+
+    @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         """Decoders only."""
         return attn_type == AttentionType.DECODER

@@ -330,38 +330,41 @@ def capture_step(state: SparseState, rows: int, max_query_len: int) -> Step:
     )
 
 
-def warm_up(state: SparseState, dtype: torch.dtype) -> None:
-    """Compile the kernels before the first request needs them; nothing to do without a GPU.
+def warm_up(state: SparseState, dtype: torch.dtype, block_table: torch.Tensor) -> None:
+    """Launch every kernel once, so that none is compiled when the first request needs it.
 
-    Prunes a prompt that keeps nothing, in the null block, and attends to nothing.
+    Prunes prompts that keep nothing, in the null block, and attends to nothing.
+
+    Args:
+        state: with the cache attached, and no request yet.
+        dtype: of the queries.
+        block_table: vLLM's, int32 ``[max_requests, max_blocks]``, all null blocks still.
     """
     device = state.workspace.scores.device
-    if device.type != "cuda":
-        return
-    heads, window, cache = state.heads, state.layout.window, state.cache.tensor
-    query = torch.zeros(max(window, 64), heads.Hq, heads.D, dtype=dtype, device=device)
+    heads, layout, cache = state.heads, state.layout, state.cache.tensor
+    query = torch.zeros(max(layout.window, 64), heads.Hq, heads.D, dtype=dtype, device=device)
     scale = torch.ones(1, device=device) if cache.element_size() == 1 else None
-    n = min(window + 128, state.workspace.capacity)
-    table = torch.zeros(1, -(-n // state.page_size), dtype=torch.int32, device=device)
-    zero = torch.zeros(2, dtype=torch.int32, device=device)
-    prompts = Prompts.pack([(0, 0, window, n)], 0, device)
-    state.ops.window_scores(
-        query,
-        cache[0],
-        table,
-        prompts,
-        state.workspace,
-        window,
-        state.layout.pool_kernel,
-        1.0,
-        scale,
-    )
-    state.ops.select_tokens(prompts, state.workspace, state.pages.lengths[:, 0], window)
-    state.ops.compact_kv(cache, 0, table, prompts, state.workspace, state.pages)
+    for tokens in (1024, 2048, 4096, 8192):  # select_tokens has a kernel for each
+        n = min(tokens, state.workspace.capacity, block_table.shape[1] * state.page_size)
+        prompts = Prompts.pack([(0, 0, layout.window, n)], 0, device)
+        state.ops.window_scores(
+            query,
+            cache[0],
+            block_table,
+            prompts,
+            state.workspace,
+            layout.window,
+            layout.pool_kernel,
+            1.0,
+            scale,
+        )
+        state.ops.select_tokens(prompts, state.workspace, state.pages.lengths[:, 0], layout.window)
+        state.ops.compact_kv(cache, 0, block_table, prompts, state.workspace, state.pages)
     slots = torch.full((1,), -1, dtype=torch.int64, device=device)
-    step = capture_step(state, 1, 1)
-    replace(step, moves_slots=True).prepare(slots, slots, table, zero, zero, zero[:0])
+    zero = torch.zeros(2, dtype=torch.int32, device=device)
     for queries in {1, 2, 4, 8, 16, state.max_decode_queries}:
-        batch = capture_step(state, 1, queries).decodes[0]
-        state.ops.sparse_decode(query, cache, 0, table, batch, query, 1.0, scale, scale)
-    torch.cuda.synchronize()
+        step = replace(capture_step(state, 1, queries), moves_slots=True)
+        step.prepare(slots, slots, block_table, zero, zero, zero[:1].long())
+        state.ops.sparse_decode(
+            query, cache, 0, block_table, step.decodes[0], query, 1.0, scale, scale
+        )

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.step import PrunedCache, RequestTable
+from sparsemm_vllm.step import Heads, PrunedCache, SparseState
 from sparsemm_vllm.triton_kernels.reference import (
     compact_kv,
     dense_attention,
@@ -27,7 +27,7 @@ from sparsemm_vllm.triton_kernels.reference import (
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32 inside, compared with float64
 D = 8
-INDEX = 2  # of the request in the table: not the first
+INDEX = 2  # of the request: not the first
 
 
 def head_lengths(P):
@@ -37,6 +37,16 @@ def head_lengths(P):
         (P + 1, 0, 7 * P + 3, 2),
         (2 * P, 3, 1, 0),
     )
+
+
+def make_state(cache, layout, own):
+    """A rank with room for four requests."""
+    L, _, Hkv, *_ = cache.shape
+    state = SparseState(
+        layout, own, Heads(L, Hkv, Hkv, D), cache.dtype, 4, 1, 1, torch.device("cpu")
+    )
+    state.attach(PrunedCache(cache, {}))
+    return state
 
 
 class Scene:
@@ -62,12 +72,10 @@ class Scene:
         ids = 1 + torch.randperm(B - 1)
         self.row = torch.cat([ids[:used], torch.zeros(6, dtype=torch.long)]).int()
         self.kv = torch.randn(L, Hkv, self.seq_len, 2 * D).to(dtype)
-        self.table = RequestTable(
-            PrunedCache(self.cache, {}, self.layout, self.layout.slice_of(0, 0)), max_num_reqs=4
-        )
+        self.state = make_state(self.cache, self.layout, self.layout.slice_of(0, 0))
         for index in range(4):  # neighbours and an earlier owner of the index must not matter
-            self.table.add(index, 4 * n)
-        self.table.add(INDEX, n)
+            self.state.add(index, 4 * n)
+        self.state.add(INDEX, n)
         self.positions = []  # kept positions by layer and head
         for token in range(n):
             self.write(token, entry=token // P)
@@ -76,24 +84,27 @@ class Scene:
         self.cache[:, self.row[entry], :, token % self.P] = self.kv[:, :, token]
 
     def arguments(self, layer):
-        return {"lengths": self.table.lengths[INDEX, layer], "first_pages": self.first(layer)}
+        return {"lengths": self.lengths(layer), "first_pages": self.first(layer)}
+
+    def lengths(self, layer):
+        return self.state.pages.lengths[INDEX, layer]
 
     def first(self, layer):
-        return self.table.first_pages[INDEX, layer]
+        return self.state.pages.first_pages[INDEX, layer]
 
     def prune(self):
         """Select at random, compact layer by layer, hand the freed blocks to others."""
         for layer in range(self.L):
             scores = torch.rand(self.Hkv, self.n - self.W)
             capacities = torch.tensor(self.layout.capacities[layer])
-            width = int(self.table.longest[INDEX, layer])
+            width = int(self.lengths(layer).max())
             selected = select_tokens(scores, capacities, width)
             compact_kv(
                 self.cache,
                 layer,
                 self.row,
                 selected,
-                total=int(self.table.kept[INDEX, layer]),
+                total=int(self.lengths(layer).sum()),
                 prompt_blocks=self.N,
                 **self.arguments(layer),
             )
@@ -109,7 +120,7 @@ class Scene:
 
     def attend(self, query, layer, **bounds):
         options = {
-            "longest": int(self.table.longest[INDEX, layer]),
+            "longest": int(self.lengths(layer).max()),
             "max_seq_len": self.seq_len,
         } | bounds
         return sparse_decode(
@@ -340,11 +351,11 @@ def test_compaction_with_one_layer_left_out_keeps_its_pages_untouched():
     last = Scene(head_lengths(P), 10 * P, W=6, P=P, generated=0)
     last.positions = full.positions
     before = as_integers(last.cache)
-    width = int(last.table.longest[INDEX, 2])
+    width = int(last.lengths(2).max())
     selected = torch.full((last.Hkv, width), last.n - last.W)
     for head, positions in enumerate(full.positions[2]):
         selected[head, : len(positions)] = positions
-    total = int(last.table.kept[INDEX, 2])
+    total = int(last.lengths(2).sum())
     compact_kv(
         last.cache, 2, last.row, selected, total=total, prompt_blocks=last.N, **last.arguments(2)
     )
@@ -424,13 +435,12 @@ def test_a_rank_sees_its_own_heads_only():
         head_lengths(P), window=W, base=1, stages=((0, 1), (1, 3)), tensor_parallel=2
     )
     cache = torch.empty(2, 40, 2, P, 2 * D)
-    table = RequestTable(PrunedCache(cache, {}, layout, layout.slice_of(1, 1)), 4)
-    table.add(INDEX, n)
-    assert table.lengths[INDEX].tolist() == [[7 * P + 3, 2], [1, 0]]
-    assert table.first_pages[INDEX].tolist() == [[0, 8], [9, 10]]
-    assert table.longest[INDEX].tolist() == [7 * P + 3, 1]
-    assert table.kept[INDEX].tolist() == [7 * P + 5, 1]
-    assert table.compact_blocks[INDEX] == 3  # of 4 pages: this rank's 10 are the most
+    state = make_state(cache, layout, layout.slice_of(1, 1))
+    state.add(INDEX, n)
+    assert state.pages.lengths[INDEX].tolist() == [[7 * P + 3, 2], [1, 0]]
+    assert state.pages.first_pages[INDEX].tolist() == [[0, 8], [9, 10]]
+    assert state.max_kept[INDEX] == 7 * P + 3
+    assert state.compact_blocks[INDEX] == 3  # of 4 pages: this rank's 10 are the most
 
 
 @st.composite

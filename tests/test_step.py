@@ -1,11 +1,15 @@
 """What a step does with each request, and where generated tokens go."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from kernel_cases import DEVICE
+from vllm.config.compilation import CUDAGraphMode
 
 from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.model_state import SparseMMModelState
 from sparsemm_vllm.step import (
     DECODE_QUERIES,
     Heads,
@@ -14,6 +18,7 @@ from sparsemm_vllm.step import (
     Step,
     capture_step,
     plan_step,
+    warm_up,
 )
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
 from sparsemm_vllm.triton_kernels.batch import (
@@ -455,3 +460,74 @@ def test_padded_rows_are_scheduled_to_do_nothing(ops):
     prepare(state, rows, slots, positions, block_table, padded=2)
     assert state.buffers.rows[:3, QUERIES].tolist() == [1, 0, 0]
     assert state.buffers.rows[:3, TAIL].tolist() == [5, 0, 0]
+
+
+# Warm-up
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_warm_up_launches_every_kernel_and_changes_nothing(monkeypatch, dtype):
+    """What vLLM hands over: a null block, tables of zeros."""
+    state = make_state()
+    state.ops = triton_ops
+    cache = torch.zeros(3, 1, 2, P, 2 * 16, dtype=dtype, device=DEVICE)
+    state.attach(PrunedCache(cache, {}))
+    launched = set()
+    for name in triton_ops.__all__:
+        launch = getattr(triton_ops, name)
+
+        def watch(*args, name=name, launch=launch):
+            launched.add(name)
+            launch(*args)
+
+        monkeypatch.setattr(triton_ops, name, watch)
+    block_table = torch.zeros(MAX_REQUESTS, 128, dtype=torch.int32, device=DEVICE)
+    warm_up(state, dtype, block_table)
+    assert launched == set(triton_ops.__all__)
+    assert not cache.any()
+    assert not block_table.any()
+    assert not state.pages.compact_blocks.any()
+
+
+# The worker's view
+
+
+def worker(state):
+    """A model state that has only what planning needs."""
+    worker = object.__new__(SparseMMModelState)
+    worker._state = state
+    return worker
+
+
+def vllm_batch(rows, prompt_lens):
+    requests, computed, queries = (np.array(column) for column in zip(*rows, strict=True))
+    return SimpleNamespace(
+        idx_mapping_np=requests,
+        query_start_loc_np=np.concatenate([[0], np.cumsum(queries)]),
+        seq_lens_cpu_upper_bound=torch.from_numpy(computed + queries),
+        prefill_len_np=np.array(prompt_lens),
+        num_scheduled_tokens=queries,
+        num_reqs=len(rows),
+        num_reqs_after_padding=len(rows) + 2,
+    )
+
+
+def test_a_decode_graph_never_stands_for_a_step_that_prunes():
+    model_state = worker(make_state([100]))
+    ends = vllm_batch([(0, 100 - W, W)], [100])
+    with pytest.raises(RuntimeError, match="decode graph for a step that prunes"):
+        model_state._plan(ends, CUDAGraphMode.FULL, for_capture=False)
+    assert model_state._plan(ends, CUDAGraphMode.PIECEWISE, for_capture=False).prunes
+    decodes = vllm_batch([(0, 100, 1)], [100])
+    assert model_state._plan(decodes, CUDAGraphMode.FULL, for_capture=False).short_rows == 3
+    assert model_state._plan(decodes, CUDAGraphMode.NONE, for_capture=False).short_rows == 1
+
+
+def test_batches_that_stand_for_none():
+    """Memory profiling has no step; a capture has one that belongs to no request."""
+    model_state = worker(make_state([100]))
+    dummy = vllm_batch([(0, 0, 1), (1, 0, 1)], [0, 0])
+    assert model_state._plan(dummy, CUDAGraphMode.NONE, for_capture=False) is None
+    step = model_state._plan(dummy, CUDAGraphMode.FULL, for_capture=True)
+    assert step.short_rows == 2
+    assert not step.moves_slots
