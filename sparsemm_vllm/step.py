@@ -21,7 +21,7 @@ from sparsemm_vllm.triton_kernels.batch import (
     columns,
     decode_queries,
 )
-from sparsemm_vllm.triton_kernels.sparse_decode import decode_tile
+from sparsemm_vllm.triton_kernels.sparse_decode import decode_rows, decode_tile
 
 # Queries of a row that the decode kernel is made for.
 DECODE_QUERIES = 16
@@ -114,7 +114,8 @@ class SparseState:
             max_tokens, heads.Hq, heads.Hkv, layout.window, device
         )
         lengths = range(1, self.max_decode_queries + 1)
-        tiles = max(-(-q // decode_queries(q, heads.G, heads.D)) for q in lengths)
+        self._max_rows = decode_rows(heads.D, cache_dtype)
+        tiles = max(-(-q // decode_queries(q, heads.G, self._max_rows)) for q in lengths)
         self.buffers = self._allocate_buffers(
             max_requests * tiles, programs, decode_tile(heads.D, cache_dtype), device
         )
@@ -140,7 +141,14 @@ class SparseState:
     ) -> DecodeBuffers:
         heads = self.heads
         return DecodeBuffers.allocate(
-            max_query_tiles, heads.L, heads.Hkv, heads.D, programs, block_n, device
+            max_query_tiles,
+            heads.L,
+            heads.Hkv,
+            heads.D,
+            programs,
+            block_n,
+            device,
+            self._max_rows,
         )
 
     def add(self, index: int, prompt_tokens: int, request_id: str = "") -> None:
@@ -170,7 +178,7 @@ class SparseState:
         Only a resumed request recomputes so many tokens behind a pruned prompt.
         """
         buffers = self._allocate_buffers(
-            -(-query_len // decode_queries(query_len, self.heads.G, self.heads.D)),
+            -(-query_len // decode_queries(query_len, self.heads.G, self._max_rows)),
             self.buffers.programs,
             self.buffers.block_n,
             self.buffers.rows.device,

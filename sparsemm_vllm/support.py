@@ -9,7 +9,7 @@ from vllm.logger import init_logger
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.profile import HeadProfile
 from sparsemm_vllm.settings import KEY, Settings
-from sparsemm_vllm.triton_kernels.batch import most_heads_per_kv_head
+from sparsemm_vllm.triton_kernels.sparse_decode import decode_rows
 
 logger = init_logger("vllm.sparsemm")  # vLLM configures its own loggers only
 
@@ -109,9 +109,9 @@ def unsupported(vllm_config: VllmConfig, settings: Settings) -> list[str]:
             "every layer has a sliding window, so no layer's cache grows with the prompt",
         ),
         (
-            heads_per_kv_head(model) > (most := most_heads_per_kv_head(model.get_head_size())),
+            heads_per_kv_head(model) > (most := decode_rows(model.get_head_size(), model.dtype)),
             f"{heads_per_kv_head(model)} query heads share a KV head, the decode kernel packs at "
-            f"most {most} of this size",
+            f"most {most} of this size and type",
         ),
         (
             scheduler.disable_hybrid_kv_cache_manager

@@ -1,10 +1,15 @@
 """Tests never reach the network, and need no GPU where there is none."""
 
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import hypothesis
+import numpy as np
 import pytest
+import torch
 
 from sparsemm_vllm import environment
 
@@ -35,3 +40,17 @@ def _bfloat16_products() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_dot", create_dot)
         yield
+
+
+@pytest.fixture(scope="session")
+def published() -> tuple[torch.Tensor, Any]:
+    """The published head scores of LLaVA-NeXT-Vicuna-7B ``[32, 32]``, and budgets made of them."""
+    golden = Path(__file__).parents[1].parent / "shared" / "golden"
+    if not golden.is_dir():
+        pytest.skip("golden data is not beside this checkout")
+    by_head = json.loads((golden / "llava-next-vicuna-7b.head_scores.json").read_text())
+    scores = np.zeros((32, 32))
+    for name, values in by_head.items():
+        layer, head = map(int, name.split("-"))
+        scores[layer, head] = np.mean(values)
+    return torch.from_numpy(scores), np.load(golden / "head_budgets.npz")

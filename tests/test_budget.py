@@ -1,8 +1,5 @@
 """Capacities: the published table, what must add up, and what must be refused."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +9,6 @@ from hypothesis import strategies as st
 from sparsemm_vllm.budget import head_capacities
 from sparsemm_vllm.layout import CacheLayout
 
-GOLDEN = Path(__file__).parents[1].parent / "shared" / "golden"
 TABLES = [
     (budget, rho, group)
     for budget in (64, 128, 256, 512, 1024, 2048)
@@ -37,18 +33,6 @@ score_tables = st.tuples(st.integers(1, 5), st.integers(1, 4), st.sampled_from([
         .map(lambda rows: (torch.tensor(rows, dtype=torch.float64), shape[1]))
     )
 )
-
-
-@pytest.fixture(scope="module")
-def published():
-    if not GOLDEN.is_dir():
-        pytest.skip("golden data is not beside this checkout")
-    by_head = json.loads((GOLDEN / "llava-next-vicuna-7b.head_scores.json").read_text())
-    scores = np.zeros((32, 32))
-    for name, values in by_head.items():
-        layer, head = map(int, name.split("-"))
-        scores[layer, head] = np.mean(values)
-    return torch.from_numpy(scores), np.load(GOLDEN / "head_budgets.npz")
 
 
 @pytest.mark.parametrize(("budget", "rho", "group"), TABLES)

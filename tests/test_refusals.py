@@ -126,7 +126,7 @@ MODELS = {
             **SIZES | {"hidden_size": 288, "num_attention_heads": 72, "num_key_value_heads": 1}
         ),
         "LlamaForCausalLM",
-        "72 query heads share a KV head, the decode kernel packs at most 64",
+        "72 query heads share a KV head, the decode kernel packs at most 32",
     ),
     "MLA": (
         DeepseekV2Config(

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, head_pages
 
+from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.triton_kernels import torch_ops
 from sparsemm_vllm.triton_kernels.batch import (
     COMPACT_BLOCKS,
@@ -208,3 +209,22 @@ def test_buffers_too_small() -> None:
     buffers = DecodeBuffers.allocate(4, 2, 3, 16, 2, BLOCK_N, DEVICE)
     with pytest.raises(ValueError, match="5 query tiles, but the buffers hold 4"):
         DecodeBatch.of(buffers, 0, 5, 1, 1)
+
+
+def test_published_budgets_are_balanced(published: tuple[torch.Tensor, object]) -> None:
+    """What the README says of batches of 8K prompts, on an H200: 264 programs, tiles of 64."""
+    n, R = 8192, 8
+    layout = CacheLayout.from_scores(published[0], 32, budget=256)
+    kept = torch.from_numpy(layout.kept_tokens(n))
+    pages = head_pages([n], kept[None], [layout.compact_blocks(n, 16)], 16)
+    buffers = DecodeBuffers.allocate(R, 32, 32, 128, 264, 64, DEVICE)
+    batch = DecodeBatch.of(buffers, 0, R, 1, 1)
+    starts = torch.arange(R + 1, dtype=torch.int32, device=DEVICE)
+    requests = torch.zeros(R, dtype=torch.int64, device=DEVICE)
+    schedule_decode(batch, pages, 32, 16, starts, int32([n + 1] * R), requests)
+    tiles = buffers.first_tile[:, R * 32].cpu()
+    busiest = -(-tiles // 264)
+    assert busiest.sum() * 264 / tiles.sum() == pytest.approx(1.09, abs=0.005)
+    tokens = kept + 33  # the window and one generated token
+    by_heads = tokens.max(1).values.sum() * 32 / tokens.sum()
+    assert by_heads == pytest.approx(7.1, abs=0.05)

@@ -93,7 +93,7 @@ class Requests:
         """The step's rows, scheduled."""
         rows = len(self.prompts) + self.padded_rows
         longest = max(self.query_lens)
-        tiles = rows * -(-longest // decode_queries(longest, self.G, self.D))
+        tiles = rows * -(-longest // decode_queries(longest, self.G))
         buffers = DecodeBuffers.allocate(
             tiles, L, self.Hkv, self.D, self.programs, self.block_n, DEVICE
         )

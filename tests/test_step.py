@@ -53,7 +53,7 @@ def make_state(prompts=(), G=2, D=16, max_requests=MAX_REQUESTS, max_tokens=1024
         LAYOUT,
         own,
         Heads(L=3, Hq=2 * G, Hkv=2, D=D),
-        torch.float32,
+        torch.bfloat16,
         max_requests,
         max_tokens,
         programs=3,

@@ -15,8 +15,6 @@ BATCH_ROW, REQUEST, QUERY_END, TOKENS, OFFSET = range(5)
 # Columns of `DecodeBuffers.rows`.
 TILE_ROW, FIRST_QUERY, QUERIES, POSITION, TAIL_START, PROMPT_BLOCKS, COMPACT_BLOCKS, TAIL = range(8)
 
-MAX_DECODE_ROWS = 64  # queries times query heads of a decode tile
-
 OFFSET_ALIGNMENT = 16  # tokens: 16-byte loads of scores begin at multiples of it
 
 
@@ -136,21 +134,15 @@ def query_block(rows: int) -> int:
     return min(64, max(16, 1 << (rows - 1).bit_length()))
 
 
-def most_heads_per_kv_head(D: int) -> int:
-    """Query heads of size `D` that a decode tile takes in."""
-    return MAX_DECODE_ROWS if D <= 128 else 32
-
-
-def decode_queries(max_query_len: int, G: int, D: int) -> int:
-    """Queries of a decode tile: those of a row, if the registers hold them for `G` heads.
+def decode_queries(max_query_len: int, G: int, max_rows: int = 64) -> int:
+    """Queries of a decode tile: those of a row, as far as `max_rows` rows hold them for `G` heads.
 
     Raises:
         ValueError: if they do not hold a single one.
     """
-    most = most_heads_per_kv_head(D)
-    if most < G:
-        raise ValueError(f"{G} query heads share a KV head; head size {D} allows {most}")
-    return min(query_block(max_query_len * G), most) // G
+    if max_rows < G:
+        raise ValueError(f"{G} query heads share a KV head; a tile has {max_rows} rows")
+    return min(query_block(max_query_len * G), max_rows) // G
 
 
 def padded_queries(G: int, window: int) -> int:
@@ -176,8 +168,8 @@ class DecodeBuffers:
         first_tile: KV tiles of the items before each, and of all, int32 ``[L, max_items + 1]``.
         first_item: item at which each program begins, int32 ``[L, programs]``.
         partial: unfinished outputs, of a program's first and last item, float32
-            ``[programs, 2, MAX_DECODE_ROWS, D]``.
-        stats: maximum and sum of their softmax, float32 ``[programs, 2, MAX_DECODE_ROWS, 2]``.
+            ``[programs, 2, max_rows, D]``.
+        stats: maximum and sum of their softmax, float32 ``[programs, 2, max_rows, 2]``.
         block_n: tokens of a KV tile.
     """
 
@@ -199,8 +191,20 @@ class DecodeBuffers:
         programs: int,
         block_n: int,
         device: torch.device,
+        max_rows: int = 64,
     ) -> "DecodeBuffers":
-        """Buffers of a schedule in which nothing is to be read."""
+        """Buffers of a schedule in which nothing is to be read.
+
+        Args:
+            max_query_tiles: query tiles of a batch.
+            L: layers.
+            Hkv: KV heads.
+            D: head size.
+            programs: that share the work.
+            block_n: tokens of a KV tile.
+            device: where the kernels run.
+            max_rows: rows of a query tile: queries times query heads of a KV head.
+        """
         items = max_query_tiles * Hkv
 
         def zeros(*shape: int) -> torch.Tensor:
@@ -211,8 +215,8 @@ class DecodeBuffers:
             zeros(L, items, 2),
             zeros(L, items + 1),
             zeros(L, programs),
-            torch.empty(programs, 2, MAX_DECODE_ROWS, D, device=device),
-            torch.empty(programs, 2, MAX_DECODE_ROWS, 2, device=device),
+            torch.empty(programs, 2, max_rows, D, device=device),
+            torch.empty(programs, 2, max_rows, 2, device=device),
             block_n,
         )
 
@@ -254,7 +258,7 @@ class DecodeBatch:
         Raises:
             ValueError: if the buffers are too small, or `G` is too large.
         """
-        block_q = decode_queries(max_query_len, G, buffers.partial.shape[3])
+        block_q = decode_queries(max_query_len, G, buffers.partial.shape[2])
         batch = cls(buffers, first_row, rows, -(-max_query_len // block_q), block_q)
         if batch.query_tiles > buffers.rows.shape[0]:
             raise ValueError(

@@ -26,6 +26,16 @@ def decode_tile(D: int, dtype: torch.dtype) -> int:
     return 16 if D > 128 and dtype == torch.float8_e4m3fn else min(128, 8192 // D)
 
 
+def decode_rows(D: int, dtype: torch.dtype) -> int:
+    """Rows of a query tile at most: queries times query heads of a KV head.
+
+    Args:
+        D: head size.
+        dtype: of the cache.
+    """
+    return 32 if D > 128 or dtype == torch.float32 else 64
+
+
 def launch_options(block_m: int, D: int, dtype: torch.dtype) -> dict[str, int]:
     """Warps, registers and pipeline stages: the compiler may use what a program can have.
 
@@ -37,10 +47,12 @@ def launch_options(block_m: int, D: int, dtype: torch.dtype) -> dict[str, int]:
         D: head size.
         dtype: of the queries.
     """
+    if dtype == torch.float32:
+        return {"num_warps": 8, "maxnreg": 255, "STAGES": 2}
     return {
         "num_warps": 8 if block_m > 16 else 4,
         "maxnreg": 255,
-        "STAGES": 3 if D > 128 or dtype == torch.float32 else 5,
+        "STAGES": 3 if D > 128 else 5,
     }
 
 
