@@ -15,7 +15,8 @@ goes on where it stopped, repeats what failed, and skips what is done: ``<part>.
 says so, ``<part>.failed.txt`` why not. The last lines are a table and one JSON object. Exit status:
 0 if all parts are done, 1 if a case failed, 3 if something is left to do.
 
-Needs torch and triton, `modes` and `pair` vLLM too; the package need not be installed.
+Needs torch and triton; `modes` and `pair` need vLLM too, on the path. The package need not be
+installed, nor typer, rich, matplotlib, hypothesis and pytest. Logs of engines lie in ``engines/``.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import contextlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +35,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from gpu_parts.records import ROOT, Record, machine, source
+from gpu_parts.records import ROOT, Record, digest, machine
 
 PARTS = ("kernels", "bench", "modes", "pair", "tune")
 GRACE = 30  # seconds after its time in which a part may end by itself
@@ -44,17 +46,16 @@ TIME_IS_OVER = 3
 def package_tree(folder: Path) -> Path:
     """The package as an installation would lay it out, with the entry points that vLLM looks for.
 
-    The repository's root must not be on the path: `triton_kernels` is another package's name.
+    It is a copy, so that no edit changes what a running suite measures. The repository's root must
+    not be on the path: `triton_kernels` is another package's name.
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     name, version = project["project"]["name"], project["project"]["version"]
+    no_bytecode = shutil.ignore_patterns("__pycache__")
     places = project["tool"]["setuptools"]["package-dir"]
     for package in project["tool"]["setuptools"]["packages"]:  # parents first
         target = folder / package.replace(".", "/")
-        target.mkdir(parents=True)
-        for path in (ROOT / places.get(package, package)).iterdir():
-            if path.name != "__pycache__":
-                (target / path.name).symlink_to(path)
+        shutil.copytree(ROOT / places.get(package, package), target, ignore=no_bytecode)
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -70,7 +71,7 @@ def child(args: argparse.Namespace) -> int:
     from gpu_parts.device import Context, Device
 
     start = time.monotonic()
-    record = Record(args.out, args.child, args.dry_run)
+    record = Record(args.out, args.child, args.dry_run, args.source)
     data = record.data
     try:
         device = Device(args.dry_run)
@@ -107,9 +108,9 @@ def child(args: argparse.Namespace) -> int:
 
 def run_part(part: str, args: argparse.Namespace, environment: dict[str, str]) -> None:
     """Run a part's cases in processes of its own until they are done or its time is over."""
-    record = Record(args.out, part, args.dry_run)
+    record = Record(args.out, part, args.dry_run, args.source)
     if record.final.exists():
-        other = "" if record.data["source"] == source() else ", with other code"
+        other = "" if record.data["source"] == args.source else ", with other code"
         print(f"{part}: done before{other}", flush=True)
         return
     record.data["earlier"] = list(record.data["failed"])
@@ -120,7 +121,7 @@ def run_part(part: str, args: argparse.Namespace, environment: dict[str, str]) -
     for _ in range(1 + RESTARTS):
         seconds = deadline - time.monotonic()
         command = [sys.executable, __file__, "--out", str(args.out), "--child", part]
-        command += ["--seconds", str(seconds)]
+        command += ["--seconds", str(seconds), "--source", args.source]
         command += ["--dry-run"] if args.dry_run else []
         command += ["--scores", str(args.scores)] if args.scores else []
         process = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -131,7 +132,7 @@ def run_part(part: str, args: argparse.Namespace, environment: dict[str, str]) -
             code, why = None, f"stopped {GRACE} seconds after the end of the part's time"
         finally:
             stop(process)
-        record = Record(args.out, part, args.dry_run)
+        record = Record(args.out, part, args.dry_run, args.source)
         if code in (0, TIME_IS_OVER):
             break
         name = record.data["running"] or "the part itself"
@@ -153,12 +154,12 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def report(out: Path, dry: bool, called: list[str]) -> int:
+def report(args: argparse.Namespace, called: list[str]) -> int:
     """Print the table of all results so far and one JSON object; the exit status."""
     overview: dict[str, Any] = {}
     print("\n" + "=" * 100)
     for part in PARTS:
-        record = Record(out, part, dry)
+        record = Record(args.out, part, args.dry_run, args.source)
         data = record.data
         if record.status == "not begun" and part not in called:
             continue
@@ -196,6 +197,7 @@ def main() -> int:
     parser.add_argument("--scores", type=Path, help="head scores, as JSON; made up if not given")
     parser.add_argument("--child", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--source", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         return child(args)
@@ -208,6 +210,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         tree = package_tree(Path(folder))
         sys.path.insert(0, str(tree))
+        args.source = digest(tree, ROOT / "benchmarks" / "gpu_parts")
         if args.dry_run:
             import sparsemm_vllm
 
@@ -216,7 +219,7 @@ def main() -> int:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
         for part in called:
             run_part(part, args, environment)
-        return report(args.out, args.dry_run, called)
+        return report(args, called)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Operations on a pruned paged KV cache, one op a file; `reference` holds their torch twins.
+"""Operations on a pruned paged KV cache, one op a file: its kernels and its launcher.
+
+`triton_ops` lists the launchers, `torch_ops` their torch twins under the same names, made of what
+`reference` does to one request. `batch` holds what all of them are told of a step's requests.
 
 Installed as `sparsemm_vllm.triton_kernels`. Imports torch and triton only.
 
@@ -6,7 +9,9 @@ Vocabulary, used in every file:
 
 * sizes: `L` layers of the cache, `Hq` query heads, `Hkv` KV heads, `G = Hq / Hkv`, `D` head size,
   `n` prompt tokens, `W` observation window, `P` page (block) size in tokens, `Q` query tokens of a
-  request in this step;
+  request in this step, `R` requests, `N` prompt blocks, `C` compact blocks;
+* in kernels: tiles `BLOCK_*`, pointers `x_ptr`, strides `stride_xy` (dimension `y` of `x`), flags
+  `HAS_*`;
 * `cache` `[L, B, Hkv, P, 2 * D]`: the paged KV cache of all layers, K before V in the last
   dimension, any strides; a *page* is `cache[l, b, h]`, the `P` token slots of one head in one
   block;

@@ -1,5 +1,6 @@
 """Time of the kernels beside the time that their bytes take at the measured bandwidth."""
 
+import itertools
 import json
 import math
 import sys
@@ -89,16 +90,17 @@ def head_scores(model: Model, path: Path | None) -> torch.Tensor:
             scores = scores.reshape(layers, -1)
         if scores.shape == (model.L, model.Hq):
             return scores
-    top, next_top = math.ceil(0.05 * heads), math.ceil(0.1 * heads)
-    scores = torch.linspace(2.0, 0.1, heads, dtype=torch.float64)
-    for part, mass in (
-        (slice(0, top), 0.55),
-        (slice(top, next_top), 0.22),
-        (slice(next_top, heads), 0.23),
+    ends = (0, math.ceil(0.05 * heads), math.ceil(0.1 * heads), heads)
+    parts = []
+    for size, mass, (first, last) in zip(
+        (b - a for a, b in itertools.pairwise(ends)),
+        (0.55, 0.22, 0.23),
+        ((2.5, 0.6), (1.1, 0.9), (2.4, 0.1)),
+        strict=True,
     ):
-        if len(scores[part]):
-            weight = torch.linspace(2.4, 0.1, len(scores[part]), dtype=torch.float64)
-            scores[part] = mass * weight / weight.sum()
+        weight = torch.linspace(first, last, size, dtype=torch.float64)
+        parts.append(mass * weight / weight.sum())
+    scores = torch.cat(parts)
     order = torch.randperm(heads, generator=torch.Generator().manual_seed(7))
     return scores[order].reshape(model.L, model.Hq)
 

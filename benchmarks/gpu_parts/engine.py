@@ -69,7 +69,7 @@ def initialize(count: list[int], parameter: Any) -> None:
         parameter.data.fill_(1)
         return
     count[0] += 1
-    rows, columns = parameter.shape
+    rows, columns = parameter.shape[0], parameter[0].numel()
     inner = (0.5 if rows >= 30000 else 1.3) * columns**-0.5
     size = 1.0 if count[0] == 1 else inner  # the embedding comes first
     generator = torch.Generator(parameter.device).manual_seed(count[0])

@@ -15,16 +15,17 @@ class Record:
     """``<part>.partial.json`` while the part runs, ``<part>.json`` when every case has passed.
 
     Attributes:
-        data: ``cases`` by name, the ``failed`` ones of this call with their errors, those that
-            failed ``earlier``, which one is ``running``, the machine, and the seconds of all calls.
+        data: ``source``, a digest of the code, ``cases`` by name, those that ``failed`` in this
+            call with their errors, those that failed ``earlier``, the one that is ``running``, the
+            machine, and the seconds of all calls.
     """
 
-    def __init__(self, folder: Path, part: str, dry: bool) -> None:
+    def __init__(self, folder: Path, part: str, dry: bool, code: str) -> None:
         self.part = part
         self.final = folder / f"{part}.json"
         self.partial = folder / f"{part}.partial.json"
         self.failures = folder / f"{part}.failed.txt"
-        self.data: dict[str, Any] = {"part": part, "dry_run": dry, "source": source()}
+        self.data: dict[str, Any] = {"part": part, "dry_run": dry, "source": code}
         self.data |= {"seconds": 0.0, "total": None, "running": None}
         self.data |= {"cases": {}, "failed": {}, "earlier": []}
         for path in (self.final, self.partial):
@@ -33,7 +34,7 @@ class Record:
             found = json.loads(path.read_text())
             if found["dry_run"] != dry:
                 raise SystemExit(f"{path} is of another kind of run; give another --out")
-            if path == self.final or found["source"] == self.data["source"]:
+            if path == self.final or found["source"] == code:
                 self.data = found  # half a part of other code counts for nothing
                 break
 
@@ -68,13 +69,13 @@ class Record:
         return "unfinished" if self.partial.exists() else "not begun"
 
 
-def source() -> str:
-    """Digest of the code that is measured."""
-    digest = hashlib.sha256()
-    for folder in ("triton_kernels", "sparsemm_vllm", "benchmarks/gpu_parts"):
-        for path in sorted((ROOT / folder).glob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+def digest(*folders: Path) -> str:
+    """Of the code in these folders."""
+    found = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def _output(*command: str) -> str | None:
