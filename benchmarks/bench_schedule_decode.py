@@ -23,7 +23,7 @@ def bench_schedule_decode(benchmark: Any, case: tuple[int, ...]) -> None:
     pages.compact_blocks.fill_(16)
     lengths = torch.randint(0, 5337, pages.lengths.shape, generator=generator, dtype=torch.int32)
     pages.lengths.copy_(lengths)
-    buffers = DecodeBuffers.allocate(R, L, Hkv, D, 264, 64, DEVICE)
+    buffers = DecodeBuffers.allocate(R, L, Hkv, D, torch.bfloat16, 264, DEVICE)
     batch = DecodeBatch.of(buffers, 0, R, 1, 1)
     starts = torch.arange(R + 1, dtype=torch.int32, device=DEVICE)
     seq_lens = torch.full((R,), 8200, dtype=torch.int32, device=DEVICE)

@@ -8,7 +8,7 @@ from common import DEVICE, GPU, timed
 
 from sparsemm_vllm.triton_kernels import torch_ops
 from sparsemm_vllm.triton_kernels.batch import DecodeBatch, DecodeBuffers, HeadPages
-from sparsemm_vllm.triton_kernels.sparse_decode import decode_tile, sparse_decode
+from sparsemm_vllm.triton_kernels.sparse_decode import sparse_decode
 
 P, WINDOW, D = 16, 32, 128
 PROGRAMS = 2 * torch.cuda.get_device_properties(0).multi_processor_count if GPU else 4
@@ -53,8 +53,7 @@ class Step:
         self.pages.compact_blocks.fill_(self.C)
         self.pages.lengths[:] = lengths.int().to(DEVICE)
         self.pages.first_pages[:] = (pages.cumsum(0) - pages).int().to(DEVICE)
-        block_n = decode_tile(D, dtype)
-        buffers = DecodeBuffers.allocate(R, 1, Hkv, D, PROGRAMS, block_n, DEVICE)
+        buffers = DecodeBuffers.allocate(R, 1, Hkv, D, dtype, PROGRAMS, DEVICE)
         self.batch = DecodeBatch.of(buffers, 0, R, 1, G)
         self.starts = torch.arange(R + 1, dtype=torch.int32, device=DEVICE)
         self.seq_lens = torch.full((R,), n + 1, dtype=torch.int32, device=DEVICE)

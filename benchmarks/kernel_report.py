@@ -61,7 +61,7 @@ from sparsemm_vllm.triton_kernels.compact_kv import compact_kv
 from sparsemm_vllm.triton_kernels.correct_slots import correct_slots
 from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
 from sparsemm_vllm.triton_kernels.select_tokens import select_tokens
-from sparsemm_vllm.triton_kernels.sparse_decode import decode_rows, decode_tile, sparse_decode
+from sparsemm_vllm.triton_kernels.sparse_decode import sparse_decode
 from sparsemm_vllm.triton_kernels.window_scores import window_scores
 
 OPS = (
@@ -174,9 +174,7 @@ def launch(case: Case) -> None:
     running = torch.zeros(requests, dtype=torch.int32)
     prompts = Prompts.pack([(i, i, (i + 1) * n, n) for i in range(requests)], 1025, cpu)
     workspace = PruneWorkspace.allocate(requests * (n + 16), Hkv * G, Hkv, window, cpu)
-    buffers = DecodeBuffers.allocate(
-        requests * Q * G, L, Hkv, D, 132, decode_tile(D, dtype), cpu, decode_rows(D, dtype)
-    )
+    buffers = DecodeBuffers.allocate(requests * Q * G, L, Hkv, D, dtype, 132, cpu)
     batch = DecodeBatch.of(buffers, 0, requests, Q, G)
 
     if case.op == "window_scores":

@@ -4,6 +4,7 @@ Knows nothing of vLLM; positions that only the device knows stay there.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import ModuleType
 
 import numpy as np
@@ -20,8 +21,8 @@ from sparsemm_vllm.triton_kernels.batch import (
     PruneWorkspace,
     columns,
     decode_queries,
+    decode_rows,
 )
-from sparsemm_vllm.triton_kernels.sparse_decode import decode_rows, decode_tile
 
 # Queries of a row that the decode kernel is made for.
 DECODE_QUERIES = 16
@@ -113,12 +114,19 @@ class SparseState:
         self.workspace = PruneWorkspace.allocate(
             max_tokens, heads.Hq, heads.Hkv, layout.window, device
         )
-        lengths = range(1, self.max_decode_queries + 1)
         self._max_rows = decode_rows(heads.D, cache_dtype)
+        lengths = range(1, self.max_decode_queries + 1)
         tiles = max(-(-q // decode_queries(q, heads.G, self._max_rows)) for q in lengths)
-        self.buffers = self._allocate_buffers(
-            max_requests * tiles, programs, decode_tile(heads.D, cache_dtype), device
+        self._allocate_buffers = partial(
+            DecodeBuffers.allocate,
+            L=heads.L,
+            Hkv=heads.Hkv,
+            D=heads.D,
+            dtype=cache_dtype,
+            programs=programs,
+            device=device,
         )
+        self.buffers = self._allocate_buffers(max_requests * tiles)
         self._cache: PrunedCache | None = None
 
     @property
@@ -135,21 +143,6 @@ class SparseState:
     def page_size(self) -> int:
         """Tokens of a block, `P`."""
         return self.cache.tensor.shape[3]
-
-    def _allocate_buffers(
-        self, max_query_tiles: int, programs: int, block_n: int, device: torch.device
-    ) -> DecodeBuffers:
-        heads = self.heads
-        return DecodeBuffers.allocate(
-            max_query_tiles,
-            heads.L,
-            heads.Hkv,
-            heads.D,
-            programs,
-            block_n,
-            device,
-            self._max_rows,
-        )
 
     def add(self, index: int, prompt_tokens: int, request_id: str = "") -> None:
         """Enter a request; overwrites whatever had the index before."""
@@ -177,12 +170,8 @@ class SparseState:
 
         Only a resumed request recomputes so many tokens behind a pruned prompt.
         """
-        buffers = self._allocate_buffers(
-            -(-query_len // decode_queries(query_len, self.heads.G, self._max_rows)),
-            self.buffers.programs,
-            self.buffers.block_n,
-            self.buffers.rows.device,
-        )
+        block_q = decode_queries(query_len, self.heads.G, self._max_rows)
+        buffers = self._allocate_buffers(-(-query_len // block_q))
         buffers = replace(buffers, partial=self.buffers.partial, stats=self.buffers.stats)
         return DecodeBatch.of(buffers, row, 1, query_len, self.heads.G)
 

@@ -9,7 +9,7 @@ from vllm.logger import init_logger
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.profile import HeadProfile
 from sparsemm_vllm.settings import KEY, Settings
-from sparsemm_vllm.triton_kernels.sparse_decode import decode_rows
+from sparsemm_vllm.triton_kernels.batch import decode_rows
 
 logger = init_logger("vllm.sparsemm")  # vLLM configures its own loggers only
 

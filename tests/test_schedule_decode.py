@@ -21,6 +21,7 @@ from sparsemm_vllm.triton_kernels.batch import (
 from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
 
 P, W, BLOCK_N = 8, 4, 16
+HALF = torch.bfloat16
 WRITTEN = ("rows", "items", "first_tile", "first_item")
 
 
@@ -51,7 +52,7 @@ def schedule(
 ) -> DecodeBatch:
     L, Hkv = pages.lengths.shape[1:]
     rows = len(query_lens) - first_row if rows is None else rows
-    buffers = DecodeBuffers.allocate(16, L, Hkv, 16, programs, BLOCK_N, DEVICE)
+    buffers = DecodeBuffers.allocate(16, L, Hkv, 16, HALF, programs, DEVICE, BLOCK_N)
     for name in WRITTEN:
         getattr(buffers, name).fill_(-7)  # whoever reads what was not written fails
     longest = max(query_lens[first_row : first_row + rows])
@@ -128,7 +129,7 @@ def test_an_idle_batch_reads_nothing() -> None:
 def test_more_items_than_a_block() -> None:
     """400 rows of 3 heads: the running sum goes over two blocks of 1,024."""
     pages = requests()
-    buffers = DecodeBuffers.allocate(400, 2, 3, 16, 33, BLOCK_N, DEVICE)
+    buffers = DecodeBuffers.allocate(400, 2, 3, 16, HALF, 33, DEVICE, BLOCK_N)
     batches = []
     for op in (schedule_decode, torch_ops.schedule_decode):
         batch = DecodeBatch.of(buffers, 0, 400, 1, 1)
@@ -191,7 +192,7 @@ def test_any_batch(data: st.DataObject) -> None:
     ],
 )
 def test_wrong_input(change: dict[str, object], message: str) -> None:
-    buffers = DecodeBuffers.allocate(4, 2, 3, 16, 2, BLOCK_N, DEVICE)
+    buffers = DecodeBuffers.allocate(4, 2, 3, 16, HALF, 2, DEVICE, BLOCK_N)
     arguments = {
         "batch": DecodeBatch.of(buffers, 0, 2, 1, 1),
         "pages": requests(),
@@ -206,7 +207,7 @@ def test_wrong_input(change: dict[str, object], message: str) -> None:
 
 
 def test_buffers_too_small() -> None:
-    buffers = DecodeBuffers.allocate(4, 2, 3, 16, 2, BLOCK_N, DEVICE)
+    buffers = DecodeBuffers.allocate(4, 2, 3, 16, HALF, 2, DEVICE, BLOCK_N)
     with pytest.raises(ValueError, match="5 query tiles, but the buffers hold 4"):
         DecodeBatch.of(buffers, 0, 5, 1, 1)
 
@@ -217,7 +218,7 @@ def test_published_budgets_are_balanced(published: tuple[torch.Tensor, object]) 
     layout = CacheLayout.from_scores(published[0], 32, budget=256)
     kept = torch.from_numpy(layout.kept_tokens(n))
     pages = head_pages([n], kept[None], [layout.compact_blocks(n, 16)], 16)
-    buffers = DecodeBuffers.allocate(R, 32, 32, 128, 264, 64, DEVICE)
+    buffers = DecodeBuffers.allocate(R, 32, 32, 128, HALF, 264, DEVICE)
     batch = DecodeBatch.of(buffers, 0, R, 1, 1)
     starts = torch.arange(R + 1, dtype=torch.int32, device=DEVICE)
     requests = torch.zeros(R, dtype=torch.int64, device=DEVICE)

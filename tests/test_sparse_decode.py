@@ -9,10 +9,16 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE, FP8, TOLERANCE, Paged, bits, head_pages, relative_error
 
 from sparsemm_vllm.triton_kernels import torch_ops
-from sparsemm_vllm.triton_kernels.batch import DecodeBatch, DecodeBuffers, decode_queries
+from sparsemm_vllm.triton_kernels.batch import (
+    DecodeBatch,
+    DecodeBuffers,
+    decode_queries,
+    decode_rows,
+    decode_tokens,
+)
 from sparsemm_vllm.triton_kernels.reference import head_page_slots
 from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
-from sparsemm_vllm.triton_kernels.sparse_decode import decode_tile, launch_options, sparse_decode
+from sparsemm_vllm.triton_kernels.sparse_decode import launch_options, sparse_decode
 
 SCALE = 0.4  # not the default one; sharpens the softmax
 L = 2
@@ -39,7 +45,7 @@ class Requests:
     dtype: torch.dtype = torch.float32
     cache_dtype: torch.dtype | None = None
     padded_rows: int = 1
-    block_n: int = 16
+    block_n: int | None = 16
     cache: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -93,9 +99,10 @@ class Requests:
         """The step's rows, scheduled."""
         rows = len(self.prompts) + self.padded_rows
         longest = max(self.query_lens)
-        tiles = rows * -(-longest // decode_queries(longest, self.G))
+        dtype = self.cache.dtype
+        tiles = rows * -(-longest // decode_queries(longest, self.G, decode_rows(self.D, dtype)))
         buffers = DecodeBuffers.allocate(
-            tiles, L, self.Hkv, self.D, self.programs, self.block_n, DEVICE
+            tiles, L, self.Hkv, self.D, dtype, self.programs, DEVICE, self.block_n
         )
         buffers.partial.fill_(torch.nan)
         buffers.stats.fill_(torch.nan)
@@ -148,7 +155,7 @@ def test_page_sizes(P: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("D", [32, 64, 80, 96, 128, 256])  # 80 and 96 are padded to 128
 def test_head_sizes_and_types(D: int, dtype: torch.dtype) -> None:
-    mixed(D=D, dtype=dtype, block_n=decode_tile(D, dtype)).check()
+    mixed(D=D, dtype=dtype, block_n=None).check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -234,7 +241,7 @@ def test_tiles_fit_the_machine() -> None:
     for D in (32, 64, 80, 96, 128, 256):
         for dtype in (torch.float32, torch.bfloat16, FP8):
             element = torch.empty(0, dtype=dtype).element_size()
-            tile = decode_tile(D, dtype) * 2 * (1 << (D - 1).bit_length()) * element
+            tile = decode_tokens(D, dtype) * 2 * (1 << (D - 1).bit_length()) * element
             query = torch.bfloat16 if dtype == FP8 else dtype
             buffers = max(1, launch_options(16, D, query)["STAGES"] - 3)
             assert tile * buffers <= 80 * 1024

@@ -134,6 +134,29 @@ def query_block(rows: int) -> int:
     return min(64, max(16, 1 << (rows - 1).bit_length()))
 
 
+def decode_tokens(D: int, dtype: torch.dtype) -> int:
+    """Tokens of a KV tile: as many as the registers of a program take in.
+
+    Args:
+        D: head size.
+        dtype: of the cache.
+    """
+    D = 1 << (D - 1).bit_length()
+    if dtype == torch.float32:  # multiplied without tensor cores
+        return max(16, 2048 // D)
+    return 16 if D > 128 and dtype == torch.float8_e4m3fn else min(128, 8192 // D)
+
+
+def decode_rows(D: int, dtype: torch.dtype) -> int:
+    """Rows of a query tile at most: queries times query heads of a KV head.
+
+    Args:
+        D: head size.
+        dtype: of the cache.
+    """
+    return 64 // (1 + (D > 128)) // (1 + (dtype == torch.float32))
+
+
 def decode_queries(max_query_len: int, G: int, max_rows: int = 64) -> int:
     """Queries of a decode tile: those of a row, as far as `max_rows` rows hold them for `G` heads.
 
@@ -188,10 +211,10 @@ class DecodeBuffers:
         L: int,
         Hkv: int,
         D: int,
+        dtype: torch.dtype,
         programs: int,
-        block_n: int,
         device: torch.device,
-        max_rows: int = 64,
+        block_n: int | None = None,
     ) -> "DecodeBuffers":
         """Buffers of a schedule in which nothing is to be read.
 
@@ -200,12 +223,13 @@ class DecodeBuffers:
             L: layers.
             Hkv: KV heads.
             D: head size.
+            dtype: of the cache.
             programs: that share the work.
-            block_n: tokens of a KV tile.
             device: where the kernels run.
-            max_rows: rows of a query tile: queries times query heads of a KV head.
+            block_n: tokens of a KV tile; `decode_tokens` if not given.
         """
         items = max_query_tiles * Hkv
+        max_rows = decode_rows(D, dtype)
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
@@ -217,7 +241,7 @@ class DecodeBuffers:
             zeros(L, programs),
             torch.empty(programs, 2, max_rows, D, device=device),
             torch.empty(programs, 2, max_rows, 2, device=device),
-            block_n,
+            block_n or decode_tokens(D, dtype),
         )
 
     @property

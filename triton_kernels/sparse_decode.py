@@ -13,29 +13,6 @@ import triton.language as tl
 from .batch import DecodeBatch, query_block
 
 
-def decode_tile(D: int, dtype: torch.dtype) -> int:
-    """Tokens of a KV tile: as many as the registers of a program take in.
-
-    Args:
-        D: head size.
-        dtype: of the cache.
-    """
-    D = triton.next_power_of_2(D)
-    if dtype == torch.float32:  # multiplied without tensor cores
-        return max(16, 2048 // D)
-    return 16 if D > 128 and dtype == torch.float8_e4m3fn else min(128, 8192 // D)
-
-
-def decode_rows(D: int, dtype: torch.dtype) -> int:
-    """Rows of a query tile at most: queries times query heads of a KV head.
-
-    Args:
-        D: head size.
-        dtype: of the cache.
-    """
-    return 32 if D > 128 or dtype == torch.float32 else 64
-
-
 def launch_options(block_m: int, D: int, dtype: torch.dtype) -> dict[str, int]:
     """Warps, registers and pipeline stages: the compiler may use what a program can have.
 

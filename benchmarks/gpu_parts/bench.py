@@ -27,7 +27,6 @@ from sparsemm_vllm.triton_kernels.batch import (
     PruneWorkspace,
     padded_queries,
 )
-from sparsemm_vllm.triton_kernels.sparse_decode import decode_tile
 
 NEEDS = 25
 P, W, KERNEL_SIZE = 16, 32, 5
@@ -158,10 +157,9 @@ class Decode:
         requests = self.start[:batch]
 
         programs = programs_each * device.multiprocessors
-        block_n = block_n or decode_tile(D, dtype)
-        sizes = batch * Hq, L, Hkv, D, programs, block_n
+        sizes = batch * Hq, L, Hkv, D, dtype, programs
         self.rows = DecodeBatch.of(
-            DecodeBuffers.allocate(*sizes, device.torch), 0, batch, 1, Hq // Hkv
+            DecodeBuffers.allocate(*sizes, device.torch, block_n), 0, batch, 1, Hq // Hkv
         )
         self.schedule = partial(
             triton_ops.schedule_decode, self.rows, pages, W, P, self.start, self.seq_lens, requests

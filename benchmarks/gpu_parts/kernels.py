@@ -23,7 +23,6 @@ from sparsemm_vllm.triton_kernels.batch import (
     Prompts,
     PruneWorkspace,
 )
-from sparsemm_vllm.triton_kernels.sparse_decode import decode_tile
 
 NEEDS = 20
 
@@ -243,8 +242,7 @@ class Scene:
     def batch(self, programs: int) -> DecodeBatch:
         """Empty buffers for the decode rows."""
         tiles = ROWS * max(1, self.Q * self.G)
-        block_n = decode_tile(self.D, self.cache.dtype)
-        sizes = tiles, L, HKV, self.D, programs, block_n
+        sizes = tiles, L, HKV, self.D, self.cache.dtype, programs
         buffers = DecodeBuffers.allocate(*sizes, self.device.torch)
         buffers.partial.fill_(torch.nan)
         buffers.stats.fill_(torch.nan)
