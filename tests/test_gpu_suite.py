@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from sparsemm_vllm import environment
 from sparsemm_vllm.environment import CPU_VARIABLES
 
 ROOT = Path(__file__).parents[1]
+TIME_IS_OVER = 3  # exit status
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in CPU_VARIABLES}  # it sets its own
 
 STUB = """
@@ -35,9 +37,12 @@ def summary(results):
 """
 
 
-def suite(out: Path, *arguments: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def suite(
+    out: Path, *arguments: str, root: Path = ROOT, dry: bool = True
+) -> subprocess.CompletedProcess[str]:
     script = root / "benchmarks" / "gpu_suite.py"
-    command = [sys.executable, str(script), "--dry-run", "--out", str(out), *arguments]
+    command = [sys.executable, str(script), "--out", str(out), *arguments]
+    command += ["--dry-run"] if dry else []
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=800)
 
 
@@ -187,3 +192,16 @@ def test_unknown_part(tmp_path: Path) -> None:
     done = suite(tmp_path, "--parts", "kernel")
     assert done.returncode == 2
     assert "unknown parts: kernel; known: kernels, " in done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not environment.has_gpu(), reason="needs a CUDA device")
+@pytest.mark.parametrize("part", ["kernels", "modes", "pair"])
+def test_on_a_gpu(part: str, tmp_path: Path) -> None:
+    """Kernels equal twins, graph modes one another; a 7B that keeps all is dense."""
+    for _ in range(4):  # a call ends after seven minutes, done or not
+        done = suite(tmp_path, "--parts", part, dry=False)
+        if done.returncode != TIME_IS_OVER:
+            break
+    assert done.returncode == 0, done.stdout + done.stderr
