@@ -1,0 +1,277 @@
+"""The methods that SparseMM is compared with, and SparseMM itself: the same pruning, other budgets.
+
+A method says how many prompt tokens each KV head keeps besides the window, its capacities: int32
+``[L, Hkv]`` from a budget and the prompt's length `n`. The rest is shared: the window's attention
+scores the tokens, each head keeps its ``min(capacity, n - W)`` best ones.
+
+When a prompt is pruned is one rule for all methods, `CacheLayout.is_pruned`: ``n - W >= B - W``.
+The published code writes it in three ways, which agree: SnapKV keeps everything if ``n < B``;
+SparseMM and AdaKV if ``B - W > n - W``; PyramidKV, layer by layer, if ``n`` is less than the
+layer's capacity and the window, and no layer's capacity is below ``n - W`` if ``n < B``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sparsemm_vllm.budget import head_capacities
+
+_BITS = 0xFFFFFFFF  # of the numbers that are hashed
+
+
+@dataclass(frozen=True, eq=False)
+class Budget:
+    """What there is to share out, and among which heads.
+
+    Args:
+        scores: visual scores ``[L, Hq]``, not negative, not all zero; only `sparsemm` tells heads
+            apart by them, the others need their shape.
+        num_kv_heads: ``Hkv``; divides ``Hq``.
+        tokens: `B`, tokens per KV head on average, the window included.
+        window: `W`, last prompt tokens that every head keeps, in tokens.
+        rho: share of the budget that is spread evenly, 0 to 1.
+
+    Raises:
+        ValueError: for what `head_capacities` refuses, whatever the method.
+    """
+
+    scores: torch.Tensor
+    num_kv_heads: int
+    tokens: int
+    window: int = 32
+    rho: float = 0.1
+
+    def __post_init__(self) -> None:
+        sparsemm(self, prompt_tokens=0)
+
+    @property
+    def base(self) -> int:
+        """Tokens per head besides the window, on average."""
+        return self.tokens - self.window
+
+    def each_layer(self, capacities: list[int]) -> torch.Tensor:
+        """Int32 ``[L, Hkv]`` from one capacity a layer, the same for its heads."""
+        rows = torch.tensor(capacities, dtype=torch.int32)[:, None]
+        return rows.expand(-1, self.num_kv_heads).contiguous()
+
+
+def sparsemm(budget: Budget, prompt_tokens: int) -> torch.Tensor:
+    """By the heads' visual scores; see `head_capacities`. The same for every prompt."""
+    return head_capacities(
+        budget.scores, budget.num_kv_heads, budget.tokens, budget.window, budget.rho
+    )
+
+
+def full(budget: Budget, prompt_tokens: int) -> torch.Tensor:
+    """Every head keeps the whole prompt."""
+    return budget.each_layer([max(0, prompt_tokens - budget.window)] * len(budget.scores))
+
+
+def snapkv(budget: Budget, prompt_tokens: int) -> torch.Tensor:
+    """Every head keeps the same number. Source: SnapKV, https://arxiv.org/abs/2404.14469."""
+    even = torch.ones(len(budget.scores), budget.num_kv_heads)
+    return head_capacities(even, budget.num_kv_heads, budget.tokens, budget.window, rho=1.0)
+
+
+def pyramidkv(budget: Budget, prompt_tokens: int, beta: int = 20) -> torch.Tensor:
+    """Fewer tokens the deeper the layer, in equal steps; the heads of a layer alike.
+
+    Source: PyramidKV, https://arxiv.org/abs/2406.02069, as the published SparseMM code has it. The
+    last layer is to keep ``base // beta`` tokens, the first what makes the mean the base budget,
+    but no more than the ``n - W`` there are; then the last keeps more. The step is rounded down, so
+    that all layers but the first keep more than that: the mean is up to ``(L - 2) / 2`` tokens
+    above the base budget. PyramidKV's own code keeps the base budget in every layer if
+    ``n < 2 * (B - W)``; this one does not.
+
+    Args:
+        budget: what to share out.
+        prompt_tokens: `n`.
+        beta: how much less than the average the last layer keeps, at least 1.
+
+    Raises:
+        ValueError: for a beta below 1.
+    """
+    if beta < 1:
+        raise ValueError(f"beta is {beta}; it must be at least 1")
+    layers, base = len(budget.scores), budget.base
+    if layers == 1:
+        return snapkv(budget, prompt_tokens)
+    first = min(2 * base - base // beta, prompt_tokens - budget.window)
+    last = 2 * base - first
+    step = (first - last) // (layers - 1)
+    return budget.each_layer([first - layer * step for layer in range(layers)])
+
+
+def random_heads(budget: Budget, prompt_tokens: int, seed: int = 0) -> torch.Tensor:
+    """As `sparsemm`, by random scores of the heads, the same for every prompt.
+
+    This is what the published SparseMM code does with ``head_score = random``: other heads get the
+    tokens, which are still chosen by attention.
+    """
+    L, Hq = budget.scores.shape
+    scores = torch.stack([random_scores(seed, layer, range(Hq), 1)[:, 0] for layer in range(L)])
+    return head_capacities(scores, budget.num_kv_heads, budget.tokens, budget.window, budget.rho)
+
+
+def adakv_split(scores: torch.Tensor, base: int, floor_share: float = 0.2) -> torch.Tensor:
+    """Capacities of a layer's heads from the scores of one prompt; the layer's total stays.
+
+    The layer's ``Hkv * base`` best tokens are found among those of all heads together, a head's
+    scores weighted by the part of them that its `base` best hold. With ``won[h]`` of them in head
+    `h`, it keeps ``round((1 - floor_share) * won[h] + int(floor_share * base))``. That rounds
+    twice, as published: the total is ``Hkv * base`` less what the floors lost, give or take
+    ``Hkv / 2``, so never above ``Hkv * (base + 1 / 2)``. No head gets more than ``n - W``.
+
+    Equal scores count by their rank in their head, then by head. Does not wait for the device.
+
+    Source: Ada-KV, https://arxiv.org/abs/2407.11550, with `normalize`, as in the published SparseMM
+    code.
+
+    Args:
+        scores: pooled scores ``[Hkv, n - W]``, not negative.
+        base: tokens per head of the layer, besides the window.
+        floor_share: share of `base` that every head has at least, 0 to 1.
+
+    Returns:
+        int32 ``[Hkv]``, on the device of the scores.
+
+    Raises:
+        ValueError: for fewer tokens than `base` (such a prompt is not pruned) or a share outside
+            0 to 1.
+    """
+    Hkv, older = scores.shape
+    if not 0 < base <= older:
+        raise ValueError(f"base is {base}; it must lie between 1 and the {older} tokens scored")
+    if not 0.0 <= floor_share <= 1.0:
+        raise ValueError(f"floor_share is {floor_share}; it must lie between 0 and 1")
+    best = scores.float().sort(dim=1, descending=True).values
+    # A head that sees the window only has no scores but zeros: it wins nothing.
+    held = best[:, :base].sum(1) / best.sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+    by_rank = (best * held[:, None]).T.flatten()
+    winners = by_rank.sort(descending=True, stable=True).indices[: Hkv * base] % Hkv
+    won = torch.zeros_like(winners[:Hkv]).scatter_add_(0, winners, torch.ones_like(winners))
+    return torch.round(won * (1 - floor_share) + int(floor_share * base)).to(torch.int32)
+
+
+def random_scores(
+    seed: int,
+    layer: int,
+    heads: range,
+    tokens: int,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Random scores of a prompt's tokens, the same on every machine and for every split of heads.
+
+    Hashes of seed, layer, head and position, so that no generator has a state to keep.
+
+    Args:
+        seed: of the request; made from what it asks, not from when or in which batch it came, if
+            the same request is to keep the same tokens. Its lowest 64 bits count.
+        layer: of the whole model, not of a pipeline stage.
+        heads: KV heads of the whole layer that this rank owns.
+        tokens: ``n - W``.
+        device: where the scores are wanted.
+
+    Returns:
+        float32 ``[len(heads), tokens]``, multiples of ``2**-24`` from 0 on, less than 1.
+    """
+    head = torch.arange(heads.start, heads.stop, heads.step, device=device)[:, None]
+    state = torch.full_like(head, 0x9E3779B9)  # not 0, which the hash leaves as it is
+    for word in (seed & _BITS, seed >> 32 & _BITS, layer, head):
+        state = _hash(state ^ word)
+    position = torch.arange(tokens, device=device)[None]
+    return (_hash(state ^ _hash(position)) >> 8).float() * 2.0**-24
+
+
+def _hash(x: torch.Tensor) -> torch.Tensor:
+    """32 mixed bits from 32, in int64. Source: https://github.com/skeeto/hash-prospector."""
+    x = _multiply(x ^ x >> 16, 0x7FEB352D)
+    x = _multiply(x ^ x >> 15, 0x846CA68B)
+    return x ^ x >> 16
+
+
+def _multiply(x: torch.Tensor, factor: int) -> torch.Tensor:
+    """The low 32 bits of a product of 32-bit numbers, in parts that int64 holds."""
+    low, high = (x & 0xFFFF) * factor, (x >> 16) * factor & 0xFFFF
+    return low + (high << 16) & _BITS
+
+
+def redistribute(capacities: torch.Tensor, prompt_tokens: int, window: int) -> torch.Tensor:
+    """Give what heads cannot use, because the prompt is too short, to the others: water-filling.
+
+    Heads that want more than the ``n - W`` tokens there are get these; what is left over goes to
+    the others in proportion to their capacities, until no head is over. Heads of capacity 0 get
+    something, each the same, only when all others are full. Fractions go to the largest
+    remainders, equal ones to the lowest index; a head never gets less than it would without, nor
+    less than a head of smaller capacity.
+
+    Args:
+        capacities: int ``[L, Hkv]``, in tokens, not capped by the prompt.
+        prompt_tokens: `n`.
+        window: `W`.
+
+    Returns:
+        int32 ``[L, Hkv]`` of at most ``n - W``; the total is that of `capacities`, or all tokens
+        of all heads if there are fewer.
+    """
+    most = max(0, prompt_tokens - window)
+    wanted: list[int] = capacities.flatten().tolist()
+    left = sum(wanted)
+    kept = [0] * len(wanted)
+    with_share = {head: tokens for head, tokens in enumerate(wanted) if tokens > 0}
+    without = {head: 1 for head, tokens in enumerate(wanted) if tokens == 0}
+    for weights in with_share, without:
+        filled = _fill(weights, min(left, most * len(weights)), most)
+        left -= sum(filled.values())
+        for head, tokens in filled.items():
+            kept[head] = tokens
+    return torch.tensor(kept, dtype=torch.int32).reshape(capacities.shape)
+
+
+def _fill(weights: dict[int, int], tokens: int, most: int) -> dict[int, int]:
+    """Share `tokens` in proportion to the weights, `most` a head; exact, in integers."""
+    filled = {}
+    total = sum(weights.values())
+    # In the order of their weights heads fill up: the first that does not ends it.
+    order = sorted(weights, key=lambda head: -weights[head])
+    for head in order:
+        if weights[head] * tokens < most * total:
+            break
+        filled[head] = most
+        tokens -= most
+        total -= weights[head]
+    rest = order[len(filled) :]
+    filled |= {head: weights[head] * tokens // total for head in rest}
+    spare = tokens - sum(filled[head] for head in rest)
+    rest.sort(key=lambda head: (-(weights[head] * tokens % total), head))
+    filled |= {head: filled[head] + 1 for head in rest[:spare]}
+    return filled
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method does of its own.
+
+    Attributes:
+        capacities: of all heads, int32 ``[L, Hkv]``, from the budget and `n`.
+        split: instead of a layer's capacities, its heads' from the scores of a prompt; arguments
+            and result of `adakv_split`. None if `n` alone tells how many tokens a head keeps.
+        token_scores: instead of the window's attention; arguments and result of `random_scores`.
+            None if the attention scores the tokens.
+    """
+
+    capacities: Callable[[Budget, int], torch.Tensor]
+    split: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+    token_scores: Callable[..., torch.Tensor] | None = None
+
+
+METHODS = {
+    "sparsemm": Method(sparsemm),
+    "full": Method(full),
+    "snapkv": Method(snapkv),
+    "pyramidkv": Method(pyramidkv),
+    "adakv": Method(snapkv, split=adakv_split),
+    "random": Method(snapkv, token_scores=random_scores),
+    "random_heads": Method(random_heads),
+}
