@@ -53,9 +53,10 @@ def package_tree(folder: Path) -> Path:
     name, version = project["project"]["name"], project["project"]["version"]
     no_bytecode = shutil.ignore_patterns("__pycache__")
     places = project["tool"]["setuptools"]["package-dir"]
-    for package in project["tool"]["setuptools"]["packages"]:  # parents first
-        target = folder / package.replace(".", "/")
-        shutil.copytree(ROOT / places.get(package, package), target, ignore=no_bytecode)
+    for package in project["tool"]["setuptools"]["packages"]:
+        path = package.replace(".", "/")  # a package's folder may hold others
+        source = ROOT / places.get(package, path)
+        shutil.copytree(source, folder / path, ignore=no_bytecode, dirs_exist_ok=True)
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")

@@ -1,5 +1,10 @@
 """The `sparsemm` command."""
 
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -46,6 +51,124 @@ def demo(
     from sparsemm_vllm.demo import run_demo
 
     raise typer.Exit(run_demo(out, seed, budget))
+
+
+@contextmanager
+def _one_line_errors(command: str) -> Iterator[None]:
+    """Errors of the user's making as one line on the standard error, exit status 2."""
+    from sparsemm_vllm.plan import PlanError
+    from sparsemm_vllm.profile import ProfileError
+    from sparsemm_vllm.settings import SettingsError
+    from sparsemm_vllm.show import PictureError
+
+    try:
+        yield
+    except (PictureError, PlanError, ProfileError, SettingsError) as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    else:
+        return
+    print(f"sparsemm {command}: {message}", file=sys.stderr)
+    raise typer.Exit(2)
+
+
+ProfileName = Annotated[
+    str, typer.Argument(metavar="PROFILE", help="A head profile: a file, or a bundled name.")
+]
+Budget = Annotated[int, typer.Option(help="Tokens per KV head on average, window included.")]
+PromptTokens = Annotated[int, typer.Option(help="Length of the prompt, pictures included.")]
+
+
+@app.command("import-scores")
+def import_scores(
+    file: Annotated[Path, typer.Argument(help='JSON: {"layer-head": [score, ...], ...}.')],
+    model_id: Annotated[str, typer.Option(help="The model that the scores were measured on.")],
+    out: Annotated[Path, typer.Option(help="The profile to write.")],
+    kv_heads: Annotated[
+        int | None, typer.Option(help="KV heads of a layer; as many as query heads if not given.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Replace a profile that exists.")] = False,
+) -> None:
+    """Make a head profile of scores in the format that SparseMM's authors publish."""
+    with _one_line_errors("import-scores"):
+        from sparsemm_vllm import import_scores, profile
+
+        imported = import_scores.import_scores(file, model_id, kv_heads)
+        if out.is_dir():
+            raise profile.ProfileError(f"{out} is a folder; name the file to write")
+        if out.exists() and not force:
+            raise profile.ProfileError(f"{out} exists; --force replaces it")
+        profile.save_profile(imported, out)
+    Console().print(
+        f"saved {out}: {imported.num_layers} layers, {imported.num_query_heads} query heads, "
+        f"{imported.num_kv_heads} KV heads",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+@app.command()
+def plan(
+    profile: ProfileName,
+    prompt_tokens: PromptTokens,
+    budget: Budget = 256,
+    answer_tokens: Annotated[int, typer.Option(help="Tokens of the answer so far.")] = 0,
+    kv_memory: Annotated[
+        float | None,
+        typer.Option(metavar="GB", help="Size of the whole KV cache; 1 GB is 10^9 bytes."),
+    ] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens in a KV block.")] = 16,
+    head_size: Annotated[
+        int | None, typer.Option(help="Size of a head; 128 is assumed if not given.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the cache: bfloat16, float16, float32 or fp8.")
+    ] = "bfloat16",
+    window: Annotated[int, typer.Option(help="Last prompt tokens that every head keeps.")] = 32,
+    rho: Annotated[float, typer.Option(help="Share of the budget that is spread evenly.")] = 0.1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Say how much KV cache a request will hold, and how many requests fit."""
+    with _one_line_errors("plan"):
+        from sparsemm_vllm import plan
+        from sparsemm_vllm.profile import load_profile
+
+        made = plan.make_plan(
+            load_profile(profile),
+            budget,
+            prompt_tokens,
+            answer_tokens=answer_tokens,
+            kv_memory=kv_memory,
+            block_size=block_size,
+            head_size=plan.HEAD_SIZE if head_size is None else head_size,
+            dtype=dtype,
+            window=window,
+            rho=rho,
+        )
+    if as_json:
+        print(json.dumps(asdict(made), indent=2))
+    else:
+        plan.print_plan(made, Console(), assumed_head_size=head_size is None)
+
+
+@app.command()
+def show(
+    profile: ProfileName,
+    out: Annotated[Path | None, typer.Option(help="Save a picture too: FILE.png.")] = None,
+    budget: Budget = 256,
+    prompt_tokens: PromptTokens = 3072,
+) -> None:
+    """Show a head profile: its scores, how concentrated they are, and each head's budget."""
+    with _one_line_errors("show"):
+        from sparsemm_vllm import show
+        from sparsemm_vllm.profile import load_profile
+
+        loaded = load_profile(profile)
+        if out is not None:
+            show.draw_profile(loaded, budget, prompt_tokens, out)
+        show.print_profile(loaded, budget, prompt_tokens, Console())
+    if out is not None:
+        Console().print(f"\nsaved {out}", highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:

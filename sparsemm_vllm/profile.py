@@ -2,12 +2,22 @@
 
 import difflib
 import math
+import os
+import secrets
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 
 class ProfileError(ValueError):
@@ -23,7 +33,18 @@ class HeadProfile(BaseModel):
         num_layers: `L`.
         num_query_heads: `Hq`.
         num_kv_heads: `Hkv`.
-        provenance: how, on what data and when the scores were measured.
+        config_hash: SHA-256 of the model's configuration, hexadecimal.
+        mode: what the model answered with: the true answer (`forced`), its own (`free`), or
+            the cost of pruning each head (`causal`).
+        data: name of the data set.
+        data_hash: SHA-256 of the data set, hexadecimal.
+        samples: pictures that the scores are means of.
+        seed: of the choice of samples.
+        split_half: Spearman rank correlation of the scores of two halves of the samples.
+        tool_version: of this package.
+        vllm_version: of the vLLM that ran the model.
+        created: date and time, ISO 8601.
+        provenance: what else there is to say about how the scores were measured.
         scores: hits per sample and head, not negative; SparseMM (ICCV 2025), section 3.
     """
 
@@ -34,6 +55,16 @@ class HeadProfile(BaseModel):
     num_layers: int = Field(ge=1)
     num_query_heads: int = Field(ge=1)
     num_kv_heads: int = Field(ge=1)
+    config_hash: str | None = None
+    mode: Literal["forced", "free", "causal"] | None = None
+    data: str | None = None
+    data_hash: str | None = None
+    samples: int | None = Field(default=None, ge=1)
+    seed: int | None = None
+    split_half: float | None = Field(default=None, ge=-1, le=1, allow_inf_nan=False)
+    tool_version: str | None = None
+    vllm_version: str | None = None
+    created: str | None = None
     provenance: dict[str, str | int | float] = Field(default_factory=dict)
     scores: tuple[tuple[float, ...], ...]
 
@@ -63,6 +94,11 @@ class HeadProfile(BaseModel):
         if not any(map(any, self.scores)):
             raise ValueError("scores are all zero: there is nothing to share the budget by")
         return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unknown(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Optional fields that are not known are not written: older releases refuse the names."""
+        return {name: value for name, value in serialize(self).items() if value is not None}
 
     @classmethod
     def uniform(
@@ -145,3 +181,39 @@ def load_profile(name: str) -> HeadProfile:
         return HeadProfile.model_validate_json(text)
     except ValidationError as error:
         raise ProfileError(f"head profile {name!r}: {first_error(error)}") from None
+
+
+def save_profile(profile: HeadProfile, path: Path | str) -> None:
+    """Write a profile so that there is never half of one: an interrupted write changes nothing.
+
+    The text goes to a temporary file in the same folder, to the disk, and only then in place of
+    what was there. A symbolic link is followed.
+
+    Raises:
+        OSError: naming `path`, if its folder does not exist or cannot be written.
+    """
+    target = Path(path).resolve()
+    try:
+        _replace(target, profile.model_dump_json(indent=1) + "\n")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _replace(target: Path, text: str) -> None:
+    temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
+    # Not tempfile: its files are private to the user, others may be meant to read a profile.
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:  # Ctrl-C too
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name is on the disk too
+    finally:
+        os.close(folder)

@@ -1,6 +1,8 @@
 """Head profiles: what is read back, and one clear line for everything that is wrong."""
 
 import json
+import os
+import stat
 
 import pytest
 import tiny
@@ -10,7 +12,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from sparsemm_vllm import profile as profile_module
-from sparsemm_vllm.profile import HeadProfile, ProfileError, bundled_profiles, load_profile
+from sparsemm_vllm.profile import (
+    HeadProfile,
+    ProfileError,
+    bundled_profiles,
+    load_profile,
+    save_profile,
+)
 
 GOOD = {
     "schema_version": 1,
@@ -20,6 +28,18 @@ GOOD = {
     "num_kv_heads": 2,
     "provenance": {"method": "by hand", "samples": 3, "seconds": 0.5},
     "scores": [[0.0, 0.5, 40.0, 1.0], [2.0, 0.25, 0.0, 8.0]],
+}
+MEASURED = {
+    "config_hash": "9f" * 32,
+    "mode": "forced",
+    "data": "ocr",
+    "data_hash": "0a" * 32,
+    "samples": 64,
+    "seed": 0,
+    "split_half": 0.97,
+    "tool_version": "0.1.0",
+    "vllm_version": "0.32.0",
+    "created": "2026-11-20T23:00:00+00:00",
 }
 
 
@@ -54,6 +74,36 @@ def test_a_profile_is_read_back(tmp_path):
 def test_what_may_be_left_out(tmp_path):
     short = {k: v for k, v in GOOD.items() if k not in ("schema_version", "provenance")}
     assert load_profile(write(tmp_path, short)).schema_version == 1
+
+
+def test_how_it_was_measured_is_read_back(tmp_path):
+    profile = load_profile(write(tmp_path, GOOD | MEASURED))
+    assert profile.model_dump(mode="json") == GOOD | MEASURED
+    assert load_profile(write(tmp_path, profile.model_dump_json())) == profile
+
+
+def test_what_is_not_known_is_not_written():
+    text = HeadProfile(**GOOD, mode="free").model_dump_json()
+    assert set(json.loads(text)) == {*GOOD, "mode"}
+    assert json.loads(HeadProfile(**GOOD, seed=0).model_dump_json())["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"mode": "fast"}, "'forced', 'free' or 'causal'"),
+        ({"samples": 0}, "greater than or equal to 1"),
+        ({"split_half": 1.01}, "less than or equal to 1"),
+        ({"split_half": float("nan")}, "finite"),
+        ({"config_hash": 7}, "string"),
+        ({"created": ["today"]}, "string"),
+        ({"seed": "first"}, "integer"),
+    ],
+)
+def test_malformed_measurements(tmp_path, change, what):
+    message = refusal(write(tmp_path, GOOD | change))
+    assert f"{next(iter(change))}: " in message
+    assert what in message
 
 
 def test_the_home_directory_is_found(tmp_path, monkeypatch):
@@ -259,3 +309,80 @@ def test_any_json_is_a_profile_or_refused_in_one_line(tmp_path_factory, content)
 
 def test_a_profile_whose_unknown_key_spans_lines_is_refused_in_one(tmp_path):
     assert "not permitted" in refusal(write(tmp_path, GOOD | {"two\nlines": 1}))
+
+
+@pytest.mark.parametrize("before", [None, "an old file"])
+def test_a_saved_profile_is_read_back(tmp_path, before):
+    path = tmp_path / "profile.json"
+    if before:
+        path.write_text(before)
+    profile = HeadProfile(**GOOD, **MEASURED)
+    save_profile(profile, path)
+    assert load_profile(str(path)) == profile
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_saved_profile_has_the_permissions_of_a_new_file(tmp_path):
+    save_profile(HeadProfile(**GOOD), tmp_path / "profile.json")
+    (tmp_path / "other").touch()
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_a_link_to_a_profile_stays_one(tmp_path):
+    (tmp_path / "far").mkdir()
+    link = tmp_path / "profile.json"
+    link.symlink_to(tmp_path / "far" / "profile.json")
+    save_profile(HeadProfile(**GOOD), link)
+    assert link.is_symlink()
+    assert [path.name for path in (tmp_path / "far").iterdir()] == ["profile.json"]
+
+
+@pytest.mark.parametrize("before", [None, "an old file"])
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_an_interrupted_write_changes_nothing(tmp_path, monkeypatch, call, fault, before):
+    path = tmp_path / "profile.json"
+    if before:
+        path.write_text(before)
+
+    def interrupted(*_):
+        raise fault
+
+    monkeypatch.setattr(os, call, interrupted)
+    with pytest.raises(type(fault)) as error:
+        save_profile(HeadProfile(**GOOD), path)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ([before] if before else [])
+    assert isinstance(fault, KeyboardInterrupt) or error.value.filename == str(path)
+
+
+def test_a_process_that_dies_leaves_the_old_file(tmp_path, monkeypatch):
+    """What a killed process leaves at any point is what is there at that point."""
+    path = tmp_path / "profile.json"
+    path.write_text("an old file")
+    profile = HeadProfile(**GOOD)
+    seen = []
+
+    def watched(name):
+        real = getattr(os, name)
+
+        def call(*arguments):
+            seen.append((name, path.read_text() == "an old file"))
+            if name == "replace":
+                assert load_profile(str(arguments[0])) == profile, "whole before it is renamed"
+            return real(*arguments)
+
+        return call
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, watched(name))
+    save_profile(profile, path)
+    # The file is on the disk before it is renamed, and the folder after it.
+    assert seen == [("fsync", True), ("replace", True), ("fsync", False)]
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path):
+    path = tmp_path / "none" / "profile.json"
+    with pytest.raises(FileNotFoundError) as error:
+        save_profile(HeadProfile(**GOOD), path)
+    assert error.value.filename == str(path)

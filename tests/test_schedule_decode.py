@@ -52,7 +52,7 @@ def schedule(
 ) -> DecodeBatch:
     L, Hkv = pages.lengths.shape[1:]
     rows = len(query_lens) - first_row if rows is None else rows
-    buffers = DecodeBuffers.allocate(16, L, Hkv, 16, HALF, programs, DEVICE, BLOCK_N)
+    buffers = DecodeBuffers.allocate(32, L, Hkv, 16, HALF, programs, DEVICE, BLOCK_N)
     for name in WRITTEN:
         getattr(buffers, name).fill_(-7)  # whoever reads what was not written fails
     longest = max(query_lens[first_row : first_row + rows])

@@ -1,0 +1,279 @@
+"""What a budget costs and saves: KV memory of one request, and how many requests fit."""
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.profile import HeadProfile
+from sparsemm_vllm.settings import Settings
+
+GB = 10**9
+HEAD_SIZE = 128
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "fp8": 1}
+
+
+class PlanError(ValueError):
+    """A plan for sizes that cannot be."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """KV cache of one request, dense and pruned, over all layers and ranks.
+
+    Attributes:
+        model_id: of the profile.
+        budget, window, rho, prompt_tokens, answer_tokens, block_size, head_size: as asked.
+        dtype: of the cache.
+        pruned: whether the prompt is longer than what the budget covers.
+        kept_min, kept_median, kept_mean, kept_max: prompt tokens per KV head, window included.
+        block_bytes: of one block, all layers.
+        dense_blocks: held by a request that keeps everything.
+        peak_blocks: held in the step that prunes, when both copies exist.
+        pruned_blocks: held after it.
+        dense_bytes, peak_bytes, pruned_bytes: of these blocks.
+        dense_ideal_bytes, ideal_bytes: of a dense and a pruned request's tokens, not rounded to
+            pages and blocks.
+        kv_memory_bytes: of the whole cache, if given.
+        dense_requests: that fit into it at once.
+        pruned_requests: that fit at once, one of them in the step that prunes.
+    """
+
+    model_id: str
+    budget: int
+    window: int
+    rho: float
+    prompt_tokens: int
+    answer_tokens: int
+    block_size: int
+    head_size: int
+    dtype: str
+    pruned: bool
+    kept_min: int
+    kept_median: float
+    kept_mean: float
+    kept_max: int
+    block_bytes: int
+    dense_blocks: int
+    peak_blocks: int
+    pruned_blocks: int
+    dense_bytes: int
+    peak_bytes: int
+    pruned_bytes: int
+    dense_ideal_bytes: int
+    ideal_bytes: int
+    kv_memory_bytes: int | None = None
+    dense_requests: int | None = None
+    pruned_requests: int | None = None
+
+
+def check_sizes(least: int = 1, **sizes: int) -> None:
+    """Refuse sizes below `least` or beyond 32 bits, by the name of the option.
+
+    Raises:
+        PlanError: naming the first of them.
+    """
+    for name, size in sizes.items():
+        if not least <= size < 2**31:
+            option = f"--{name.replace('_', '-')}"
+            raise PlanError(f"{option} is {size}; it must be at least {least} and less than 2^31")
+
+
+def printable(text: str) -> str:
+    """Text from a file on one line, without control characters."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def build_layout(
+    profile: HeadProfile, budget: int, window: int = 32, rho: float = 0.1
+) -> CacheLayout:
+    """The cache layout that a server with these settings would have.
+
+    Raises:
+        SettingsError: for a value that a server would refuse.
+    """
+    values = {"budget": budget, "window": window, "rho": rho}
+    settings = Settings.from_additional_config({"sparsemm": values})
+    return CacheLayout.from_scores(
+        profile.tensor(), profile.num_kv_heads, settings.budget, settings.window, settings.rho
+    )
+
+
+def tokens_per_head(layout: CacheLayout, prompt_tokens: int) -> np.ndarray:
+    """Prompt tokens that each KV head keeps, the window included: int64 ``[L, Hkv]``."""
+    if not layout.is_pruned(prompt_tokens):
+        return np.full(np.shape(layout.capacities), prompt_tokens)
+    return layout.kept_tokens(prompt_tokens) + layout.window
+
+
+def make_plan(
+    profile: HeadProfile,
+    budget: int,
+    prompt_tokens: int,
+    *,
+    answer_tokens: int = 0,
+    kv_memory: float | None = None,
+    block_size: int = 16,
+    head_size: int = HEAD_SIZE,
+    dtype: str = "bfloat16",
+    window: int = 32,
+    rho: float = 0.1,
+) -> Plan:
+    """Count blocks and bytes with the functions that the scheduler counts with.
+
+    Args:
+        profile: scores of the model's heads; all layers count as full attention.
+        budget: tokens per KV head on average, window included.
+        prompt_tokens: `n`.
+        answer_tokens: generated so far; every head keeps them all.
+        kv_memory: of the whole cache over all ranks, in GB of 10^9 bytes.
+        block_size: tokens in a KV block.
+        head_size: `D`.
+        dtype: of the cache, one of `DTYPE_BYTES`.
+        window: observation window, in tokens.
+        rho: share of the budget that is spread evenly.
+
+    Raises:
+        PlanError: for a size that is not positive, or an unknown dtype.
+        SettingsError: for a setting that a server would refuse.
+    """
+    check_sizes(prompt_tokens=prompt_tokens, block_size=block_size, head_size=head_size)
+    check_sizes(0, answer_tokens=answer_tokens)
+    if kv_memory is not None and not (math.isfinite(kv_memory) and kv_memory > 0):
+        raise PlanError(f"--kv-memory is {kv_memory:g} GB; it must be larger than 0")
+    if dtype not in DTYPE_BYTES:
+        raise PlanError(f"--dtype is {dtype!a}; known are {', '.join(DTYPE_BYTES)}")
+    layout = build_layout(profile, budget, window, rho)
+    kept = tokens_per_head(layout, prompt_tokens)
+    total_tokens = prompt_tokens + answer_tokens
+    token_bytes = 2 * head_size * DTYPE_BYTES[dtype]  # of one head: a key and a value
+    block_bytes = kept.size * block_size * token_bytes
+
+    dense = -(-total_tokens // block_size)
+    prompt_blocks = -(-prompt_tokens // block_size)
+    peak = prompt_blocks + layout.compact_blocks(prompt_tokens, block_size)
+    after = layout.held_blocks(prompt_tokens, total_tokens, block_size)
+    plan = Plan(
+        model_id=profile.model_id,
+        budget=budget,
+        window=window,
+        rho=rho,
+        prompt_tokens=prompt_tokens,
+        answer_tokens=answer_tokens,
+        block_size=block_size,
+        head_size=head_size,
+        dtype=dtype,
+        pruned=layout.is_pruned(prompt_tokens),
+        kept_min=int(kept.min()),
+        kept_median=float(np.median(kept)),
+        kept_mean=float(kept.mean()),
+        kept_max=int(kept.max()),
+        block_bytes=block_bytes,
+        dense_blocks=dense,
+        peak_blocks=peak,
+        pruned_blocks=after,
+        dense_bytes=dense * block_bytes,
+        peak_bytes=peak * block_bytes,
+        pruned_bytes=after * block_bytes,
+        dense_ideal_bytes=kept.size * total_tokens * token_bytes,
+        ideal_bytes=(int(kept.sum()) + kept.size * answer_tokens) * token_bytes,
+    )
+    if kv_memory is None:
+        return plan
+    memory = round(kv_memory * GB)
+    blocks = memory // block_bytes - 1  # vLLM keeps one block that holds nothing
+    most = max(peak, after)
+    fitting = {
+        "kv_memory_bytes": memory,
+        "dense_requests": max(0, blocks // dense),
+        "pruned_requests": 1 + (blocks - most) // after if blocks >= most else 0,
+    }
+    return Plan(**(asdict(plan) | fitting))
+
+
+def readable_bytes(count: float) -> str:
+    """With three digits, in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _less(dense: float, pruned: float) -> str:
+    return f"{dense / pruned:.3g} x less"
+
+
+def print_plan(plan: Plan, console: Console, assumed_head_size: bool = False) -> None:
+    """Print a plan as a table, with a sentence on what it rests on."""
+    title = Text("KV cache of one request to ", style="bold")
+    title.append(printable(plan.model_id))
+    console.print(title)
+    answer = f" and {plan.answer_tokens:,} of the answer" if plan.answer_tokens else ""
+    assumed = " (assumed: --head-size)" if assumed_head_size else ""
+    console.print(
+        f"{plan.prompt_tokens:,} tokens of prompt{answer}; budget {plan.budget:,}, window "
+        f"{plan.window}, rho {plan.rho:g}; {plan.dtype}, head size {plan.head_size}{assumed}",
+        style="dim",
+        highlight=False,
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("", "dense", "pruned", " "):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    table.add_row(
+        "prompt tokens per KV head",
+        f"{plan.prompt_tokens:,}",
+        f"{plan.kept_mean:,.1f}",
+        _less(plan.prompt_tokens, plan.kept_mean),
+    )
+    table.add_row("  smallest, median, largest", "", _spread(plan))
+    table.add_row(
+        f"blocks of {plan.block_size} tokens",
+        f"{plan.dense_blocks:,}",
+        f"{plan.pruned_blocks:,}",
+        _less(plan.dense_blocks, plan.pruned_blocks),
+    )
+    table.add_row(
+        "KV memory",
+        readable_bytes(plan.dense_bytes),
+        readable_bytes(plan.pruned_bytes),
+        _less(plan.dense_bytes, plan.pruned_bytes),
+        style="bold",
+    )
+    table.add_row(
+        "  ideal: not rounded to pages",
+        readable_bytes(plan.dense_ideal_bytes),
+        readable_bytes(plan.ideal_bytes),
+        _less(plan.dense_ideal_bytes, plan.ideal_bytes),
+    )
+    table.add_row(
+        "  rounding adds",
+        f"{plan.dense_bytes / plan.dense_ideal_bytes - 1:.0%}",
+        f"{plan.pruned_bytes / plan.ideal_bytes - 1:.0%}",
+    )
+    table.add_row("  in the step that prunes", "", readable_bytes(plan.peak_bytes))
+    if plan.kv_memory_bytes is not None:
+        assert plan.dense_requests is not None
+        assert plan.pruned_requests is not None
+        more = plan.pruned_requests / plan.dense_requests if plan.dense_requests else 0
+        table.add_row(
+            f"requests at once in {readable_bytes(plan.kv_memory_bytes)}",
+            f"{plan.dense_requests:,}",
+            f"{plan.pruned_requests:,}",
+            f"{more:.3g} x more" if more else "",
+            style="bold",
+        )
+    console.print(table)
+    if not plan.pruned:
+        console.print("[yellow]The budget covers the prompt: nothing is pruned.[/]")
+    if plan.kv_memory_bytes is not None and not plan.pruned_requests:
+        console.print("[yellow]The cache is too small for one such request.[/]")
+
+
+def _spread(plan: Plan) -> str:
+    return f"{plan.kept_min:,}, {plan.kept_median:,g}, {plan.kept_max:,}"
