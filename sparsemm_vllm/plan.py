@@ -1,7 +1,7 @@
 """What a budget costs and saves: KV memory of one request, and how many requests fit."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from rich import box
@@ -193,7 +193,7 @@ def make_plan(
         "dense_requests": max(0, blocks // dense),
         "pruned_requests": 1 + (blocks - most) // after if blocks >= most else 0,
     }
-    return Plan(**(asdict(plan) | fitting))
+    return replace(plan, **fitting)
 
 
 def readable_bytes(count: float) -> str:

@@ -8,7 +8,6 @@ from vllm.v1.attention.backend import AttentionType
 from sparsemm_vllm.plugin import NAME
 from sparsemm_vllm.step import Step
 from sparsemm_vllm.support import UnsupportedError
-from sparsemm_vllm.triton_kernels.batch import OFFSET, REQUEST, TOKENS, Prompts
 
 
 class SparseBackendMixin:
@@ -109,23 +108,7 @@ def forward_sparse(
             query, cache, index, block_table, batch, output, scale, k_scale, v_scale
         )
     for prompts in step.prunes:
-        state.ops.window_scores(
-            query,
-            cache[index],
-            block_table,
-            prompts,
-            state.workspace,
-            state.layout.window,
-            state.layout.pool_kernel,
-            scale,
-            k_scale,
-        )
-        state.ops.select_tokens(
-            prompts, state.workspace, state.pages.lengths[:, index], state.layout.window
-        )
-        if state.recorder is not None:
-            _record(step, index, prompts)
-        state.ops.compact_kv(cache, index, block_table, prompts, state.workspace, state.pages)
+        state.prune(index, query, block_table, prompts, scale, k_scale)
 
 
 def kv_scales(
@@ -135,14 +118,3 @@ def kv_scales(
     if cache_dtype != torch.float8_e4m3fn:
         return None, None
     return layer._k_scale, layer._v_scale
-
-
-def _record(step: Step, layer: int, prompts: Prompts) -> None:
-    """Write down what each head keeps. Waits for the device."""
-    state = step.state
-    assert state.recorder is not None
-    table = prompts.table.tolist()
-    for request, n, offset in zip(table[REQUEST], table[TOKENS], table[OFFSET], strict=True):
-        lengths = state.pages.lengths[request, layer]
-        kept = state.workspace.positions[:, offset : offset + int(state.max_kept[request])]
-        state.recorder.add(state.request_ids[request], kept, lengths, n)

@@ -4,7 +4,6 @@ Knows nothing of vLLM; positions that only the device knows stay there.
 """
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 from types import ModuleType
 
 import numpy as np
@@ -14,6 +13,9 @@ from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.recording import KeptRecorder
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
 from sparsemm_vllm.triton_kernels.batch import (
+    OFFSET,
+    REQUEST,
+    TOKENS,
     DecodeBatch,
     DecodeBuffers,
     HeadPages,
@@ -114,19 +116,12 @@ class SparseState:
         self.workspace = PruneWorkspace.allocate(
             max_tokens, heads.Hq, heads.Hkv, layout.window, device
         )
-        self._max_rows = decode_rows(heads.D, cache_dtype)
+        max_rows = decode_rows(heads.D, cache_dtype)
         lengths = range(1, self.max_decode_queries + 1)
-        tiles = max(-(-q // decode_queries(q, heads.G, self._max_rows)) for q in lengths)
-        self._allocate_buffers = partial(
-            DecodeBuffers.allocate,
-            L=heads.L,
-            Hkv=heads.Hkv,
-            D=heads.D,
-            dtype=cache_dtype,
-            programs=programs,
-            device=device,
+        tiles = max(-(-q // decode_queries(q, heads.G, max_rows)) for q in lengths)
+        self.buffers = DecodeBuffers.allocate(
+            max_requests * tiles, heads.L, heads.Hkv, heads.D, cache_dtype, programs, device
         )
-        self.buffers = self._allocate_buffers(max_requests * tiles)
         self._cache: PrunedCache | None = None
 
     @property
@@ -170,10 +165,53 @@ class SparseState:
 
         Only a resumed request recomputes so many tokens behind a pruned prompt.
         """
-        block_q = decode_queries(query_len, self.heads.G, self._max_rows)
-        buffers = self._allocate_buffers(-(-query_len // block_q))
-        buffers = replace(buffers, partial=self.buffers.partial, stats=self.buffers.stats)
+        block_q = decode_queries(query_len, self.heads.G, self.buffers.max_rows)
+        buffers = self.buffers.for_tiles(-(-query_len // block_q), self.heads.Hkv)
         return DecodeBatch.of(buffers, row, 1, query_len, self.heads.G)
+
+    def prune(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        block_table: torch.Tensor,
+        prompts: Prompts,
+        scale: float,
+        k_scale: torch.Tensor | None,
+    ) -> None:
+        """Score, select and compact the prompts of one layer.
+
+        Args:
+            layer: index in the cache.
+            query: the step's queries, ``[T, Hq, D]``.
+            block_table: int32 ``[R, max_blocks]``.
+            prompts: that this step completes.
+            scale: of the attention logits.
+            k_scale: of an fp8 cache's keys.
+        """
+        layout, workspace, cache = self.layout, self.workspace, self.cache.tensor
+        self.ops.window_scores(
+            query,
+            cache[layer],
+            block_table,
+            prompts,
+            workspace,
+            layout.window,
+            layout.pool_kernel,
+            scale,
+            k_scale,
+        )
+        self.ops.select_tokens(prompts, workspace, self.pages.lengths[:, layer], layout.window)
+        if self.recorder is not None:
+            self._record(self.recorder, layer, prompts)
+        self.ops.compact_kv(cache, layer, block_table, prompts, workspace, self.pages)
+
+    def _record(self, recorder: KeptRecorder, layer: int, prompts: Prompts) -> None:
+        """Write down what each head keeps. Waits for the device."""
+        table = prompts.table.tolist()
+        for request, n, offset in zip(table[REQUEST], table[TOKENS], table[OFFSET], strict=True):
+            lengths = self.pages.lengths[request, layer]
+            kept = self.workspace.positions[:, offset : offset + int(self.max_kept[request])]
+            recorder.add(self.request_ids[request], kept, lengths, n)
 
 
 @dataclass(frozen=True)
@@ -270,7 +308,7 @@ def plan_step(
     decodes = pruned & (max_seq_lens[:R] - query_lens >= n)
 
     is_long = query_lens > state.max_decode_queries
-    short_rows = int(is_long.argmax()) if is_long.any() else max(R, rows or R)
+    short_rows = int(is_long.argmax()) if is_long.any() else rows or R
     pruned_rows = [int(row) for row in decodes.nonzero()[0] if row >= short_rows]
     batches = []
     if short_rows:
@@ -338,25 +376,13 @@ def warm_up(state: SparseState, dtype: torch.dtype, block_table: torch.Tensor) -
         block_table: vLLM's, int32 ``[max_requests, max_blocks]``, all null blocks still.
     """
     device = state.workspace.scores.device
-    heads, layout, cache = state.heads, state.layout, state.cache.tensor
-    query = torch.zeros(max(layout.window, 64), heads.Hq, heads.D, dtype=dtype, device=device)
+    heads, window, cache = state.heads, state.layout.window, state.cache.tensor
+    query = torch.zeros(max(window, 64), heads.Hq, heads.D, dtype=dtype, device=device)
     scale = torch.ones(1, device=device) if cache.element_size() == 1 else None
     for tokens in (1024, 2048, 4096, 8192):  # select_tokens has a kernel for each
         n = min(tokens, state.workspace.capacity, block_table.shape[1] * state.page_size)
-        prompts = Prompts.pack([(0, 0, layout.window, n)], 0, device)
-        state.ops.window_scores(
-            query,
-            cache[0],
-            block_table,
-            prompts,
-            state.workspace,
-            layout.window,
-            layout.pool_kernel,
-            1.0,
-            scale,
-        )
-        state.ops.select_tokens(prompts, state.workspace, state.pages.lengths[:, 0], layout.window)
-        state.ops.compact_kv(cache, 0, block_table, prompts, state.workspace, state.pages)
+        prompts = Prompts.pack([(0, 0, window, n)], 0, device)
+        state.prune(0, query, block_table, prompts, 1.0, scale)
     slots = torch.full((1,), -1, dtype=torch.int64, device=device)
     zero = torch.zeros(2, dtype=torch.int32, device=device)
     for queries in {1, 2, 4, 8, 16, state.max_decode_queries}:

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +21,11 @@ hypothesis.settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _bfloat16_products() -> Iterator[None]:
-    """Triton's interpreter multiplies the bits of bfloat16 numbers (up to 3.7.1): convert them."""
-    if environment.has_gpu():
-        yield
-        return
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder
+def _bfloat16_products() -> None:
+    if not environment.has_gpu():
+        from kernel_cases import repair_bfloat16_products
 
-    dot = InterpreterBuilder.create_dot
-
-    def create_dot(self, a, b, *rest):
-        if a.dtype.scalar == tl.bfloat16:
-            a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
-        return dot(self, a, b, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpreterBuilder, "create_dot", create_dot)
-        yield
+        repair_bfloat16_products()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder
 
 from sparsemm_vllm.triton_kernels.batch import HeadPages
 
@@ -12,6 +14,18 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 FP8 = torch.float8_e4m3fn
+
+
+def repair_bfloat16_products() -> None:
+    """Triton's interpreter multiplies the bits of bfloat16 numbers (up to 3.7.1): convert them."""
+    dot = InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *rest):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    InterpreterBuilder.create_dot = create_dot
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -4,7 +4,7 @@ Positions and lengths are int32 tensors on the device, so that nothing waits for
 launch is a Python integer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -174,6 +174,15 @@ def padded_queries(G: int, window: int) -> int:
     return -(-G * window // block) * block
 
 
+def _empty_schedule(
+    max_query_tiles: int, L: int, Hkv: int, programs: int, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """The first four tensors of `DecodeBuffers`, for a schedule in which nothing is to be read."""
+    items = max_query_tiles * Hkv
+    for shape in ((max_query_tiles, 8), (L, items, 2), (L, items + 1), (L, programs)):
+        yield torch.zeros(shape, dtype=torch.int32, device=device)
+
+
 @dataclass(frozen=True)
 class DecodeBuffers:
     """How decode attention is spread over the device, rewritten every step.
@@ -228,21 +237,24 @@ class DecodeBuffers:
             device: where the kernels run.
             block_n: tokens of a KV tile; `decode_tokens` if not given.
         """
-        items = max_query_tiles * Hkv
         max_rows = decode_rows(D, dtype)
-
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device)
-
         return cls(
-            zeros(max_query_tiles, 8),
-            zeros(L, items, 2),
-            zeros(L, items + 1),
-            zeros(L, programs),
+            *_empty_schedule(max_query_tiles, L, Hkv, programs, device),
             torch.empty(programs, 2, max_rows, D, device=device),
             torch.empty(programs, 2, max_rows, 2, device=device),
             block_n or decode_tokens(D, dtype),
         )
+
+    def for_tiles(self, max_query_tiles: int, Hkv: int) -> "DecodeBuffers":
+        """Buffers of another schedule, which shares the scratch memory with this one."""
+        L, device = self.items.shape[0], self.rows.device
+        schedule = _empty_schedule(max_query_tiles, L, Hkv, self.programs, device)
+        return DecodeBuffers(*schedule, self.partial, self.stats, self.block_n)
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of a query tile at most."""
+        return self.partial.shape[2]
 
     @property
     def programs(self) -> int:
@@ -282,7 +294,7 @@ class DecodeBatch:
         Raises:
             ValueError: if the buffers are too small, or `G` is too large.
         """
-        block_q = decode_queries(max_query_len, G, buffers.partial.shape[2])
+        block_q = decode_queries(max_query_len, G, buffers.max_rows)
         batch = cls(buffers, first_row, rows, -(-max_query_len // block_q), block_q)
         if batch.query_tiles > buffers.rows.shape[0]:
             raise ValueError(

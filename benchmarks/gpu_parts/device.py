@@ -111,15 +111,6 @@ def imitate_gpu_machine() -> None:
     for name in ABSENT:
         sys.modules[name] = None  # type: ignore[assignment]  # importing it fails
 
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder
+    from kernel_cases import repair_bfloat16_products
 
-    dot = InterpreterBuilder.create_dot
-
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        # Triton up to 3.7.1 multiplies the bits of bfloat16 numbers.
-        if a.dtype.scalar == tl.bfloat16:
-            a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
-        return dot(self, a, b, *rest)
-
-    InterpreterBuilder.create_dot = create_dot
+    repair_bfloat16_products()
