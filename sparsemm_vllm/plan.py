@@ -188,12 +188,12 @@ def make_plan(
     memory = round(kv_memory * GB)
     blocks = memory // block_bytes - 1  # vLLM keeps one block that holds nothing
     most = max(peak, after)
-    fitting = {
-        "kv_memory_bytes": memory,
-        "dense_requests": max(0, blocks // dense),
-        "pruned_requests": 1 + (blocks - most) // after if blocks >= most else 0,
-    }
-    return replace(plan, **fitting)
+    return replace(
+        plan,
+        kv_memory_bytes=memory,
+        dense_requests=max(0, blocks // dense),
+        pruned_requests=1 + (blocks - most) // after if blocks >= most else 0,
+    )
 
 
 def readable_bytes(count: float) -> str:

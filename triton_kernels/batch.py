@@ -4,7 +4,7 @@ Positions and lengths are int32 tensors on the device, so that nothing waits for
 launch is a Python integer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -176,11 +176,14 @@ def padded_queries(G: int, window: int) -> int:
 
 def _empty_schedule(
     max_query_tiles: int, L: int, Hkv: int, programs: int, device: torch.device
-) -> Iterator[torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The first four tensors of `DecodeBuffers`, for a schedule in which nothing is to be read."""
     items = max_query_tiles * Hkv
-    for shape in ((max_query_tiles, 8), (L, items, 2), (L, items + 1), (L, programs)):
-        yield torch.zeros(shape, dtype=torch.int32, device=device)
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=device)
+
+    return zeros(max_query_tiles, 8), zeros(L, items, 2), zeros(L, items + 1), zeros(L, programs)
 
 
 @dataclass(frozen=True)
