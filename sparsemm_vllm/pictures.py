@@ -54,11 +54,11 @@ DEMO_KEYS = ("GATE", "SEAT", "NAME", "CODE", "ROOM", "CITY", "BUS", "DESK")
 
 @dataclass(frozen=True)
 class Word:
-    """One word of a picture: its text, the box of its ink, and the box of each character's ink."""
+    """A word of a picture: its text, the box of its ink, and that of each character if known."""
 
     text: str
     box: Box
-    char_boxes: tuple[Box, ...]
+    char_boxes: tuple[Box, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class Sample:
     """A picture with a question about it.
 
     ``words`` are all words of the picture in reading order; ``answer_words`` are the indices into
-    ``words`` of the words that make up ``answer``, in the order in which the answer says them.
+    ``words`` of the words that make up ``answer``, in the order in which the answer says them, each
+    as it is written.
     """
 
     image: Image.Image
@@ -87,6 +88,17 @@ class Sample:
     question: str
     answer: str
     answer_words: tuple[int, ...]
+
+    @property
+    def answer_spans(self) -> tuple[tuple[int, int], ...]:
+        """Where the answer says each of ``answer_words``: first character and the one behind."""
+        spans, end = [], 0
+        for index in self.answer_words:
+            text = self.words[index].text
+            start = self.answer.index(text, end)
+            end = start + len(text)
+            spans.append((start, end))
+        return tuple(spans)
 
 
 @dataclass(frozen=True)
@@ -121,14 +133,14 @@ def make_page(seed: int, labelled: bool | None = None) -> Page:
     rng = np.random.default_rng(seed)
     coin = bool(rng.random() < 0.5)
     labelled = coin if labelled is None else labelled
-    return _draw_page(rng, _labelled_text(rng) if labelled else _free_text(rng))
+    return draw_page(rng, _labelled_text(rng) if labelled else _free_text(rng))
 
 
 def make_demo_sample(seed: int, task: Task = "query") -> Sample:
     """Like ``make_sample``, but the keys are words a person would use (GATE, SEAT, ...)."""
     rng = np.random.default_rng(seed)
     keys = rng.permutation(DEMO_KEYS)[:4]
-    page = _draw_page(rng, [[str(key), _random_word(rng, 4, 6)] for key in keys])
+    page = draw_page(rng, [[str(key), _random_word(rng, 4, 6)] for key in keys])
     return read_sample(page) if task == "read" else query_sample(page, seed % len(page.lines))
 
 
@@ -196,29 +208,33 @@ def _all_different(rng: np.random.Generator, lines: list[list[str]]) -> list[lis
 # How it is drawn.
 
 
-def _draw_page(rng: np.random.Generator, lines: list[list[str]]) -> Page:
-    canvas = _background(rng)
+def draw_page(rng: np.random.Generator, lines: list[list[str]], side: int = PICTURE_SIZE) -> Page:
+    """Draw lines of words on a picture of ``side`` pixels, each where and how the generator says.
+
+    The lines must fit: about 1.3 characters for every 20 pixels of width, one for 41 of height.
+    """
+    canvas = _background(rng, side)
     ground = float((canvas @ LUMINANCE).mean())
-    styles = [_fit_line(rng, words) for words in lines]
+    styles = [_fit_line(rng, words, side) for words in lines]
     placed = []
     for words, (font, size, tracking, gap), top in zip(
-        lines, styles, _line_tops(rng, [style[1] for style in styles]), strict=True
+        lines, styles, _line_tops(rng, [style[1] for style in styles], side), strict=True
     ):
-        free = PICTURE_SIZE - 2 * MARGIN - _line_width(words, font, size, tracking, gap)
+        free = side - 2 * MARGIN - _line_width(words, font, size, tracking, gap)
         x = MARGIN + rng.random() * free
         ink = _ink_colour(rng, ground)
         placed.append(_draw_line(canvas, words, font, size, tracking, gap, x, top + size, ink))
     noise = rng.random() * MAX_NOISE
-    canvas += noise * rng.standard_normal((PICTURE_SIZE, PICTURE_SIZE, 1), dtype=np.float32)
+    canvas += noise * rng.standard_normal((side, side, 1), dtype=np.float32)
     pixels = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
     return Page(Image.fromarray(pixels), tuple(placed))
 
 
-def _background(rng: np.random.Generator) -> np.ndarray:
+def _background(rng: np.random.Generator, side: int) -> np.ndarray:
     """One colour with a slight linear gradient, ``[height, width, 3]``, float32 in 0..255."""
     colour = rng.uniform(0, 255, 3).astype(np.float32)
     slope = rng.uniform(-20, 20, 2).astype(np.float32)
-    ramp = np.linspace(-1, 1, PICTURE_SIZE, dtype=np.float32)
+    ramp = np.linspace(-1, 1, side, dtype=np.float32)
     shade = slope[0] * ramp[:, None] + slope[1] * ramp[None, :]
     return np.clip(colour + shade[..., None], 0, 255)
 
@@ -231,23 +247,25 @@ def _ink_colour(rng: np.random.Generator, ground: float) -> np.ndarray:
             return colour
 
 
-def _fit_line(rng: np.random.Generator, words: list[str]) -> tuple[str, int, float, float]:
+def _fit_line(
+    rng: np.random.Generator, words: list[str], side: int
+) -> tuple[str, int, float, float]:
     """Font, size, letter spacing and word gap (pixels), the size reduced until the line fits."""
     font = FONTS[rng.integers(len(FONTS))]
     size = int(rng.integers(MIN_FONT_SIZE + 2, MAX_FONT_SIZE + 1))
     tracking, gap = rng.uniform(0.03, 0.10), rng.uniform(0.6, 1.0)
-    room = PICTURE_SIZE - 2 * MARGIN
+    room = side - 2 * MARGIN
     while _line_width(words, font, size, tracking * size, gap * size) > room:
         size -= 1
         if size < MIN_FONT_SIZE:
-            return _fit_line(rng, words)
+            return _fit_line(rng, words, side)
     return font, size, tracking * size, gap * size
 
 
-def _line_tops(rng: np.random.Generator, sizes: list[int]) -> list[int]:
+def _line_tops(rng: np.random.Generator, sizes: list[int], side: int) -> list[int]:
     """Tops of the lines: the height that they leave is split at random between the gaps."""
     heights = [LINE_PITCH * size for size in sizes]
-    slack = PICTURE_SIZE - 2 * MARGIN - sum(heights)
+    slack = side - 2 * MARGIN - sum(heights)
     cuts = np.sort(rng.random(len(sizes))) * slack
     above = np.cumsum([0.0, *heights[:-1]])
     return [MARGIN + int(top) for top in above + cuts]

@@ -51,7 +51,7 @@ def test_pictures_have_the_native_size():
 def test_boxes_hold_all_ink_tightly(seed, monkeypatch):
     """Black ink on a flat white ground: everything dark lies in a box, and touches its sides."""
     white = np.full((PICTURE_SIZE, PICTURE_SIZE, 3), 255, dtype=np.float32)
-    monkeypatch.setattr(pictures, "_background", lambda rng: white.copy())
+    monkeypatch.setattr(pictures, "_background", lambda rng, side: white.copy())
     monkeypatch.setattr(pictures, "_ink_colour", lambda rng, ground: np.zeros(3, np.float32))
     monkeypatch.setattr(pictures, "MAX_NOISE", 0.0)
     page = make_page(seed)
