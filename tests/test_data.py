@@ -115,22 +115,30 @@ def test_pages_hold_different_words_inside_the_picture(side):
 def test_larger_pages_hold_more():
     few, many = (len(bundled_samples(1, 0, side)[0].words) for side in (300, 560))
     assert few * 2 < many
-    assert load_samples("ocr", 1, 0, side=448).name == "ocr-448"
+
+
+def test_the_source_says_how_large_pages_are():
+    chosen = load_samples("ocr-448", 2, 3)
+    assert chosen.name == "ocr-448"
+    assert [s.answer for s in chosen.samples] == [s.answer for s in bundled_samples(2, 3, 448)]
+    assert load_samples("ocr-224", 2, 3).hash == load_samples("ocr", 2, 3).hash
 
 
 @pytest.mark.parametrize(
-    ("count", "seed", "side", "reason"),
+    ("source", "count", "seed", "reason"),
     [
-        (0, 0, PICTURE_SIZE, "at least 1, got 0"),
-        (-3, 0, PICTURE_SIZE, "at least 1, got -3"),
-        (2, -1, PICTURE_SIZE, "seed must be"),
-        (2, 10**9 - 1, PICTURE_SIZE, "seed must be 0 to 999999998"),
-        (1, 0, 100, "at least 224 pixels"),
+        ("ocr", 0, 0, "at least 1, got 0"),
+        ("ocr", -3, 0, "at least 1, got -3"),
+        ("ocr", 2, -1, "seed must be"),
+        ("ocr", 2, 10**9 - 1, "seed must be 0 to 999999998"),
+        ("ocr-100", 1, 0, "at least 224 pixels"),
+        ("ocr-100000", 1, 0, "at most 4096, got 100000"),
+        ("ocr-large", 1, 0, "no such file"),
     ],
 )
-def test_numbers_that_cannot_be(count, seed, side, reason):
+def test_drawn_pictures_that_cannot_be(source, count, seed, reason):
     with pytest.raises(DataError, match=reason):
-        load_samples("ocr", count, seed, side)
+        load_samples(source, count, seed)
 
 
 # synthdog-en-detection.

@@ -16,6 +16,7 @@ from sparsemm_vllm.pictures import (
 )
 
 READ_PAGE = "Read all the text in the picture."
+MAX_SIDE = 4096  # pixels; to be drawn in reasonable time
 MAX_WORDS = 60  # on a page
 NUMBERS = 0.15  # share of words that are numbers
 CHARACTER_WIDTH = 0.75 * MIN_FONT_SIZE  # pixels, of a wide font's smallest size, spaced
@@ -50,14 +51,16 @@ world write yellow young
 def bundled_samples(count: int, seed: int, side: int = PICTURE_SIZE) -> list[Sample]:
     """Samples of ``PROFILE_SEEDS`` from the `seed`-th on.
 
-    Pictures of ``PICTURE_SIZE`` are those that the bundled reader was trained on, asked to read and
-    to answer in turn; larger ones are pages of English words, to be read.
+    Pictures of ``PICTURE_SIZE`` are those that the bundled reader was trained on, to be read and to
+    be asked about in turn; larger ones, up to ``MAX_SIDE``, are pages of English words, to be read.
 
     Raises:
-        DataError: for a side smaller than ``PICTURE_SIZE``, or seeds that do not exist.
+        DataError: for another side, or seeds that do not exist.
     """
-    if side < PICTURE_SIZE:
-        raise DataError(f"pictures have at least {PICTURE_SIZE} pixels a side, got {side}")
+    if not PICTURE_SIZE <= side <= MAX_SIDE:
+        raise DataError(
+            f"pictures have at least {PICTURE_SIZE} pixels a side, at most {MAX_SIDE}, got {side}"
+        )
     if not 0 <= seed <= len(PROFILE_SEEDS) - count:
         raise DataError(f"seed must be 0 to {len(PROFILE_SEEDS) - count}, got {seed}")
     seeds = PROFILE_SEEDS[seed : seed + count]

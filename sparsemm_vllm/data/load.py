@@ -1,5 +1,6 @@
 """From a name or a path to samples."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -13,31 +14,30 @@ from sparsemm_vllm.data.synthdog import SynthdogFormat
 from sparsemm_vllm.data.tables import open_table
 from sparsemm_vllm.pictures import PICTURE_SIZE, Sample
 
-BUNDLED = "ocr"
 FORMATS = SynthdogFormat, CocoFormat
 
 
-def load_samples(source: str, count: int, seed: int, side: int = PICTURE_SIZE) -> SampleSet:
+def load_samples(source: str, count: int, seed: int) -> SampleSet:
     """Choose samples: the same arguments and files give the same ones.
 
     Args:
-        source: ``ocr``, pictures that are drawn; or the path of a folder or file of the
-            synthdog-en-detection data set or of one in the format of COCO detection: Parquet, a
-            folder written by `datasets`' ``save_to_disk``, JSON or JSON Lines with pictures beside.
+        source: ``ocr``, pictures that are drawn, as the bundled reader knows them; ``ocr-SIDE``,
+            drawn pages of English words, that many pixels a side (448 to 672 suit larger models);
+            or the path of a folder or file of the synthdog-en-detection data set or of one in the
+            format of COCO detection: Parquet, a folder written by `datasets`' ``save_to_disk``,
+            JSON or JSON Lines with pictures beside.
         count: of samples; fewer if the data set does not hold as many usable ones.
-        seed: of a data set's order; of ``ocr``, the first picture's number.
-        side: of the pictures of ``ocr``, in pixels. Larger ones than the default, which the bundled
-            reader knows, show lines of English words: 448 to 672 suit other models.
+        seed: of a data set's order; of drawn pictures, the first one's number.
 
     Raises:
         DataError: if the source cannot be read, is in neither format, or has no usable sample.
     """
     if count < 1:
         raise DataError(f"the number of samples must be at least 1, got {count}")
-    if source == BUNDLED:
+    if drawn := re.fullmatch(r"ocr(-\d+)?", source):
+        side = int(drawn[1][1:]) if drawn[1] else PICTURE_SIZE
         samples = bundled_samples(count, seed, side)
-        name = BUNDLED if side == PICTURE_SIZE else f"{BUNDLED}-{side}"
-        return SampleSet(samples, name, hash_samples(samples))
+        return SampleSet(samples, source, hash_samples(samples))
     if seed < 0:
         raise DataError(f"seed must not be negative, got {seed}")
     return _choose(open_table(Path(source)), count, seed)
