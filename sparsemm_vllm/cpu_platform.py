@@ -32,6 +32,9 @@ class SparseMMCpuPlatform(CpuPlatform):
         """
         from vllm.utils.import_utils import resolve_obj_by_qualname
 
+        from sparsemm_vllm import cpu_runner
+
+        cpu_runner.install()
         chosen = getattr(selected_backend, "name", None) == NAME
         path = CPU_BACKEND if chosen else DENSE_BACKEND
         backend = resolve_obj_by_qualname(path)

@@ -54,6 +54,13 @@ class Symbol:
         missing = [p for p in self.parameters if p not in found]
         return f"{self.path} has no parameter {', '.join(missing)}" if missing else None
 
+    def has_just_its_parameters(self) -> bool:
+        """Whether it is there, with these parameters and no others."""
+        if self.problem():
+            return False
+        holder, name = self.resolve()
+        return tuple(inspect.signature(getattr(holder, name)).parameters) == self.parameters
+
 
 @dataclass(frozen=True)
 class Wrap:

@@ -1,0 +1,216 @@
+"""The model runner's small Triton kernels in torch, where they would be interpreted.
+
+Triton's interpreter takes some ten milliseconds for each request and step in these, five times what
+the bundled model takes itself. What stands here computes the same for the usual step; the rare ones
+(random sampling, speculation, context parallelism) go to vLLM's function, as do all of them in a
+vLLM whose function has other parameters.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sparsemm_vllm.patches import Symbol, Wrap
+
+PAD_SLOT = -1
+
+
+def _rows(lengths: torch.Tensor) -> torch.Tensor:
+    """The row of each token, for rows of these lengths."""
+    return torch.arange(len(lengths)).repeat_interleave(lengths)
+
+
+def _gather_block_tables(original: Callable[..., Any]) -> Callable[..., Any]:
+    def gather_block_tables(
+        self: Any,
+        idx_mapping: torch.Tensor,
+        num_reqs_padded: int,
+        out: tuple[torch.Tensor, ...] | None = None,
+        out_ptrs: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        tables = tuple(self.input_block_tables) if out is None else out
+        requests = len(idx_mapping)
+        for source, table in zip(self.block_tables, tables, strict=True):
+            table[:requests] = source.gpu[idx_mapping.long()]
+            table[requests:num_reqs_padded] = 0
+        return tuple(table[:num_reqs_padded] for table in tables)
+
+    return gather_block_tables
+
+
+def _slot_mappings(original: Callable[..., Any]) -> Callable[..., Any]:
+    def compute_slot_mappings(
+        self: Any,
+        idx_mapping: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        positions: torch.Tensor,
+        num_tokens_padded: int,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if self.cp_size != 1:
+            arguments = (idx_mapping, query_start_loc, positions, num_tokens_padded, out)
+            return original(self, *arguments)
+        slots = self.slot_mappings if out is None else out
+        row = _rows(query_start_loc[: len(idx_mapping) + 1].diff())
+        request, position = idx_mapping.long()[row], positions[: len(row)]
+        slots[:, len(row) :] = PAD_SLOT
+        for group, size in enumerate(self.block_sizes):
+            if not self.slot_mapping_enabled[group]:
+                slots[group] = PAD_SLOT
+                continue
+            block = self.block_tables[group].gpu[request, position // size]
+            slot = block.long() * size + position % size
+            slots[group, : len(row)] = torch.where(request >= 0, slot, PAD_SLOT)
+        return slots[:, :num_tokens_padded]
+
+    return compute_slot_mappings
+
+
+def _positions(original: Callable[..., Any]) -> Callable[..., Any]:
+    def prepare_pos_seq_lens(
+        idx_mapping: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        num_computed_tokens: torch.Tensor,
+        pos: torch.Tensor,
+        seq_lens: torch.Tensor,
+    ) -> None:
+        requests = len(idx_mapping)
+        start = query_start_loc[: requests + 1]
+        computed, lengths = num_computed_tokens[idx_mapping.long()], start.diff()
+        seq_lens[:requests] = computed + lengths
+        seq_lens[requests:] = 0
+        row = _rows(lengths)
+        pos[: len(row)] = torch.arange(len(row)) + (computed - start[:-1])[row]
+
+    return prepare_pos_seq_lens
+
+
+def _sampled_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+    def combine_sampled_and_draft_tokens(
+        input_ids: torch.Tensor,
+        idx_mapping: torch.Tensor,
+        last_sampled_tokens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        prefill_len: torch.Tensor,
+        draft_tokens: torch.Tensor,
+        cu_num_logits: torch.Tensor,
+        num_logits: int,
+        num_new_sampled_tokens: int = 1,
+    ) -> torch.Tensor:
+        requests = len(idx_mapping)
+        if num_logits != requests or num_new_sampled_tokens != 1:
+            return original(
+                input_ids, idx_mapping, last_sampled_tokens, query_start_loc, seq_lens, prefill_len,
+                draft_tokens, cu_num_logits, num_logits, num_new_sampled_tokens,
+            )  # fmt: skip
+        last = query_start_loc[1 : requests + 1].long() - 1
+        request = idx_mapping.long()
+        decodes = seq_lens[:requests] > prefill_len[request]
+        sampled = last_sampled_tokens.flatten()[request[decodes]]
+        input_ids[last[decodes]] = sampled.to(input_ids.dtype)
+        return last
+
+    return combine_sampled_and_draft_tokens
+
+
+def _update(original: Callable[..., Any]) -> Callable[..., Any]:
+    def post_update(
+        idx_mapping: torch.Tensor,
+        num_computed_tokens: torch.Tensor,
+        last_sampled_tokens: torch.Tensor,
+        output_bin_counts: torch.Tensor | None,
+        sampled_tokens: torch.Tensor,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        query_start_loc: torch.Tensor | None,
+        all_token_ids: torch.Tensor,
+        total_len: torch.Tensor,
+    ) -> None:
+        if query_start_loc is None or sampled_tokens.shape[1] != 1 or (idx_mapping < 0).any():
+            original(
+                idx_mapping, num_computed_tokens, last_sampled_tokens, output_bin_counts,
+                sampled_tokens, num_sampled, num_rejected, query_start_loc, all_token_ids,
+                total_len,
+            )  # fmt: skip
+            return
+        request = idx_mapping.long()
+        computed = query_start_loc[: len(request) + 1].diff() - num_rejected
+        num_computed_tokens[request] += computed.to(num_computed_tokens.dtype)
+        sampled = num_sampled > 0
+        request, token = request[sampled], sampled_tokens[sampled, 0].long()
+        last_sampled_tokens.view(-1)[request] = token.to(last_sampled_tokens.dtype)
+        all_token_ids[request, total_len[request].long()] = token.to(all_token_ids.dtype)
+        total_len[request] += 1
+        if output_bin_counts is not None:
+            output_bin_counts[request, token] += 1
+
+    return post_update
+
+
+def _greedy(original: Callable[..., Any]) -> Callable[..., Any]:
+    def gumbel_sample(
+        logits: torch.Tensor,
+        expanded_idx_mapping: torch.Tensor,
+        temperature: torch.Tensor,
+        *args: Any,
+        logits_cache: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if logits_cache is None and not temperature[expanded_idx_mapping.long()].any():
+            return logits.argmax(-1)
+        inputs = logits, expanded_idx_mapping, temperature, *args
+        return original(*inputs, logits_cache=logits_cache, **kwargs)
+
+    return gumbel_sample
+
+
+_INTERPRETED = "the interpreter is slow"
+_TABLES = "vllm.v1.worker.gpu.block_table:BlockTables"
+_RUNNER = "vllm.v1.worker.gpu.model_runner"
+TWINS = tuple(
+    Wrap(Symbol(path, tuple(parameters.split())), _INTERPRETED, twin)
+    for path, parameters, twin in (
+        (
+            f"{_TABLES}.gather_block_tables",
+            "self idx_mapping num_reqs_padded out out_ptrs",
+            _gather_block_tables,
+        ),
+        (
+            f"{_TABLES}.compute_slot_mappings",
+            "self idx_mapping query_start_loc positions num_tokens_padded out",
+            _slot_mappings,
+        ),
+        (
+            f"{_RUNNER}:prepare_pos_seq_lens",
+            "idx_mapping query_start_loc num_computed_tokens pos seq_lens",
+            _positions,
+        ),
+        (
+            f"{_RUNNER}:combine_sampled_and_draft_tokens",
+            "input_ids idx_mapping last_sampled_tokens query_start_loc seq_lens prefill_len "
+            "draft_tokens cu_num_logits num_logits num_new_sampled_tokens",
+            _sampled_tokens,
+        ),
+        (
+            f"{_RUNNER}:post_update",
+            "idx_mapping num_computed_tokens last_sampled_tokens output_bin_counts sampled_tokens "
+            "num_sampled num_rejected query_start_loc all_token_ids total_len",
+            _update,
+        ),
+        (
+            "vllm.v1.worker.gpu.sample.sampler:gumbel_sample",
+            "logits expanded_idx_mapping temperature seed pos apply_temperature is_drafting "
+            "logits_cache logits_cache_col use_fp64 logits_cache_source",
+            _greedy,
+        ),
+    )
+)
+
+
+def install() -> None:
+    """Put the twins in place, of the functions that are as they expect. Idempotent."""
+    for twin in TWINS:
+        if twin.symbol.has_just_its_parameters():
+            twin.install()
