@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 CPU_VARIABLES = {
     "SPARSEMM_CPU": "1",  # activates our CPU platform
@@ -45,3 +46,22 @@ def use_cpu() -> None:
 def uses_cpu() -> bool:
     """Whether `use_cpu` prepared this process, or one that started it."""
     return all(os.environ.get(name) == value for name, value in CPU_VARIABLES.items())
+
+
+def cache_folder() -> Path:
+    """Where profiles that were made are kept: `$SPARSEMM_CACHE`, or the user's cache folder."""
+    if folder := os.environ.get("SPARSEMM_CACHE"):
+        return Path(folder).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("sparsemm"))
+
+
+def quiet_environment(on_terminal: bool) -> dict[str, str]:
+    """This environment, for a program whose output we pass on: its vLLM only warns.
+
+    Args:
+        on_terminal: whether it may draw as on a terminal, although it writes to a pipe.
+    """
+    quiet = {"VLLM_LOGGING_LEVEL": "WARNING"} | os.environ
+    return quiet | {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"} if on_terminal else quiet

@@ -106,7 +106,7 @@ def _install_if_asked(create: Callable[..., Any]) -> Callable[..., Any]:
         from sparsemm_vllm.support import prepare_config
 
         vllm_config = create(self, *args, **kwargs)
-        prepare_config(vllm_config)
+        prepare_config(vllm_config, self)
         return vllm_config
 
     return create_engine_config

@@ -169,14 +169,24 @@ def load_profile(name: str) -> HeadProfile:
         except OSError as error:
             raise ProfileError(f"head profile {name!r}: {error.strerror}") from None
     elif name in names:
-        text = resources.files("sparsemm_vllm.head_profiles").joinpath(f"{name}.json").read_bytes()
+        return load_bundled_profile(name)
     else:
-        near = difflib.get_close_matches(name, names, n=1)
+        near = difflib.get_close_matches(name, [*names, "auto", "none"], n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise ProfileError(
             f"head profile {name!r} is neither a file nor a bundled profile "
             f"({', '.join(names) or 'none are bundled'}){hint}"
         )
+    return _parse(name, text)
+
+
+def load_bundled_profile(name: str) -> HeadProfile:
+    """Read one of `bundled_profiles`."""
+    folder = resources.files("sparsemm_vllm.head_profiles")
+    return _parse(name, folder.joinpath(f"{name}.json").read_bytes())
+
+
+def _parse(name: str, text: bytes) -> HeadProfile:
     try:
         return HeadProfile.model_validate_json(text)
     except ValidationError as error:

@@ -11,15 +11,26 @@ from sparsemm_vllm.environment import CPU_VARIABLES, has_gpu
 def vllm_command() -> str:
     """Path of the `vllm` program of this Python installation.
 
-    The program, not ``python -m``, which would put the working folder on the module path.
-
     Raises:
         FileNotFoundError: if vLLM is not installed.
     """
-    beside = Path(sys.executable).parent / "vllm"
-    found = str(beside) if beside.exists() else shutil.which("vllm")
+    return program("vllm", "vllm")
+
+
+def program(name: str, package: str) -> str:
+    """Path of a program of this Python installation.
+
+    The program, not ``python -m``, which would put the working folder on the module path.
+
+    Raises:
+        FileNotFoundError: if the package that brings it is not installed.
+    """
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
-        raise FileNotFoundError("the program vllm was not found; install it: pip install vllm")
+        raise FileNotFoundError(
+            f"the program {name} was not found; install it: pip install {package}"
+        )
     return found
 
 

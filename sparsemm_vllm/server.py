@@ -137,18 +137,26 @@ class Server:
 
     def stop(self, patience: float = 8.0) -> None:
         """End the server and all its processes."""
-        process = self._process
-        if process is None:
-            return
-        for sign, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
-            try:
-                os.killpg(process.pid, sign)
-            except ProcessLookupError:
-                break
-            if _ends_within(process, seconds):
-                break
-        process.wait()
-        self._process = None
+        if self._process is not None:
+            end_group(self._process, patience)
+            self._process = None
+
+
+def end_group(process: subprocess.Popen[bytes], patience: float = 8.0) -> None:
+    """End a process that leads a group, and the group: vLLM's engines are processes of their own.
+
+    Args:
+        process: started with ``start_new_session``.
+        patience: seconds until it is killed.
+    """
+    for sign, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(process.pid, sign)
+        except ProcessLookupError:
+            break
+        if _ends_within(process, seconds):
+            break
+    process.wait()
 
 
 def _ends_within(process: subprocess.Popen[bytes], seconds: float) -> bool:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from sparsemm_vllm.profile import HeadProfile, first_error, load_profile
 
 KEY = "sparsemm"
+AUTO, NO_PROFILE = "auto", "none"
 
 
 class SettingsError(ValueError):
@@ -18,7 +19,8 @@ class Settings(BaseModel):
     """How much of a prompt is kept, and by which heads.
 
     Attributes:
-        profile: head profile: a path, a bundled name, or the profile itself; even budgets if none.
+        profile: head profile: a path, a bundled name, or the profile itself; `auto` finds or makes
+            the model's own, `none` gives every head the same budget.
         budget: tokens per KV head on average, window included.
         rho: share of the budget that is spread evenly, 0 to 1.
         window: last prompt tokens that every head keeps and whose attention scores the others.
@@ -29,7 +31,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    profile: str | HeadProfile | None = None
+    profile: str | HeadProfile = NO_PROFILE
     budget: int = Field(default=256, ge=2, lt=2**31)
     rho: float = Field(default=0.1, ge=0.0, le=1.0)
     window: int = Field(default=32, ge=1, le=64)
@@ -82,10 +84,12 @@ class Settings(BaseModel):
     def with_profile_loaded(self) -> "Settings":
         """The same settings with a profile that was named replaced by its contents.
 
+        `auto` and `none` name no profile.
+
         Raises:
             ProfileError: if it cannot be read.
         """
-        if not isinstance(self.profile, str):
+        if not isinstance(self.profile, str) or self.profile in (AUTO, NO_PROFILE):
             return self
         return self.model_copy(update={"profile": load_profile(self.profile)})
 

@@ -6,9 +6,10 @@ from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 
+from sparsemm_vllm.auto_profile import find_profile
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.profile import HeadProfile
-from sparsemm_vllm.settings import KEY, Settings
+from sparsemm_vllm.settings import AUTO, KEY, NO_PROFILE, Settings
 from sparsemm_vllm.triton_kernels.batch import decode_rows
 
 logger = init_logger("vllm.sparsemm")  # vLLM configures its own loggers only
@@ -20,11 +21,15 @@ class UnsupportedError(ValueError):
     """A configuration that SPARSEMM cannot serve; the message says what and why."""
 
 
-def prepare_config(vllm_config: VllmConfig) -> None:
+def prepare_config(vllm_config: VllmConfig, engine_args: Any) -> None:
     """Check the configuration and put the profile's contents in place of its name.
 
     Every process then works with the same profile, wherever its file lies and whatever becomes of
     it.
+
+    Args:
+        vllm_config: changed in place.
+        engine_args: what it was made of.
 
     Raises:
         SettingsError, ProfileError, UnsupportedError: with one line that says what to change.
@@ -33,13 +38,10 @@ def prepare_config(vllm_config: VllmConfig) -> None:
     settings = settings.with_profile_loaded()
     if reasons := unsupported(vllm_config, settings):
         raise UnsupportedError("SPARSEMM cannot serve this configuration: " + "; ".join(reasons))
+    if settings.profile == AUTO:
+        found = find_profile(vllm_config, engine_args) or NO_PROFILE
+        settings = settings.model_copy(update={"profile": found})
     layout = build_layout(vllm_config, settings)
-    if settings.profile is None:
-        logger.warning(
-            "SPARSEMM: no head profile for %s: every head gets the same budget. Name one with "
-            '--additional-config \'{"sparsemm": {"profile": ...}}\'',
-            vllm_config.model_config.model,
-        )
     _log_memory(vllm_config, settings, layout)
     vllm_config.additional_config = {
         **vllm_config.additional_config,
@@ -168,9 +170,9 @@ def build_layout(vllm_config: VllmConfig, settings: Settings) -> CacheLayout:
     kv_heads = model.get_total_num_kv_heads()
 
     profile = settings.with_profile_loaded().profile
-    if profile is None:
+    if profile == NO_PROFILE:
         profile = HeadProfile.uniform(model.model, layers, query_heads, kv_heads)
-    assert isinstance(profile, HeadProfile)
+    assert isinstance(profile, HeadProfile), "prepare_config has not run"
     profile.check_model(layers, query_heads, kv_heads)
 
     pruned = pruned_layers(model)

@@ -28,6 +28,11 @@ def _bfloat16_products() -> None:
         repair_bfloat16_products()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["SPARSEMM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def published() -> tuple[torch.Tensor, Any]:
     """The published head scores of LLaVA-NeXT-Vicuna-7B ``[32, 32]``, and budgets made of them."""

@@ -166,7 +166,7 @@ def test_mixed_sliding_window_prunes_the_full_layers(tmp_path: Path) -> None:
     config = Gemma3TextConfig(**SIZES, sliding_window=64, layer_types=kinds)
     vllm_config = build(save(tmp_path, config, "Gemma3ForCausalLM"))
     assert pruned_layers(vllm_config.model_config) == [1, 3]
-    assert len(build_layout(vllm_config, Settings()).capacities) == 2
+    assert len(build_layout(vllm_config, Settings(profile="none")).capacities) == 2
 
 
 def test_encoder_decoder(tmp_path: Path, llama: Path) -> None:
@@ -209,14 +209,3 @@ def test_profile_is_read_once(llama: Path, tmp_path: Path) -> None:
     after = build_layout(config, Settings.from_additional_config(config.additional_config))
     assert before == after
     assert len({c for layer in after.capacities for c in layer}) > 4, "the profile was not used"
-
-
-def test_no_profile_is_said(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsemm_vllm import support
-
-    warnings: list[str] = []
-    monkeypatch.setattr(support.logger, "warning", lambda text, *args: warnings.append(text % args))
-    build(llama)
-    (warning,) = warnings
-    assert "no head profile" in warning
-    assert "\n" not in warning

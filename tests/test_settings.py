@@ -33,7 +33,7 @@ def test_the_defaults_are_the_papers(config):
     assert settings == Settings()
     assert (settings.budget, settings.window, settings.rho) == (256, 32, 0.1)
     assert (settings.pool_kernel, settings.min_prompt_tokens) == (5, 0)
-    assert settings.profile is None
+    assert settings.profile == "none"
 
 
 def test_every_setting_arrives():
@@ -131,6 +131,7 @@ def test_the_section_must_be_an_object(values):
         ({"pool_kernel": -1}, "pool_kernel", "greater than or equal to 1"),
         ({"min_prompt_tokens": -1}, "min_prompt_tokens", "greater than or equal to 0"),
         ({"profile": 7}, "profile", "string"),
+        ({"profile": None}, "profile", "string"),
         ({"profile": ["llava"]}, "profile", "string"),
         ({"profile": {}}, "profile: model_id", "required"),
         ({"profile": INLINE | {"num_layers": 7}}, "profile: scores has 4 layers", "is 7"),
@@ -181,8 +182,18 @@ def test_a_named_profile_is_loaded_once(tmp_path):
         settings.with_profile_loaded()
 
 
-def test_no_profile_stays_none():
-    assert parse().with_profile_loaded().profile is None
+@pytest.mark.parametrize("name", ["auto", "none"])
+def test_names_that_are_no_file_stay(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text(json.dumps(INLINE))
+    assert parse(profile=name).with_profile_loaded().profile == name
+    assert parse(profile=f"./{name}").with_profile_loaded().profile == HeadProfile(**INLINE)
+
+
+@pytest.mark.parametrize("name", ["Auto", "None", "non"])
+def test_names_that_were_meant_are_suggested(name):
+    with pytest.raises(ProfileError, match=r"did you mean '(auto|none)'"):
+        parse(profile=name).with_profile_loaded()
 
 
 json_values = st.recursive(
