@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+from vllm.model_executor.layers.attention.attention import Attention
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import KVCacheConfig, is_quantized_kv_cache
@@ -15,6 +16,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from sparsemm_vllm.kv_cache import SparseMMSpec
 from sparsemm_vllm.layer_spec import uses_sparsemm
+from sparsemm_vllm.masked_heads import mask_layers
 from sparsemm_vllm.recording import KeptRecorder
 from sparsemm_vllm.settings import Settings
 from sparsemm_vllm.step import (
@@ -43,6 +45,11 @@ class SparseMMModelState(DefaultModelState):
             vllm_config, self.max_num_reqs, max(self.max_model_len, self.max_num_tokens), device
         )
         self._group = 0
+        settings = Settings.from_additional_config(vllm_config.additional_config)
+        if settings.mask_heads:
+            layers = get_layers_from_vllm_config(vllm_config, Attention)
+            rank = get_tp_group().rank_in_group
+            mask_layers(layers, settings.mask_heads, rank, device)
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: Any) -> None:
         """Find the pruned layers' cache, now that it has been allocated."""

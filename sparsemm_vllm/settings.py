@@ -3,7 +3,14 @@
 import difflib
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from sparsemm_vllm.profile import HeadProfile, first_error, load_profile
 
@@ -26,6 +33,7 @@ class Settings(BaseModel):
         window: last prompt tokens that every head keeps and whose attention scores the others.
         pool_kernel: width in tokens of the average pooling of the scores, odd.
         min_prompt_tokens: shorter prompts are never pruned.
+        mask_heads: query heads whose output is zero, ``[layer, head]`` each: for ablations.
         record_kept: folder into which workers write which tokens each head kept; slows them down.
     """
 
@@ -37,7 +45,18 @@ class Settings(BaseModel):
     window: int = Field(default=32, ge=1, le=64)
     pool_kernel: int = Field(default=5, ge=1)
     min_prompt_tokens: int = Field(default=0, ge=0)
+    mask_heads: list[list[int]] = Field(default_factory=list)
     record_kept: str | None = None
+
+    @field_validator("mask_heads")
+    @classmethod
+    def _check_masked_heads(cls, heads: list[list[int]]) -> list[list[int]]:
+        for index, head in enumerate(heads):
+            if len(head) != 2 or min(head) < 0:
+                raise ValueError(f"{head} is no [layer, query head]")
+            if head in heads[:index]:
+                raise ValueError(f"{head} stands there twice")
+        return heads
 
     @model_validator(mode="after")
     def _check(self) -> "Settings":

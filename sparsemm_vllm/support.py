@@ -8,6 +8,7 @@ from vllm.logger import init_logger
 
 from sparsemm_vllm.auto_profile import find_profile
 from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.masked_heads import check_masked_heads
 from sparsemm_vllm.profile import HeadProfile
 from sparsemm_vllm.settings import AUTO, KEY, NO_PROFILE, Settings
 from sparsemm_vllm.triton_kernels.batch import decode_rows
@@ -42,6 +43,12 @@ def prepare_config(vllm_config: VllmConfig, engine_args: Any) -> None:
         found = find_profile(vllm_config, engine_args) or NO_PROFILE
         settings = settings.model_copy(update={"profile": found})
     layout = build_layout(vllm_config, settings)
+    model = vllm_config.model_config
+    check_masked_heads(
+        settings,
+        model.get_total_num_hidden_layers(),
+        model.model_arch_config.total_num_attention_heads,
+    )
     _log_memory(vllm_config, settings, layout)
     vllm_config.additional_config = {
         **vllm_config.additional_config,
