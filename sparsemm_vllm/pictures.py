@@ -5,6 +5,8 @@ the digits 2 to 9, so that nothing can be guessed and O/0, I/1 cannot be confuse
 random place, in a random font, size and colour, on a noisy background of contrasting brightness.
 Lines are separated vertically, so the reading order (top to bottom, left to right) is unambiguous.
 
+A cluttered picture is larger, its lines are labelled, and shapes and scribbles lie between them.
+
 Two tasks can be asked of a picture:
 
 * ``read``: "Read the text." The answer is every word in reading order, separated by spaces.
@@ -34,6 +36,7 @@ Task = Literal["read", "query"]
 Line = tuple["Word", ...]
 
 PICTURE_SIZE = 224  # pixels a side
+CLUTTERED_SIZE = 256  # of a cluttered picture
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ23456789"
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif")
 
@@ -111,17 +114,18 @@ class _Glyph:
     advance: float
 
 
-def make_sample(seed: int, task: Task = "read") -> Sample:
+def make_sample(seed: int, task: Task = "read", clutter: bool = False) -> Sample:
     """The sample of a seed: the same arguments give the same picture, question and answer.
 
     Raises ``ValueError`` for an unknown task.
     """
-    if task == "read":
-        return read_sample(make_page(seed))
-    if task == "query":
-        page = make_page(seed, labelled=True)
-        return query_sample(page, seed % len(page.lines))
-    raise ValueError(f"task must be 'read' or 'query', got {task!r}")
+    if task not in ("read", "query"):
+        raise ValueError(f"task must be 'read' or 'query', got {task!r}")
+    if clutter:
+        page = make_cluttered_page(seed)
+    else:
+        page = make_page(seed, labelled=True if task == "query" else None)
+    return read_sample(page) if task == "read" else query_sample(page, seed % len(page.lines))
 
 
 def make_page(seed: int, labelled: bool | None = None) -> Page:
@@ -134,6 +138,15 @@ def make_page(seed: int, labelled: bool | None = None) -> Page:
     coin = bool(rng.random() < 0.5)
     labelled = coin if labelled is None else labelled
     return draw_page(rng, _labelled_text(rng) if labelled else _free_text(rng))
+
+
+def make_cluttered_page(seed: int) -> Page:
+    """Draw the larger picture of a seed: 2 to 4 lines ``KEY value`` among shapes and scribbles.
+
+    The shapes keep clear of the words, whose contrast is that of other pages.
+    """
+    rng = np.random.default_rng(seed)
+    return draw_page(rng, _labelled_text(rng), CLUTTERED_SIZE, int(rng.integers(8, 25)))
 
 
 def make_demo_sample(seed: int, task: Task = "query") -> Sample:
@@ -208,8 +221,12 @@ def _all_different(rng: np.random.Generator, lines: list[list[str]]) -> list[lis
 # How it is drawn.
 
 
-def draw_page(rng: np.random.Generator, lines: list[list[str]], side: int = PICTURE_SIZE) -> Page:
+def draw_page(
+    rng: np.random.Generator, lines: list[list[str]], side: int = PICTURE_SIZE, shapes: int = 0
+) -> Page:
     """Draw lines of words on a picture of ``side`` pixels, each where and how the generator says.
+
+    Up to ``shapes`` random shapes are drawn where no word is.
 
     The lines must fit: about 1.3 characters for every 20 pixels of width, one for 41 of height.
     """
@@ -224,10 +241,43 @@ def draw_page(rng: np.random.Generator, lines: list[list[str]], side: int = PICT
         x = MARGIN + rng.random() * free
         ink = _ink_colour(rng, ground)
         placed.append(_draw_line(canvas, words, font, size, tracking, gap, x, top + size, ink))
+    boxes = [word.box for line in placed for word in line]
+    for _ in range(shapes):
+        _draw_shape(rng, canvas, boxes)
     noise = rng.random() * MAX_NOISE
     canvas += noise * rng.standard_normal((side, side, 1), dtype=np.float32)
     pixels = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
     return Page(Image.fromarray(pixels), tuple(placed))
+
+
+def _draw_shape(rng: np.random.Generator, canvas: np.ndarray, boxes: list[Box]) -> None:
+    """Blend a random shape into the canvas, in place, if it happens to fall clear of the boxes."""
+    side = len(canvas)
+    width, height = (int(edge) for edge in rng.integers(8, 97, size=2))
+    x, y = (int(rng.integers(side - edge)) for edge in (width, height))
+    kind = int(rng.integers(4))
+    corners = rng.random((8, 2)) * (width - 1, height - 1)
+    thickness = int(rng.integers(1, 5))
+    colour = rng.uniform(0, 255, 3).astype(np.float32)
+    strength = float(rng.uniform(0.4, 1.0))
+    if any(
+        x - MARGIN < x1 and x0 < x + width + MARGIN and y - MARGIN < y1 and y0 < y + height + MARGIN
+        for x0, y0, x1, y1 in boxes
+    ):
+        return
+    tile = Image.new("L", (width, height))
+    pen = ImageDraw.Draw(tile)
+    frame = (0, 0, width - 1, height - 1)
+    if kind == 0:
+        pen.rectangle(frame, outline=255, width=thickness)
+    elif kind == 1:
+        pen.ellipse(frame, fill=255)
+    elif kind == 2:
+        pen.rectangle(frame, fill=255)
+    else:
+        pen.line([(float(a), float(b)) for a, b in corners], fill=255, width=thickness)
+    alpha = strength * np.asarray(tile, dtype=np.float32) / 255
+    _blend(canvas, _Glyph(alpha, 0, 0, 0.0), x, y, colour)
 
 
 def _background(rng: np.random.Generator, side: int) -> np.ndarray:

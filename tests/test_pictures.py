@@ -15,6 +15,7 @@ from sparsemm_vllm.pictures import (
     TRAIN_SEEDS,
     Box,
     Page,
+    make_cluttered_page,
     make_demo_sample,
     make_page,
     make_sample,
@@ -47,11 +48,14 @@ def test_pictures_have_the_native_size():
     assert (image.mode, image.size) == ("RGB", (PICTURE_SIZE, PICTURE_SIZE))
 
 
+def white(rng: np.random.Generator, side: int) -> np.ndarray:
+    return np.full((side, side, 3), 255, dtype=np.float32)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_boxes_hold_all_ink_tightly(seed, monkeypatch):
     """Black ink on a flat white ground: everything dark lies in a box, and touches its sides."""
-    white = np.full((PICTURE_SIZE, PICTURE_SIZE, 3), 255, dtype=np.float32)
-    monkeypatch.setattr(pictures, "_background", lambda rng, side: white.copy())
+    monkeypatch.setattr(pictures, "_background", white)
     monkeypatch.setattr(pictures, "_ink_colour", lambda rng, ground: np.zeros(3, np.float32))
     monkeypatch.setattr(pictures, "MAX_NOISE", 0.0)
     page = make_page(seed)
@@ -145,3 +149,45 @@ def test_seed_ranges_are_disjoint():
     splits = sorted((TRAIN_SEEDS, EVAL_SEEDS, PROFILE_SEEDS, DEMO_SEEDS), key=lambda r: r.start)
     for left, right in itertools.pairwise(splits):
         assert left.stop <= right.start
+
+
+def test_a_seed_gives_one_cluttered_picture():
+    first, again, other = (make_sample(seed, "query", clutter=True) for seed in (7, 7, 8))
+    assert first.image.size == (pictures.CLUTTERED_SIZE, pictures.CLUTTERED_SIZE)
+    assert first.image.tobytes() == again.image.tobytes()
+    assert (first.words, first.question, first.answer) == (
+        again.words,
+        again.question,
+        again.answer,
+    )
+    assert first.image.tobytes() != other.image.tobytes()
+    read = make_sample(7, "read", clutter=True)
+    assert read.words == first.words
+    assert first.answer in read.answer
+
+
+@pytest.mark.parametrize("seed", SEEDS[:10])
+def test_clutter_keeps_clear_of_the_words(seed, monkeypatch):
+    monkeypatch.setattr(pictures, "MAX_NOISE", 0.0)
+    cluttered = make_cluttered_page(seed)
+    monkeypatch.setattr(pictures, "_draw_shape", lambda *args: None)
+    plain = make_cluttered_page(seed)
+    assert cluttered.words == plain.words
+    for word in plain.words:
+        assert np.array_equal(crop(pixels(cluttered), word.box), crop(pixels(plain), word.box))
+
+
+def test_clutter_is_there(monkeypatch):
+    monkeypatch.setattr(pictures, "MAX_NOISE", 0.0)
+    cluttered = [pixels(make_cluttered_page(seed)) for seed in SEEDS[:10]]
+    monkeypatch.setattr(pictures, "_draw_shape", lambda *args: None)
+    changed = [
+        (page != pixels(make_cluttered_page(seed))).any(-1).mean()
+        for seed, page in zip(SEEDS, cluttered, strict=False)
+    ]
+    assert np.mean(changed) > 0.02
+
+
+def test_an_unknown_task_is_refused_for_cluttered_pictures_too():
+    with pytest.raises(ValueError, match="task must be 'read' or 'query'"):
+        make_sample(0, "write", clutter=True)

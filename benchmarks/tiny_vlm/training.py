@@ -1,0 +1,144 @@
+"""A training run that can be stopped and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from .losses import FIGURES
+
+LOG_EVERY = 20  # steps
+
+
+class Trainer:
+    """Float32 weights, their optimizers, and where the run is. Subclasses say what a step learns.
+
+    Args:
+        weights: the model whose weights are trained and saved.
+        optimizers: each with the peak of its learning rate.
+        settings: what the run depends on, a dataclass; saved with the state.
+        steps: of the whole run.
+    """
+
+    def __init__(
+        self,
+        weights: nn.Module,
+        optimizers: list[tuple[torch.optim.Optimizer, float]],
+        settings: Any,
+        steps: int,
+    ) -> None:
+        self.weights = weights
+        self.optimizers = optimizers
+        self.settings = settings
+        self.steps = steps
+        self.step = 0
+        self.seconds = 0.0
+        self.history: list[dict[str, float]] = []
+
+    def gradients(self) -> Tensor:
+        """Leave this step's gradients in the weights; returns `FIGURES`."""
+        raise NotImplementedError
+
+    def rate(self) -> float:
+        """Share of the peak learning rate at this step."""
+        raise NotImplementedError
+
+    def updated(self) -> None:
+        """Called whenever the weights have changed."""
+
+    def train_step(self) -> dict[str, float]:
+        start = time.perf_counter()
+        figures = self.gradients()
+        nn.utils.clip_grad_norm_(self.weights.parameters(), 1.0)
+        for optimizer, peak in self.optimizers:
+            optimizer.param_groups[0]["lr"] = peak * self.rate()
+            optimizer.step()
+            optimizer.zero_grad()
+        self.updated()
+        self.step += 1
+        self.seconds += time.perf_counter() - start
+        return dict(zip(FIGURES, figures.tolist(), strict=True))
+
+    def save(self, path: Path) -> None:
+        state = {
+            "settings": asdict(self.settings),
+            "step": self.step,
+            "seconds": self.seconds,
+            "history": self.history,
+            "weights": self.weights.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, path.with_suffix(".new"))
+        os.replace(path.with_suffix(".new"), path)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, map_location="cpu")
+        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+        self.weights.load_state_dict(state["weights"])
+        for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.updated()
+
+
+def run(trainer: Trainer, state: Path, resume: bool, every: int, console: Console) -> None:
+    """Train to the end, with a progress bar; saves the state every so many steps."""
+    if resume and state.exists():
+        trainer.load(state)
+        console.print(f"resuming at step {trainer.step}")
+    with _progress(console) as progress:
+        task = progress.add_task("train", total=trainer.steps, completed=trainer.step, figures="")
+        recent: list[dict[str, float]] = []
+        while trainer.step < trainer.steps:
+            recent.append(trainer.train_step())
+            progress.update(task, completed=trainer.step, figures=_figure_text(recent[-1]))
+            if trainer.step % LOG_EVERY == 0:
+                trainer.history.append(_log_entry(trainer, recent))
+                progress.console.print(json.dumps(trainer.history[-1]), soft_wrap=True)
+                recent = []
+            if trainer.step % every == 0 or trainer.step == trainer.steps:
+                trainer.save(state)
+
+
+def split_weights(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The matrices of the transformer layers, and the rest."""
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, weight in model.named_parameters():
+        (matrices if ".layers." in name and weight.ndim == 2 else rest).append(weight)
+    return matrices, rest
+
+
+def adamw(weights: list[nn.Parameter], lr: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _figure_text(figures: dict[str, float]) -> str:
+    return f"loss {figures['loss']:.3f} accuracy {figures['accuracy']:.3f}"
+
+
+def _log_entry(trainer: Trainer, recent: list[dict[str, float]]) -> dict[str, float]:
+    means = {name: float(np.mean([entry[name] for entry in recent])) for name in recent[0]}
+    rounded = {name: round(mean, 4) for name, mean in means.items()}
+    return {"step": trainer.step, "seconds": round(trainer.seconds), **rounded}

@@ -1,0 +1,320 @@
+"""Train, export, measure and profile the instrument (``benchmarks/instrument``).
+
+    python benchmarks/train_instrument.py train      # resumes from .cache/train_instrument
+    python benchmarks/train_instrument.py export     # writes the checkpoint from the saved state
+    python benchmarks/train_instrument.py eval       # words exactly right on held-out pictures
+    python benchmarks/train_instrument.py profile    # writes benchmarks/instrument/profile.json
+
+A LLaVA model with 64 KV heads on which methods of KV pruning are compared. Its language part learns
+text first (`tiny_vlm.prose`), then the whole model learns to read cluttered pictures, as the reader
+did (train_reader.py), after a system message of natural text whose loss stays part of the training.
+The vision tower starts from the first two layers of the bundled reader's. All in float32, for CPUs
+without bfloat16; compiling takes some minutes before the first step of each kind.
+
+Sizes: L layers, H heads (query and KV), D head size, P image tokens, T row length, B rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tiny_vlm.blocked_attention  # noqa: F401  (registers the attention)
+import torch
+import typer
+from offline.subjects import CONTEXT, ROOT, SUBJECTS, TASKS
+from rich.console import Console
+from rich.progress import track
+from tiny_vlm.accuracy import Reader, score_answers
+from tiny_vlm.checkpoint import make_processor, save_checkpoint
+from tiny_vlm.glyphs import PATCH
+from tiny_vlm.losses import Weights, picture_loss, text_loss
+from tiny_vlm.memory import keep_freed_memory
+from tiny_vlm.muon import Muon
+from tiny_vlm.prose import excerpt, training_text
+from tiny_vlm.rows import Batch, Row, branch, branch_sight, pack_row
+from tiny_vlm.training import Trainer, adamw, run, split_weights
+from tiny_vlm.visual_scores import METHOD, concentration, rank_correlation, sample_hits
+from tiny_vlm.vocabulary import BOS, EOS, IMAGE, PAD, USER, VOCAB, encode
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from sparsemm_vllm.pictures import (
+    CLUTTERED_SIZE,
+    TRAIN_SEEDS,
+    Page,
+    make_cluttered_page,
+    query_sample,
+    read_sample,
+)
+from sparsemm_vllm.profile import HeadProfile, save_profile
+
+INSTRUMENT = SUBJECTS["instrument"]
+READER = SUBJECTS["reader"].folder
+STATE = ROOT / ".cache" / "train_instrument" / "state.pt"
+
+GRID = CLUTTERED_SIZE // PATCH
+P = GRID * GRID
+T = 448  # row length: the prefix and the branches
+TEXT_T = 256  # row length of text without pictures
+NO_CONTEXT = 0.1  # share of rows without a system message
+
+CHAT_TEMPLATE = (
+    "<s>{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}<assistant>"
+    "{% elif message['role'] != 'system' %}<user>{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>{{ '\\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}{% if message['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+console = Console()
+Threads = Annotated[int, typer.Option(help="CPU threads; only those really free.")]
+
+
+def instrument_config() -> LlavaConfig:
+    vision = CLIPVisionConfig(
+        hidden_size=192,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        image_size=CLUTTERED_SIZE,
+        patch_size=PATCH,
+    )
+    text = LlamaConfig(
+        vocab_size=len(VOCAB),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=16,
+        max_position_embeddings=4096,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        image_seq_length=P,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )
+
+
+@torch.no_grad()
+def start_from_reader(model: LlavaForConditionalGeneration) -> None:
+    """Copy the reader's vision tower as far as the model's goes; positions are interpolated."""
+    reader = LlavaForConditionalGeneration.from_pretrained(READER, dtype=torch.float32)
+    trained = dict(reader.model.vision_tower.named_parameters())
+    for name, weight in model.model.vision_tower.named_parameters():
+        source = trained[name]
+        if name.endswith("position_embedding.weight"):
+            source = torch.cat([source[:1], spread(source[1:], GRID)])
+        weight.copy_(source)
+
+
+def spread(positions: Tensor, grid: int) -> Tensor:
+    """Embeddings of a square grid of positions, ``[side * side, width]``, for another grid."""
+    side = round(len(positions) ** 0.5)
+    image = positions.view(1, side, side, -1).permute(0, 3, 1, 2)
+    wider = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=True)
+    return wider[0].flatten(1).T
+
+
+# Training rows.
+
+
+def make_batch(step: int, rows: int) -> Batch:
+    """The rows of a training step, a pure function of the step."""
+    rng = np.random.default_rng([step, rows])
+    pages = [make_cluttered_page(TRAIN_SEEDS[step * rows + i]) for i in range(rows)]
+    return Batch.of([make_row(rng, page) for page in pages], pages)
+
+
+def make_row(rng: np.random.Generator, page: Page) -> Row:
+    """A system message, whose text is learned too, the picture, and questions about it."""
+    length = 0 if rng.random() < NO_CONTEXT else int(rng.integers(*CONTEXT))
+    context = encode(excerpt(training_text(), rng, length)) if length else []
+    lines = rng.permutation(len(page.lines))
+    samples = [read_sample(page), *(query_sample(page, i) for i in lines)]
+    prefix = [BOS, *context, USER, *[IMAGE] * P]
+    row = pack_row(prefix, len(context) + 2, map(branch, samples), T)
+    row.labels[: len(context)] = context
+    return row
+
+
+def make_text(step: int, rows: int) -> Tensor:
+    """Ids of excerpts, ``[rows, TEXT_T + 1]``, a pure function of the step."""
+    rng = np.random.default_rng([step, rows, 1])
+    texts = [excerpt(training_text(), rng, TEXT_T) for _ in range(rows)]
+    return torch.tensor([[BOS, *encode(text)] for text in texts])
+
+
+# Training.
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a training run depends on (with the number of threads, which changes roundings)."""
+
+    text_steps: int = 160
+    text_rows: int = 32
+    steps: int = 1500  # with pictures, after those with text
+    rows: int = 12
+    lr: float = 1e-3
+    matrix_lr: float = 2e-3
+    warmup: int = 100
+    decay: float = 0.35  # share of the steps over which the learning rate falls to 0
+    weights: Weights = field(default_factory=Weights)
+    seed: int = 0
+
+
+class InstrumentTrainer(Trainer):
+    """Text first, then pictures. Muon updates the layers' matrices, AdamW the rest."""
+
+    def __init__(self, settings: Settings) -> None:
+        torch.manual_seed(settings.seed)
+        self.model = LlavaForConditionalGeneration(instrument_config())
+        self.model.set_attn_implementation({"text_config": "blocked", "vision_config": "sdpa"})
+        start_from_reader(self.model)
+        matrices, rest = split_weights(self.model)
+        muon = Muon(matrices, lr=settings.matrix_lr, weight_decay=0.02)
+        optimizers: list[tuple[torch.optim.Optimizer, float]] = [
+            (muon, settings.matrix_lr),
+            (adamw(rest, settings.lr), settings.lr),
+        ]
+        steps = settings.text_steps + settings.steps
+        super().__init__(self.model, optimizers, settings, steps)
+        compiled = Callable[..., tuple[Tensor, Tensor]]
+        self.text_loss: compiled = torch.compile(text_loss, dynamic=False)
+        self.picture_loss: compiled = torch.compile(picture_loss, dynamic=False)
+
+    def gradients(self) -> Tensor:
+        s = self.settings
+        if self.step < s.text_steps:
+            mask = torch.ones(TEXT_T, TEXT_T).tril().expand(s.text_rows, 1, -1, -1)
+            loss, figures = self.text_loss(self.model, make_text(self.step, s.text_rows), mask)
+        else:
+            batch = make_batch(self.step - s.text_steps, s.rows)
+            mask = branch_sight(batch.segments).float()[:, None]
+            loss, figures = self.picture_loss(self.model, batch, mask, s.weights)
+        loss.backward()
+        return figures
+
+    def rate(self) -> float:
+        """Linear warm-up of text and of pictures, constant, linear decay."""
+        s = self.settings
+        since = self.step if self.step < s.text_steps else self.step - s.text_steps
+        left = (self.steps - self.step) / (s.decay * s.steps)
+        return min(1.0, (since + 1) / s.warmup, left)
+
+
+@app.command()
+def train(
+    steps: Annotated[int, typer.Option(help="Steps with pictures.")] = Settings.steps,
+    text_steps: Annotated[int, typer.Option(help="Steps with text.")] = Settings.text_steps,
+    rows: Annotated[int, typer.Option(help="Pictures a step.")] = Settings.rows,
+    seed: Annotated[int, typer.Option(help="Seed of the initial weights.")] = Settings.seed,
+    threads: Threads = 1,
+    resume: Annotated[bool, typer.Option(help="Continue from the saved state.")] = True,
+    state: Annotated[Path, typer.Option(help="Where the state is saved.")] = STATE,
+    every: Annotated[int, typer.Option(help="Steps between two saved states.")] = 50,
+) -> None:
+    """Train the instrument; continues where an interrupted run stopped."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    settings = Settings(steps=steps, text_steps=text_steps, rows=rows, seed=seed)
+    run(InstrumentTrainer(settings), state, resume, every, console)
+
+
+@app.command()
+def export(
+    state: Annotated[Path, typer.Option(help="Saved training state.")] = STATE,
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = INSTRUMENT.folder,
+) -> None:
+    """Write the checkpoint (float16) from the saved state, and check that it loads."""
+    saved = torch.load(state, map_location="cpu")
+    model = LlavaForConditionalGeneration(instrument_config())
+    model.load_state_dict(saved["weights"])
+    save_checkpoint(model, make_processor(CLUTTERED_SIZE, PATCH, CHAT_TEMPLATE), out)
+    console.print(f"{out}: step {saved['step']}, {saved['seconds']:.0f} s of training")
+
+
+# Accuracy and visual-head scores.
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = INSTRUMENT.folder,
+    samples: Annotated[int, typer.Option(help="Held-out pictures a task.")] = 300,
+    first: Annotated[int, typer.Option(help="First of the held-out seeds to use.")] = 1000,
+    context: Annotated[bool, typer.Option(help="Ask after a system message.")] = True,
+    threads: Threads = 1,
+) -> None:
+    """Greedy generation on held-out pictures: exact words and character errors, in percent."""
+    torch.set_num_threads(threads)
+    reader = Reader(model, torch.float32)
+    for task in TASKS:
+        asked = INSTRUMENT.held_out(first, samples, task)
+        answers = reader.answer(asked.samples, asked.contexts if context else None)
+        words, characters = score_answers(asked.samples, answers)
+        record = {
+            "task": task,
+            "pictures": samples,
+            "first": first,
+            "context": context,
+            "exact_words": round(100 * words, 2),
+            "character_errors": round(100 * characters, 2),
+        }
+        console.print(json.dumps(record), soft_wrap=True)
+
+
+@app.command()
+def profile(
+    model: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = INSTRUMENT.folder,
+    out: Annotated[Path, typer.Option(help="The head profile to write.")] = INSTRUMENT.profile,
+    samples: Annotated[int, typer.Option(help="Samples, half of them of each task.")] = 400,
+    first: Annotated[int, typer.Option(help="First of the profile seeds to use.")] = 0,
+    threads: Threads = 1,
+) -> None:
+    """Score the query heads on pictures used for neither training nor accuracy."""
+    torch.set_num_threads(threads)
+    reader = Reader(model, torch.float32, attention="eager")
+    hits: list[Tensor] = []
+    for task in TASKS:
+        asked = INSTRUMENT.for_scores(first, samples // 2, task)
+        pairs = zip(asked.samples, asked.contexts or [], strict=True)
+        hits += [sample_hits(reader, *pair) for pair in track([*pairs], task)]
+    scores = torch.stack(hits).mean(0)
+    text = reader.model.config.text_config
+    head_profile = HeadProfile(
+        model_id="sparsemm-instrument",
+        num_layers=text.num_hidden_layers,
+        num_query_heads=text.num_attention_heads,
+        num_kv_heads=text.num_key_value_heads,
+        mode="forced",
+        data="sparsemm_vllm.pictures, cluttered, PROFILE_SEEDS, tasks read and query",
+        samples=len(hits),
+        seed=first,
+        split_half=rank_correlation(*(torch.stack(hits[half::2]).mean(0) for half in range(2))),
+        provenance={"method": METHOD, "tool": "benchmarks/train_instrument.py profile"},
+        scores=tuple(tuple(round(s, 6) for s in layer) for layer in scores.tolist()),
+    )
+    save_profile(head_profile, out)
+    for heads, share in concentration(scores).items():
+        console.print(f"top {heads} of heads: {share:.1%} of the score")
+
+
+if __name__ == "__main__":
+    app()
