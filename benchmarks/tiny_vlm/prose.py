@@ -25,14 +25,14 @@ def training_text() -> str:
     parts = [topics[name] for name in sorted(topics)]
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
         if not {"site-packages", "dist-packages", "test", "tests"} & set(path.parts):
-            parts += _docstrings(path)
-    return _plain(" ".join(parts))
+            parts += docstrings(path)
+    return plain(" ".join(parts))
 
 
 @lru_cache(maxsize=1)
 def held_out_text() -> str:
     """About 10 thousand characters that no model was trained on."""
-    return _plain(HELD_OUT.read_text(encoding="utf-8"))
+    return plain(HELD_OUT.read_text(encoding="utf-8"))
 
 
 def excerpt(text: str, rng: np.random.Generator, characters: int) -> str:
@@ -42,7 +42,8 @@ def excerpt(text: str, rng: np.random.Generator, characters: int) -> str:
     return text[start : start + characters]
 
 
-def _docstrings(path: Path) -> list[str]:
+def docstrings(path: Path) -> list[str]:
+    """The long docstrings of a Python file."""
     documented = ast.Module | ast.ClassDef | ast.FunctionDef
     try:
         tree = ast.parse(path.read_bytes())
@@ -52,6 +53,7 @@ def _docstrings(path: Path) -> list[str]:
     return [text for text in texts if text and len(text) >= MIN_DOCSTRING]
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Printable ASCII only, runs of white space made one blank."""
     printable = set(string.printable[:95])
     return "".join(c for c in re.sub(r"\s+", " ", text) if c in printable)
