@@ -31,7 +31,7 @@ from sparsemm_vllm.profile import HeadProfile, load_profile, save_profile
 
 RESULTS = ROOT / "benchmarks" / "results"
 WINDOW = 16
-BUDGETS = (32, 48, 64, 96, 128, 192)
+BUDGETS = (32, 48, 64, 96, 128, 192, 256)
 FIRST = 1000  # of the held-out seeds: fewer were looked at while the reader was developed
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -62,7 +62,7 @@ def curves(
         for record in task_curves(model, questions, task, found, sorted(budget)):
             console.print(json.dumps(record), soft_wrap=True)
             records.append(record)
-    write(name, "curves", {**about(subject, pictures), "records": records})
+        write(name, "curves", {**about(subject, pictures), "records": records})
 
 
 @app.command()
@@ -143,7 +143,7 @@ def heads(
             },
         }
         console.print(json.dumps(document[task]), soft_wrap=True)
-    write(name, "heads", document)
+        write(name, "heads", document)
 
 
 @app.command()

@@ -24,7 +24,7 @@ from sparsemm_vllm.triton_kernels.reference import window_scores
 
 ROWS = 25  # prompts computed at a time
 TOGETHER = 100  # prompts decoded at a time
-MAX_ANSWER = 64  # tokens generated at most
+SPARE = 8  # tokens that an answer may be longer than the longest likely one
 
 
 @dataclass
@@ -107,22 +107,26 @@ class OfflineModel:
     def answer(self, prompts: Prompts, shown: Tensor, likely: list[str]) -> list[str]:
         """Greedy answers while each head sees the prompt tokens ``shown [L, N, Hkv, n]``.
 
-        Prompts whose ``likely`` answers have similar lengths are decoded together, which is faster.
+        Prompts whose ``likely`` answers have similar lengths are decoded together, and no answer
+        gets more than `SPARE` tokens longer than the longest of them: it is faster.
         """
         order = sorted(range(len(likely)), key=lambda row: len(likely[row]))
         answers = [""] * len(order)
         for start in range(0, len(order), TOGETHER):
             rows = order[start : start + TOGETHER]
-            for row, answer in zip(rows, self._answer(_Step(prompts, shown, rows)), strict=True):
+            most = len(likely[rows[-1]]) + SPARE  # one token a character
+            for row, answer in zip(
+                rows, self._answer(_Step(prompts, shown, rows), most), strict=True
+            ):
                 answers[row] = answer
         return answers
 
-    def _answer(self, step: _Step) -> list[str]:
+    def _answer(self, step: _Step, most: int) -> list[str]:
         end = self.reader.processor.tokenizer.eos_token_id
         self._step = step
         tokens = [step.logits.argmax(-1)]
         unfinished = tokens[0] != end
-        while unfinished.any() and len(tokens) < MAX_ANSWER:
+        while unfinished.any() and len(tokens) < most:
             best = self._forward(tokens[-1][:, None])[:, -1].argmax(-1)
             tokens.append(torch.where(unfinished, best, end))
             unfinished &= best != end

@@ -12,7 +12,7 @@ from sparsemm_vllm.pictures import EVAL_SEEDS, PROFILE_SEEDS, Sample, Task, make
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONTEXT = (40, 121)  # characters of a system message, at least and less than
-TASKS: tuple[Task, Task] = ("read", "query")
+TASKS: tuple[Task, Task] = ("query", "read")
 
 
 @dataclass(frozen=True)
