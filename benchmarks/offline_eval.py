@@ -27,6 +27,7 @@ from rich.console import Console
 from tiny_vlm.memory import keep_freed_memory
 from tiny_vlm.visual_scores import concentration, rank_correlation
 
+from sparsemm_vllm.config_hash import config_hash
 from sparsemm_vllm.profile import HeadProfile, load_profile, save_profile
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -88,6 +89,7 @@ def causal(
         num_layers=text.num_hidden_layers,
         num_query_heads=text.num_attention_heads,
         num_kv_heads=text.num_key_value_heads,
+        config_hash=config_hash(model.model.config),
         mode="causal",
         data="sparsemm_vllm.pictures",
         samples=rises.shape[-1],

@@ -29,7 +29,7 @@ import typer
 from offline.subjects import CONTEXT, ROOT, SUBJECTS, TASKS
 from rich.console import Console
 from rich.progress import track
-from tiny_vlm.accuracy import Reader, score_answers
+from tiny_vlm.answers import Reader
 from tiny_vlm.checkpoint import make_processor, save_checkpoint
 from tiny_vlm.glyphs import PATCH
 from tiny_vlm.losses import Weights, picture_loss, text_loss
@@ -44,6 +44,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from sparsemm_vllm.config_hash import config_hash
+from sparsemm_vllm.evaluate.metrics import Marks
 from sparsemm_vllm.pictures import (
     CLUTTERED_SIZE,
     TRAIN_SEEDS,
@@ -268,14 +270,14 @@ def evaluate(
     for task in TASKS:
         asked = INSTRUMENT.held_out(first, samples, task)
         answers = reader.answer(asked.samples, asked.contexts if context else None)
-        words, characters = score_answers(asked.samples, answers)
+        found = Marks.of(asked.answers, answers).statistics()
         record = {
             "task": task,
             "pictures": samples,
             "first": first,
             "context": context,
-            "exact_words": round(100 * words, 2),
-            "character_errors": round(100 * characters, 2),
+            "exact_words": round(100 * float(found["exact_words"]), 2),
+            "character_errors": round(100 * float(found["character_errors"]), 2),
         }
         console.print(json.dumps(record), soft_wrap=True)
 
@@ -303,6 +305,7 @@ def profile(
         num_layers=text.num_hidden_layers,
         num_query_heads=text.num_attention_heads,
         num_kv_heads=text.num_key_value_heads,
+        config_hash=config_hash(reader.model.config),
         mode="forced",
         data="sparsemm_vllm.pictures, cluttered, PROFILE_SEEDS, tasks read and query",
         samples=len(hits),

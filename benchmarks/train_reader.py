@@ -33,7 +33,7 @@ import tiny_vlm.grouped_attention  # noqa: F401  (registers the attention)
 import torch
 import typer
 from rich.console import Console
-from tiny_vlm.accuracy import Reader, score_answers
+from tiny_vlm.answers import Reader
 from tiny_vlm.checkpoint import make_processor, save_checkpoint
 from tiny_vlm.glyphs import PATCH
 from tiny_vlm.losses import Weights, picture_loss
@@ -44,6 +44,7 @@ from tiny_vlm.vocabulary import BOS, EOS, IMAGE, PAD, USER, VOCAB
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from sparsemm_vllm.evaluate.metrics import Marks
 from sparsemm_vllm.pictures import (
     EVAL_SEEDS,
     PICTURE_SIZE,
@@ -271,7 +272,7 @@ def evaluate(
         for task in ("read", "query"):
             held_out = [make_sample(EVAL_SEEDS[first + i], task) for i in range(samples)]
             answers = reader.answer(held_out, filler=filler_text(filler))
-            words, characters = score_answers(held_out, answers)
+            found = Marks.of([sample.answer for sample in held_out], answers).statistics()
             console.print(
                 json.dumps(
                     {
@@ -280,8 +281,8 @@ def evaluate(
                         "pictures": samples,
                         "first": first,
                         "filler": filler,
-                        "exact_words": round(100 * words, 2),
-                        "character_errors": round(100 * characters, 2),
+                        "exact_words": round(100 * float(found["exact_words"]), 2),
+                        "character_errors": round(100 * float(found["character_errors"]), 2),
                     }
                 ),
                 soft_wrap=True,

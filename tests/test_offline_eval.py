@@ -9,17 +9,17 @@ import pytest
 import torch
 from oracle import Oracle
 
+from sparsemm_vllm.evaluate.metrics import DRAWS, Marks, draw_pictures
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.pictures import DEMO_SEEDS, make_sample
 from sparsemm_vllm.profile import load_profile
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-from offline.curves import needed
+from offline.curves import crossing, needed
 from offline.model import OfflineModel
 from offline.pruning import REDISTRIBUTED, held_tokens, shown_tokens, without_head
-from offline.statistics import Marks, bootstrap_rows, crossing, interval
-from tiny_vlm.accuracy import Reader
+from tiny_vlm.answers import Reader
 from tiny_vlm.visual_scores import concentration, rank_correlation
 
 READER = Path(str(files("sparsemm_vllm"))) / "reader"
@@ -119,14 +119,6 @@ def test_a_silenced_head_changes_the_prompt_and_leaves_no_trace(model, prompts):
     assert torch.equal(model.prompts(SAMPLES).logits, prompts.logits)
 
 
-def test_marks_count_words_in_their_place():
-    marks = Marks.of(SAMPLES, [ANSWERS[0], "nothing"])
-    assert marks.right.tolist() == [len(ANSWERS[0].split()), 0]
-    assert marks.exact() == marks.right[0] / marks.words.sum()
-    draws = marks.exact(bootstrap_rows(2))
-    assert interval(draws) == [0.0, 1.0]
-
-
 @pytest.mark.parametrize(
     ("accuracy", "size"),
     [
@@ -141,11 +133,9 @@ def test_crossing_is_where_a_curve_stays_above(accuracy, size):
 
 
 def test_what_a_method_needs_uses_its_held_size_not_its_budget():
-    words = np.full(50, 4)
-    none = np.zeros(50, int)
-    half, whole = (Marks(words * k // 4, words, none, words) for k in (2, 4))
-    need = needed([(40.0, half), (90.0, whole)], (200.0, whole), bootstrap_rows(50))
-    assert need.shape == (2001,)
+    half, whole = (Marks.of(["AB CD"] * 50, [answer] * 50) for answer in ("AB", "AB CD"))
+    need = needed([(40.0, half), (90.0, whole)], (200.0, whole), draw_pictures(50))
+    assert need.shape == (DRAWS + 1,)
     assert (need > 40).all()
     assert (need <= 90).all()
 

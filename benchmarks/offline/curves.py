@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from sparsemm_vllm.evaluate.metrics import Marks, draw_pictures, interval
 from sparsemm_vllm.pictures import Task
 
 from .model import OfflineModel
 from .pruning import REDISTRIBUTED, held_tokens, shown_tokens
-from .statistics import Marks, bootstrap_rows, crossing, interval
 from .subjects import Questions
 
 KEPT_SHARE = 0.97  # of the dense accuracy
@@ -51,20 +51,21 @@ def task_curves(
 ) -> Iterator[dict[str, Any]]:
     """Measure one task; yields a record a point, the last of which sums up the task."""
     prompts = model.prompts(questions.samples, questions.contexts)
-    rows = bootstrap_rows(len(questions.samples))
+    draws = draw_pictures(len(questions.samples))
     token_bytes = model.L * model.Hkv * 2 * model.D * 2  # keys and values, float16
 
     def measure(shown: Tensor) -> tuple[Marks, dict[str, Any]]:
-        marks = Marks.of(questions.samples, model.answer(prompts, shown, questions.answers))
+        marks = Marks.of(questions.answers, model.answer(prompts, shown, questions.answers))
         held = float(held_tokens(shown).mean())
-        return marks, {
+        record: dict[str, Any] = {
             "held_tokens": round(held, 2),
             "held_bytes": round(held * token_bytes),
-            "exact_words": round(float(marks.exact()), 4),
-            "exact_words_95": [round(x, 4) for x in interval(marks.exact(rows))],
-            "character_errors": round(float(marks.character_errors()), 4),
-            "character_errors_95": [round(x, 4) for x in interval(marks.character_errors(rows))],
         }
+        for name, value in marks.statistics().items():
+            record[name] = round(float(value), 4)
+            ends = interval(marks.statistics(draws)[name])
+            record[f"{name}_95"] = [round(end, 4) for end in ends]
+        return marks, record
 
     dense, record = measure(prompts.everything())
     yield {"task": task, "method": "full", **record}
@@ -77,7 +78,7 @@ def task_curves(
             marks, record = measure(shown_tokens(prompts, entry.method, entry.scores, budget))
             points.append((record["held_tokens"], marks))
             yield {"task": task, "method": entry.label, "budget": budget, **record}
-        needs[entry.label] = need = needed(points, (full_tokens, dense), rows)
+        needs[entry.label] = need = needed(points, (full_tokens, dense), draws)
         summary[entry.label] = {
             "held_tokens": round(float(need[0]), 2),
             "held_tokens_95": [round(x, 2) for x in interval(need[1:])],
@@ -92,11 +93,33 @@ def task_curves(
 
 
 def needed(
-    points: list[tuple[float, Marks]], full: tuple[float, Marks], rows: np.ndarray
+    points: list[tuple[float, Marks]], full: tuple[float, Marks], draws: np.ndarray
 ) -> np.ndarray:
     """Held tokens at which `KEPT_SHARE` of dense is kept: of the sample, then of each draw."""
     held = np.array([tokens for tokens, _ in [*points, full]])
-    draws = np.stack([marks.exact(rows) for _, marks in [*points, full]])
-    sample = np.array([[float(marks.exact())] for _, marks in [*points, full]])
-    curves = np.concatenate([sample, draws], 1).T
+    sample = np.array([[_exact(marks)] for _, marks in [*points, full]])
+    drawn = np.stack([_exact(marks, draws) for _, marks in [*points, full]])
+    curves = np.concatenate([sample, drawn], 1).T
     return np.array([crossing(held, curve, KEPT_SHARE * curve[-1]) for curve in curves])
+
+
+def _exact(marks: Marks, draws: np.ndarray | None = None) -> np.ndarray:
+    return marks.statistics(draws)["exact_words"]
+
+
+def crossing(held: np.ndarray, accuracy: np.ndarray, threshold: float) -> float:
+    """Smallest held size from which on a curve stays at the threshold or above.
+
+    Interpolated between the points, linear in the logarithm of the size.
+
+    Args:
+        held: ascending sizes of the points; the last is the dense cache.
+        accuracy: at these sizes.
+        threshold: at most the last accuracy.
+    """
+    below = np.flatnonzero(accuracy < threshold)
+    if len(below) == 0:
+        return float(held[0])
+    i = int(below[-1])
+    share = (threshold - accuracy[i]) / (accuracy[i + 1] - accuracy[i])
+    return float(np.exp((1 - share) * np.log(held[i]) + share * np.log(held[i + 1])))

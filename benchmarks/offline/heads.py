@@ -9,9 +9,10 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from sparsemm_vllm.evaluate.metrics import Marks, draw_pictures, interval
+
 from .model import OfflineModel
 from .pruning import without_head
-from .statistics import Marks, bootstrap_rows, interval
 from .subjects import Questions
 
 TOP = 0.05  # share of the query heads that the paper silences
@@ -37,8 +38,8 @@ def knocked_out(model: OfflineModel, questions: Questions) -> tuple[float, list[
     prompts = model.prompts(questions.samples, questions.contexts)
 
     def exact(shown: Tensor) -> float:
-        marks = Marks.of(questions.samples, model.answer(prompts, shown, questions.answers))
-        return round(float(marks.exact()), 4)
+        answers = model.answer(prompts, shown, questions.answers)
+        return round(float(_exact(Marks.of(questions.answers, answers))), 4)
 
     return exact(prompts.everything()), [
         [exact(without_head(prompts, layer, head)) for head in range(model.Hkv)]
@@ -54,7 +55,7 @@ def silenced(
     A silenced head puts out zeros, for prompt and answer. The random ones are drawn from the heads
     that are not among the best.
     """
-    rows = bootstrap_rows(len(questions.samples))
+    pictures = draw_pictures(len(questions.samples))
     order = scores.flatten().argsort(descending=True, stable=True)
     count = max(1, round(TOP * len(order)))
 
@@ -66,7 +67,7 @@ def silenced(
         marks = Marks.of(
             questions.samples, model.answer(prompts, prompts.everything(), questions.answers)
         )
-        return float(marks.exact()), marks.exact(rows)
+        return float(_exact(marks)), _exact(marks, pictures)
 
     generator = torch.Generator().manual_seed(0)
     dense, dense_draws = exact(order[:0])
@@ -90,3 +91,7 @@ def silenced(
         "drop_ratio": round((dense - visual) / max(dense - random, 1e-9), 2),
         "drop_ratio_95": [round(x, 2) for x in interval(ratio)],
     }
+
+
+def _exact(marks: Marks, pictures: np.ndarray | None = None) -> np.ndarray:
+    return marks.statistics(pictures)["exact_words"]

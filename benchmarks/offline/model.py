@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_vlm.accuracy import Reader
+from tiny_vlm.answers import Reader
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface

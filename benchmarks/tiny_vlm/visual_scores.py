@@ -5,7 +5,7 @@ from torch import Tensor
 
 from sparsemm_vllm.pictures import Sample
 
-from .accuracy import Reader
+from .answers import Reader
 from .glyphs import patch_overlap
 from .vocabulary import IMAGE
 

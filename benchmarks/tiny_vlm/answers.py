@@ -1,4 +1,4 @@
-"""How well a checkpoint reads: its answers in stock transformers, exact words, character errors."""
+"""What a checkpoint answers in stock transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -69,28 +69,3 @@ class Reader:
             new = ids[:, inputs["input_ids"].shape[1] :]
             texts += self.processor.batch_decode(new, skip_special_tokens=True)
         return texts
-
-
-def score_answers(samples: list[Sample], answers: list[str]) -> tuple[float, float]:
-    """Share of words that are exactly right in their place, and character errors per character."""
-    right, words, errors, characters = torch.tensor(
-        [score_answer(s.answer, a) for s, a in zip(samples, answers, strict=True)]
-    ).sum(0)
-    return float(right / words), float(errors / characters)
-
-
-def score_answer(truth: str, answer: str) -> tuple[int, int, int, int]:
-    """Words exactly right in their place, words, character errors, characters."""
-    words = truth.split(" ")
-    right = sum(a == b for a, b in zip(words, answer.split(" "), strict=False))
-    return right, len(words), edit_distance(truth, answer), len(truth)
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        last, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
-    return row[-1]
