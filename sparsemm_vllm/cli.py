@@ -77,6 +77,13 @@ ProfileName = Annotated[
     str, typer.Argument(metavar="PROFILE", help="A head profile: a file, or a bundled name.")
 ]
 Budget = Annotated[int, typer.Option(help="Tokens per KV head on average, window included.")]
+Method = Annotated[
+    str,
+    typer.Option(help="sparsemm, full, snapkv, pyramidkv, adakv, random or random_heads."),
+]
+Redistribute = Annotated[
+    bool, typer.Option("--redistribute", help="Give what heads cannot use to the others.")
+]
 PromptTokens = Annotated[int, typer.Option(help="Length of the prompt, pictures included.")]
 
 
@@ -126,6 +133,8 @@ def plan(
     ] = "bfloat16",
     window: Annotated[int, typer.Option(help="Last prompt tokens that every head keeps.")] = 32,
     rho: Annotated[float, typer.Option(help="Share of the budget that is spread evenly.")] = 0.1,
+    method: Method = "sparsemm",
+    redistribute: Redistribute = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Say how much KV cache a request will hold, and how many requests fit."""
@@ -144,6 +153,8 @@ def plan(
             dtype=dtype,
             window=window,
             rho=rho,
+            method=method,
+            redistribute=redistribute,
         )
     if as_json:
         print(json.dumps(asdict(made), indent=2))
@@ -157,6 +168,8 @@ def show(
     out: Annotated[Path | None, typer.Option(help="Save a picture too: FILE.png.")] = None,
     budget: Budget = 256,
     prompt_tokens: PromptTokens = 3072,
+    method: Method = "sparsemm",
+    redistribute: Redistribute = False,
 ) -> None:
     """Show a head profile: its scores, how concentrated they are, and each head's budget."""
     with _one_line_errors("show"):
@@ -164,9 +177,10 @@ def show(
         from sparsemm_vllm.profile import load_profile
 
         loaded = load_profile(profile)
+        allocation = {"method": method, "redistribute": redistribute}
         if out is not None:
-            show.draw_profile(loaded, budget, prompt_tokens, out)
-        show.print_profile(loaded, budget, prompt_tokens, Console())
+            show.draw_profile(loaded, budget, prompt_tokens, out, **allocation)
+        show.print_profile(loaded, budget, prompt_tokens, Console(), **allocation)
     if out is not None:
         Console().print(f"\nsaved {out}", highlight=False, markup=False, soft_wrap=True)
 

@@ -40,16 +40,15 @@ class SparseMMSpec(FullAttentionSpec):
         return all(spec == self for spec in kv_cache_specs.values())
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
-        """Entries of a block table row: both copies of a prompt of that length."""
-        return cdiv(max_len, self.block_size) + self._compact_blocks(max_len)
+        """Entries of a block table row: both copies of a prompt of up to that length."""
+        compact = self.layout.most_compact_blocks(max_len, self.block_size)
+        return cdiv(max_len, self.block_size) + compact
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Bytes that one request of the longest length needs at its peak."""
-        compact = self._compact_blocks(vllm_config.model_config.max_model_len)
+        """Bytes that suffice for one request of up to the longest length at its peak."""
+        longest = vllm_config.model_config.max_model_len
+        compact = self.layout.most_compact_blocks(longest, self.block_size)
         return super().max_memory_usage_bytes(vllm_config) + compact * self.page_size_bytes
-
-    def _compact_blocks(self, prompt_tokens: int) -> int:
-        return self.layout.compact_blocks(prompt_tokens, self.block_size)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,23 @@
 
 How many tokens each head keeps depends on the profile and on the prompt's length only, never on
 data, so the scheduler counts blocks with these functions and the workers place pages with them.
+The exception are methods that split a layer's tokens among its heads by their scores (AdaKV): of
+these the layer's pages are counted, as many as any split may need.
 Knows nothing of vLLM.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 
-from sparsemm_vllm.budget import head_capacities
+from sparsemm_vllm.methods import METHODS, Budget, Method, redistribute
+
+GRID = 64  # prompt lengths looked at for the most blocks that any needs
+REMEMBERED = 4096  # prompt lengths whose blocks are not counted again
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -25,16 +32,20 @@ class CacheLayout:
     All ranks and the scheduler hold equal copies.
 
     Args:
-        capacities: ``[L][Hkv]`` tokens besides the window, of the whole model's pruned layers.
+        capacities: ``[L][Hkv]`` tokens besides the window, of the whole model's pruned layers; by
+            the method, for a prompt that is long enough for all of them.
         window: observation window `W`, in tokens.
         base: budget less window, in tokens; a prompt is pruned if it has as many older tokens.
         pool_kernel: width of the score pooling, in tokens.
         min_prompt_tokens: shorter prompts are left dense.
         stages: ``(first, last + 1)`` pruned layer of each pipeline stage.
         tensor_parallel: ranks that share the KV heads of each layer.
+        method: one of `METHODS`.
+        redistribute: give what heads cannot use of a short prompt to the others.
 
     Raises:
-        ValueError: if the heads do not divide among the ranks, or a stage has no pruned layer.
+        ValueError: if the heads do not divide among the ranks, or must not be divided, or a stage
+            has no pruned layer.
     """
 
     capacities: tuple[tuple[int, ...], ...]
@@ -44,6 +55,8 @@ class CacheLayout:
     min_prompt_tokens: int = 0
     stages: tuple[tuple[int, int], ...] = ()
     tensor_parallel: int = 1
+    method: str = "sparsemm"
+    redistribute: bool = False
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -53,6 +66,12 @@ class CacheLayout:
             raise ValueError(
                 f"{heads} KV heads cannot be divided among {self.tensor_parallel} tensor-parallel "
                 "ranks; use a tensor-parallel size that divides the KV heads"
+            )
+        if self.rules.split is not None and self.tensor_parallel > 1:
+            raise ValueError(
+                f"method {self.method} compares the scores of all heads of a layer, and each of "
+                f"{self.tensor_parallel} tensor-parallel ranks has only some of them; use pipeline "
+                "parallelism, or another method"
             )
         for rank, (first, end) in enumerate(self.stages):
             if first >= end:
@@ -66,16 +85,28 @@ class CacheLayout:
         budget: int,
         window: int = 32,
         rho: float = 0.1,
-        **options: int | tuple[tuple[int, int], ...],
+        method: str = "sparsemm",
+        **options: Any,
     ) -> "CacheLayout":
-        """The layout of a model with these visual scores ``[L, Hq]``; see `head_capacities`."""
-        capacities = head_capacities(scores, num_kv_heads, budget, window, rho).tolist()
+        """The layout of a model with these visual scores ``[L, Hq]``; see `Budget`."""
+        share = Budget(scores, num_kv_heads, budget, window, rho)
+        capacities = METHODS[method].capacities(share).tolist()
         return cls(
             tuple(map(tuple, capacities)),
             window=window,
-            base=budget - window,
-            **options,  # type: ignore[arg-type]
+            base=share.base,
+            method=method,
+            **options,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The arguments; what is remembered stays behind."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def rules(self) -> Method:
+        """What the method does of its own."""
+        return METHODS[self.method]
 
     @property
     def last_chunk(self) -> int:
@@ -92,7 +123,8 @@ class CacheLayout:
     def is_pruned(self, prompt_tokens: int) -> bool:
         """Whether a prompt of that many tokens is pruned when it has been computed."""
         older = prompt_tokens - self.window
-        return older >= self.base and prompt_tokens >= self.min_prompt_tokens
+        long_enough = older >= self.base and prompt_tokens >= self.min_prompt_tokens
+        return long_enough and self.rules.prunes
 
     def slice_of(self, stage: int, rank: int) -> tuple[slice, slice]:
         """The pruned layers and KV heads that a rank owns."""
@@ -102,21 +134,85 @@ class CacheLayout:
     def kept_tokens(self, prompt_tokens: int) -> np.ndarray:
         """Tokens in each head's pages, the window not among them: int64 ``[L, Hkv]``.
 
-        All zero for a prompt that is not pruned: its tokens stay where they are.
+        All zero for a prompt that is not pruned: its tokens stay where they are. Of a method that
+        splits layers by scores, the even split.
         """
         if not self.is_pruned(prompt_tokens):
             return np.zeros_like(self._table)
-        return np.minimum(self._table, prompt_tokens - self.window)
+        older = prompt_tokens - self.window
+        wanted = torch.from_numpy(self._table)
+        if (shorten := self.rules.shorten) is not None:
+            wanted = shorten(wanted, self.base, older)
+        if self.redistribute:
+            wanted = redistribute(wanted, prompt_tokens, self.window)
+        return wanted.clamp(max=older).long().numpy()
+
+    def most_kept(self, prompt_tokens: int, own: tuple[slice, slice]) -> int:
+        """Most tokens in the pages of any head that a rank owns."""
+        if self.rules.split is not None and self.is_pruned(prompt_tokens):
+            return min(prompt_tokens - self.window, self._layer_tokens)
+        return int(self.kept_tokens(prompt_tokens)[own].max())
+
+    @property
+    def _layer_tokens(self) -> int:
+        """Most tokens that a layer keeps, of a method that splits layers by scores."""
+        total = self.rules.split_total
+        assert total is not None
+        return total(len(self.capacities[0]), self.base)
+
+    def layer_pages(self, prompt_tokens: int, block_size: int) -> int:
+        """Head pages that suffice for any split of a layer's tokens among its heads."""
+        heads, older = len(self.capacities[0]), prompt_tokens - self.window
+        rounded_up = (self._layer_tokens + heads * (block_size - 1)) // block_size
+        return min(rounded_up, heads * _ceil_div(older, block_size))
 
     def compact_blocks(self, prompt_tokens: int, block_size: int) -> int:
-        """Blocks `C` for the head pages of a pruned prompt: the most that any rank needs."""
-        pages = -(-self.kept_tokens(prompt_tokens) // block_size)
-        needs = []
+        """Blocks `C` for the head pages of a pruned prompt: the most that any rank needs.
+
+        At least one, even if no head keeps a token: by these blocks the scheduler and the kernels
+        tell a pruned prompt from one that is not.
+        """
+        return self._remembered(prompt_tokens, block_size)
+
+    @cached_property
+    def _remembered(self) -> Callable[[int, int], int]:
+        """`_count_blocks`, asked for a waiting request in every step."""
+        return lru_cache(REMEMBERED)(self._count_blocks)
+
+    def _count_blocks(self, prompt_tokens: int, block_size: int) -> int:
+        if not self.is_pruned(prompt_tokens):
+            return 0
+        if self.rules.split is not None:
+            return _ceil_div(self.layer_pages(prompt_tokens, block_size), len(self.capacities[0]))
+        return self._blocks_of(self.kept_tokens(prompt_tokens), block_size)
+
+    def _blocks_of(self, kept: np.ndarray, block_size: int) -> int:
+        """Blocks for heads that keep this much, ``[L, Hkv]``, on the rank that needs most."""
+        pages = -(-kept // block_size)
+        needs = [1]
         for stage in range(len(self.stages)):
             for rank in range(self.tensor_parallel):
                 own = pages[self.slice_of(stage, rank)]
                 needs.append(_ceil_div(int(own.sum()), own.size))
         return max(needs)
+
+    def most_compact_blocks(self, longest: int, block_size: int) -> int:
+        """Compact blocks that suffice for every prompt of up to `longest` tokens.
+
+        Where capacities depend on the prompt, a longer one may need fewer, so lengths on a grid are
+        looked at. With a token more in the prompt no head keeps more than a token more: that covers
+        what lies between.
+        """
+        if self.rules.shorten is None and not self.redistribute:
+            return self.compact_blocks(longest, block_size)
+        first = max(self.window + self.base, self.min_prompt_tokens)
+        last = min(longest, max(first, self.window + int(self._table.max())))  # then all is given
+        step = max(1, _ceil_div(last - first, GRID))
+        needs = [
+            self._blocks_of(self.kept_tokens(n) + step - 1, block_size)
+            for n in range(first, last + 1, step)
+        ]
+        return max(needs, default=0)
 
     def freed_blocks(self, prompt_tokens: int, block_size: int) -> int:
         """Prompt blocks, counted from the first, that go back to the pool after pruning."""

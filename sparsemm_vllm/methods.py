@@ -1,8 +1,8 @@
 """The methods that SparseMM is compared with, and SparseMM itself: the same pruning, other budgets.
 
 A method says how many prompt tokens each KV head keeps besides the window, its capacities: int32
-``[L, Hkv]`` from a budget and the prompt's length `n`. The rest is shared: the window's attention
-scores the tokens, each head keeps its ``min(capacity, n - W)`` best ones.
+``[L, Hkv]`` from a budget, of some also from the prompt's length `n` or its scores. The rest is
+shared: the window's attention scores the tokens, each head keeps its ``min(capacity, n - W)`` best.
 
 When a prompt is pruned is one rule for all methods, `CacheLayout.is_pruned`: ``n - W >= B - W``.
 The published code writes it in three ways, which agree: SnapKV keeps everything if ``n < B``;
@@ -10,6 +10,7 @@ SparseMM and AdaKV if ``B - W > n - W``; PyramidKV, layer by layer, if ``n`` is 
 layer's capacity and the window, and no layer's capacity is below ``n - W`` if ``n < B``.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ class Budget:
     rho: float = 0.1
 
     def __post_init__(self) -> None:
-        sparsemm(self, prompt_tokens=0)
+        sparsemm(self)
 
     @property
     def base(self) -> int:
@@ -56,37 +57,35 @@ class Budget:
         return rows.expand(-1, self.num_kv_heads).contiguous()
 
 
-def sparsemm(budget: Budget, prompt_tokens: int) -> torch.Tensor:
-    """By the heads' visual scores; see `head_capacities`. The same for every prompt."""
+def sparsemm(budget: Budget) -> torch.Tensor:
+    """By the heads' visual scores; see `head_capacities`."""
     return head_capacities(
         budget.scores, budget.num_kv_heads, budget.tokens, budget.window, budget.rho
     )
 
 
-def full(budget: Budget, prompt_tokens: int) -> torch.Tensor:
-    """Every head keeps the whole prompt."""
-    return budget.each_layer([max(0, prompt_tokens - budget.window)] * len(budget.scores))
+def full(budget: Budget) -> torch.Tensor:
+    """Every head keeps whatever there is."""
+    return budget.each_layer([2**31 - 1] * len(budget.scores))
 
 
-def snapkv(budget: Budget, prompt_tokens: int) -> torch.Tensor:
+def snapkv(budget: Budget) -> torch.Tensor:
     """Every head keeps the same number. Source: SnapKV, https://arxiv.org/abs/2404.14469."""
-    even = torch.ones(len(budget.scores), budget.num_kv_heads)
-    return head_capacities(even, budget.num_kv_heads, budget.tokens, budget.window, rho=1.0)
+    return budget.each_layer([budget.base] * len(budget.scores))
 
 
-def pyramidkv(budget: Budget, prompt_tokens: int, beta: int = 20) -> torch.Tensor:
+def pyramidkv(budget: Budget, beta: int = 20) -> torch.Tensor:
     """Fewer tokens the deeper the layer, in equal steps; the heads of a layer alike.
 
     Source: PyramidKV, https://arxiv.org/abs/2406.02069, as the published SparseMM code has it. The
-    last layer is to keep ``base // beta`` tokens, the first what makes the mean the base budget,
-    but no more than the ``n - W`` there are; then the last keeps more. The step is rounded down, so
-    that all layers but the first keep more than that: the mean is up to ``(L - 2) / 2`` tokens
-    above the base budget. PyramidKV's own code keeps the base budget in every layer if
-    ``n < 2 * (B - W)``; this one does not.
+    last layer is to keep ``base // beta`` tokens, the first what makes the mean the base budget;
+    `shorten_pyramid` tells what short prompts change. The step is rounded down, so that all layers
+    but the first keep more than that: the mean is up to ``(L - 2) / 2`` tokens above the base
+    budget. PyramidKV's own code keeps the base budget in every layer if ``n < 2 * (B - W)``; this
+    one does not.
 
     Args:
         budget: what to share out.
-        prompt_tokens: `n`.
         beta: how much less than the average the last layer keeps, at least 1.
 
     Raises:
@@ -94,16 +93,35 @@ def pyramidkv(budget: Budget, prompt_tokens: int, beta: int = 20) -> torch.Tenso
     """
     if beta < 1:
         raise ValueError(f"beta is {beta}; it must be at least 1")
-    layers, base = len(budget.scores), budget.base
+    base = budget.base
+    return budget.each_layer(_pyramid(len(budget.scores), base, 2 * base - base // beta))
+
+
+def shorten_pyramid(capacities: torch.Tensor, base: int, older: int) -> torch.Tensor:
+    """A pyramid for a prompt that its first layer might keep whole: then the last keeps more.
+
+    Args:
+        capacities: int ``[L, Hkv]`` from `pyramidkv`.
+        base: tokens per head besides the window, on average.
+        older: ``n - W``.
+
+    Returns:
+        int32 ``[L, Hkv]`` of at most `older`, if `base` is not more.
+    """
+    first = min(int(capacities[0, 0]), older)
+    layers = torch.tensor(_pyramid(len(capacities), base, first), dtype=torch.int32)
+    return layers[:, None].expand(capacities.shape)
+
+
+def _pyramid(layers: int, base: int, first: int) -> list[int]:
+    """A capacity for each layer; the published code divides by zero if there is only one."""
     if layers == 1:
-        return snapkv(budget, prompt_tokens)
-    first = min(2 * base - base // beta, prompt_tokens - budget.window)
-    last = 2 * base - first
-    step = (first - last) // (layers - 1)
-    return budget.each_layer([first - layer * step for layer in range(layers)])
+        return [base]
+    step = 2 * (first - base) // (layers - 1)
+    return [first - layer * step for layer in range(layers)]
 
 
-def random_heads(budget: Budget, prompt_tokens: int, seed: int = 0) -> torch.Tensor:
+def random_heads(budget: Budget, seed: int = 0) -> torch.Tensor:
     """As `sparsemm`, by random scores of the heads, the same for every prompt.
 
     This is what the published SparseMM code does with ``head_score = random``: other heads get the
@@ -151,7 +169,12 @@ def adakv_split(scores: torch.Tensor, base: int, floor_share: float = 0.2) -> to
     by_rank = (best * held[:, None]).T.flatten()
     winners = by_rank.sort(descending=True, stable=True).indices[: Hkv * base] % Hkv
     won = torch.zeros_like(winners[:Hkv]).scatter_add_(0, winners, torch.ones_like(winners))
-    return torch.round(won * (1 - floor_share) + int(floor_share * base)).to(torch.int32)
+    return torch.round(won.double() * (1 - floor_share) + int(floor_share * base)).to(torch.int32)
+
+
+def adakv_total(heads: int, base: int, floor_share: float = 0.2) -> int:
+    """Most tokens that `adakv_split` gives a layer of so many heads."""
+    return math.floor(heads * ((1 - floor_share) * base + int(floor_share * base) + 0.5))
 
 
 def random_scores(
@@ -254,24 +277,31 @@ class Method:
     """What a method does of its own.
 
     Attributes:
-        capacities: of all heads, int32 ``[L, Hkv]``, from the budget and `n`.
+        capacities: of all heads, int32 ``[L, Hkv]``, from the budget; not capped by the prompt.
+        shorten: capacities for a prompt, from these, the base budget and ``n - W``. None if they
+            are the same for every prompt.
         split: instead of a layer's capacities, its heads' from the scores of a prompt; arguments
             and result of `adakv_split`. None if `n` alone tells how many tokens a head keeps.
+        split_total: most tokens that `split` gives a layer, from its heads and the base budget.
         token_scores: instead of the window's attention; arguments and result of `random_scores`.
             None if the attention scores the tokens.
+        prunes: whether any prompt is pruned.
     """
 
-    capacities: Callable[[Budget, int], torch.Tensor]
+    capacities: Callable[[Budget], torch.Tensor]
+    shorten: Callable[[torch.Tensor, int, int], torch.Tensor] | None = None
     split: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+    split_total: Callable[[int, int], int] | None = None
     token_scores: Callable[..., torch.Tensor] | None = None
+    prunes: bool = True
 
 
 METHODS = {
     "sparsemm": Method(sparsemm),
-    "full": Method(full),
+    "full": Method(full, prunes=False),
     "snapkv": Method(snapkv),
-    "pyramidkv": Method(pyramidkv),
-    "adakv": Method(snapkv, split=adakv_split),
+    "pyramidkv": Method(pyramidkv, shorten=shorten_pyramid),
+    "adakv": Method(snapkv, split=adakv_split, split_total=adakv_total),
     "random": Method(snapkv, token_scores=random_scores),
     "random_heads": Method(random_heads),
 }

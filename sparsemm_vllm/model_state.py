@@ -1,5 +1,7 @@
 """The worker's side: which requests are pruned, and where their new tokens go."""
 
+import hashlib
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,9 @@ from sparsemm_vllm.step import (
     Step,
     capture_step,
     plan_step,
-    warm_up,
 )
 from sparsemm_vllm.support import UnsupportedError, build_layout
+from sparsemm_vllm.warm_up import warm_up
 
 # Programs of the decode kernel on each multiprocessor: what its registers and shared memory allow.
 PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -80,7 +82,8 @@ class SparseMMModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Enter a request that starts, or resumes after preemption."""
         super().add_request(req_index, new_req_data)
-        self._state.add(req_index, new_req_data.prompt_len, new_req_data.req_id)
+        seed = request_seed(new_req_data) if self._state.layout.rules.token_scores else 0
+        self._state.add(req_index, new_req_data.prompt_len, new_req_data.req_id, seed)
 
     def prepare_attn(
         self,
@@ -136,6 +139,17 @@ class SparseMMModelState(DefaultModelState):
         if full_graph and (step.prunes or step.pruned_rows):
             raise RuntimeError("vLLM replays a decode graph for a step that prunes a prompt")
         return step
+
+
+def request_seed(new_req_data: Any) -> int:
+    """64 bits of what a request asks: its prompt and pictures, not its name.
+
+    vLLM knows pictures by their contents, but by the request's name if both of its caches that go
+    by contents are off.
+    """
+    asked = (new_req_data.prompt_token_ids, [f.identifier for f in new_req_data.mm_features])
+    digest = hashlib.blake2b(json.dumps(asked).encode(), digest_size=8)
+    return int.from_bytes(digest.digest())
 
 
 def _allocate_state(

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.methods import METHODS
 from sparsemm_vllm.profile import HeadProfile
 from sparsemm_vllm.settings import Settings
 
@@ -28,7 +29,8 @@ class Plan:
 
     Attributes:
         model_id: of the profile.
-        budget, window, rho, prompt_tokens, answer_tokens, block_size, head_size: as asked.
+        method, redistribute, budget, window, rho: as asked.
+        prompt_tokens, answer_tokens, block_size, head_size: as asked.
         dtype: of the cache.
         pruned: whether the prompt is longer than what the budget covers.
         kept_min, kept_median, kept_mean, kept_max: prompt tokens per KV head, window included.
@@ -45,6 +47,8 @@ class Plan:
     """
 
     model_id: str
+    method: str
+    redistribute: bool
     budget: int
     window: int
     rho: float
@@ -90,22 +94,42 @@ def printable(text: str) -> str:
 
 
 def build_layout(
-    profile: HeadProfile, budget: int, window: int = 32, rho: float = 0.1
+    profile: HeadProfile,
+    budget: int,
+    window: int = 32,
+    rho: float = 0.1,
+    method: str = "sparsemm",
+    redistribute: bool = False,
 ) -> CacheLayout:
     """The cache layout that a server with these settings would have.
 
     Raises:
         SettingsError: for a value that a server would refuse.
     """
-    values = {"budget": budget, "window": window, "rho": rho}
+    values = {
+        "budget": budget,
+        "window": window,
+        "rho": rho,
+        "method": method,
+        "redistribute": redistribute,
+    }
     settings = Settings.from_additional_config({"sparsemm": values})
     return CacheLayout.from_scores(
-        profile.tensor(), profile.num_kv_heads, settings.budget, settings.window, settings.rho
+        profile.tensor(),
+        profile.num_kv_heads,
+        settings.budget,
+        settings.window,
+        settings.rho,
+        settings.method,
+        redistribute=settings.redistribute,
     )
 
 
 def tokens_per_head(layout: CacheLayout, prompt_tokens: int) -> np.ndarray:
-    """Prompt tokens that each KV head keeps, the window included: int64 ``[L, Hkv]``."""
+    """Prompt tokens that each KV head keeps, the window included: int64 ``[L, Hkv]``.
+
+    Of AdaKV the mean of each layer: a head's own number depends on the prompt.
+    """
     if not layout.is_pruned(prompt_tokens):
         return np.full(np.shape(layout.capacities), prompt_tokens)
     return layout.kept_tokens(prompt_tokens) + layout.window
@@ -123,6 +147,8 @@ def make_plan(
     dtype: str = "bfloat16",
     window: int = 32,
     rho: float = 0.1,
+    method: str = "sparsemm",
+    redistribute: bool = False,
 ) -> Plan:
     """Count blocks and bytes with the functions that the scheduler counts with.
 
@@ -137,6 +163,8 @@ def make_plan(
         dtype: of the cache, one of `DTYPE_BYTES`.
         window: observation window, in tokens.
         rho: share of the budget that is spread evenly.
+        method: how the budget is divided among heads, one of `METHODS`.
+        redistribute: give what heads cannot use of a short prompt to the others.
 
     Raises:
         PlanError: for a size that is not positive, or an unknown dtype.
@@ -148,7 +176,7 @@ def make_plan(
         raise PlanError(f"--kv-memory is {kv_memory:g} GB; it must be larger than 0")
     if dtype not in DTYPE_BYTES:
         raise PlanError(f"--dtype is {dtype!a}; known are {', '.join(DTYPE_BYTES)}")
-    layout = build_layout(profile, budget, window, rho)
+    layout = build_layout(profile, budget, window, rho, method, redistribute)
     kept = tokens_per_head(layout, prompt_tokens)
     total_tokens = prompt_tokens + answer_tokens
     token_bytes = 2 * head_size * DTYPE_BYTES[dtype]  # of one head: a key and a value
@@ -160,6 +188,8 @@ def make_plan(
     after = layout.held_blocks(prompt_tokens, total_tokens, block_size)
     plan = Plan(
         model_id=profile.model_id,
+        method=method,
+        redistribute=redistribute,
         budget=budget,
         window=window,
         rho=rho,
@@ -217,8 +247,9 @@ def print_plan(plan: Plan, console: Console, assumed_head_size: bool = False) ->
     answer = f" and {plan.answer_tokens:,} of the answer" if plan.answer_tokens else ""
     assumed = " (assumed: --head-size)" if assumed_head_size else ""
     console.print(
-        f"{plan.prompt_tokens:,} tokens of prompt{answer}; budget {plan.budget:,}, window "
-        f"{plan.window}, rho {plan.rho:g}; {plan.dtype}, head size {plan.head_size}{assumed}",
+        f"{plan.prompt_tokens:,} tokens of prompt{answer}; {plan.method}, budget {plan.budget:,}, "
+        f"window {plan.window}, rho {plan.rho:g}{', redistributed' if plan.redistribute else ''}; "
+        f"{plan.dtype}, head size {plan.head_size}{assumed}",
         style="dim",
         highlight=False,
     )
@@ -270,7 +301,8 @@ def print_plan(plan: Plan, console: Console, assumed_head_size: bool = False) ->
         )
     console.print(table)
     if not plan.pruned:
-        console.print("[yellow]The budget covers the prompt: nothing is pruned.[/]")
+        why = "The budget covers the prompt" if METHODS[plan.method].prunes else "Method full"
+        console.print(f"[yellow]{why}: nothing is pruned.[/]")
     if plan.kv_memory_bytes is not None and not plan.pruned_requests:
         console.print("[yellow]The cache is too small for one such request.[/]")
 

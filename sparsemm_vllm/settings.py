@@ -12,6 +12,7 @@ from pydantic import (
     model_validator,
 )
 
+from sparsemm_vllm.methods import METHODS
 from sparsemm_vllm.profile import HeadProfile, first_error, load_profile
 
 KEY = "sparsemm"
@@ -31,6 +32,8 @@ class Settings(BaseModel):
         budget: tokens per KV head on average, window included.
         rho: share of the budget that is spread evenly, 0 to 1.
         window: last prompt tokens that every head keeps and whose attention scores the others.
+        method: how the budget is divided among heads, one of `METHODS`.
+        redistribute: give what heads cannot use of a short prompt to the others.
         pool_kernel: width in tokens of the average pooling of the scores, odd.
         min_prompt_tokens: shorter prompts are never pruned.
         mask_heads: query heads whose output is zero, ``[layer, head]`` each: for ablations.
@@ -43,6 +46,8 @@ class Settings(BaseModel):
     budget: int = Field(default=256, ge=2, lt=2**31)
     rho: float = Field(default=0.1, ge=0.0, le=1.0)
     window: int = Field(default=32, ge=1, le=64)
+    method: str = "sparsemm"
+    redistribute: bool = False
     pool_kernel: int = Field(default=5, ge=1)
     min_prompt_tokens: int = Field(default=0, ge=0)
     mask_heads: list[list[int]] = Field(default_factory=list)
@@ -57,6 +62,15 @@ class Settings(BaseModel):
             if head in heads[:index]:
                 raise ValueError(f"{head} stands there twice")
         return heads
+
+    @field_validator("method")
+    @classmethod
+    def _check_method(cls, method: str) -> str:
+        if method not in METHODS:
+            near = difflib.get_close_matches(method.lower(), METHODS, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(METHODS)}"
+            raise ValueError(f"unknown method {method!a}; {hint}")
+        return method
 
     @model_validator(mode="after")
     def _check(self) -> "Settings":

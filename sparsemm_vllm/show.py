@@ -115,25 +115,37 @@ def budget_line(kept: np.ndarray, prompt_tokens: int) -> str:
     )
 
 
-def kept_per_head(profile: HeadProfile, budget: int, prompt_tokens: int) -> np.ndarray:
-    """Prompt tokens that each KV head keeps by default settings, window included: ``[L, Hkv]``.
+def kept_per_head(
+    profile: HeadProfile, budget: int, prompt_tokens: int, **allocation: Any
+) -> np.ndarray:
+    """Prompt tokens that each KV head keeps, window included: ``[L, Hkv]``.
+
+    `allocation` are further arguments of `build_layout`, here and below.
 
     Raises:
         PlanError: for a prompt without tokens.
         SettingsError: for a budget that a server would refuse.
     """
     check_sizes(prompt_tokens=prompt_tokens)
-    return tokens_per_head(build_layout(profile, budget), prompt_tokens)
+    return tokens_per_head(build_layout(profile, budget, **allocation), prompt_tokens)
 
 
-def print_profile(profile: HeadProfile, budget: int, prompt_tokens: int, console: Console) -> None:
+def _method_note(method: str = "sparsemm", redistribute: bool = False) -> str:
+    """What is not the default, to follow the budget."""
+    named = f", {method}" if method != "sparsemm" else ""
+    return named + (", redistributed" if redistribute else "")
+
+
+def print_profile(
+    profile: HeadProfile, budget: int, prompt_tokens: int, console: Console, **allocation: Any
+) -> None:
     """Print the scores, how concentrated they are, and the tokens that a budget gives each head.
 
     Raises:
         PlanError: for a prompt without tokens.
         SettingsError: for a budget that a server would refuse.
     """
-    kept = kept_per_head(profile, budget, prompt_tokens)
+    kept = kept_per_head(profile, budget, prompt_tokens, **allocation)
     console.print(Text("Head profile of ", style="bold").append(printable(profile.model_id)))
     shape = (
         f"{profile.num_layers} layers, {profile.num_query_heads} query heads, "
@@ -143,7 +155,12 @@ def print_profile(profile: HeadProfile, budget: int, prompt_tokens: int, console
     console.print(Text(shape + (f"; {made}" if made else ""), style="dim"))
     _print_scores(np.array(profile.scores), console)
     _print_mass(cumulative_mass(profile), console)
-    _print_kept(kept, budget, prompt_tokens, console)
+    _heading(
+        f"Budget {budget:,}{_method_note(**allocation)}",
+        f"prompt tokens per KV head, of {prompt_tokens:,}",
+        console,
+    )
+    _print_kept(kept, prompt_tokens, console)
 
 
 def _heading(title: str, note: str, console: Console) -> None:
@@ -180,9 +197,7 @@ def _print_mass(mass: np.ndarray, console: Console) -> None:
     console.print(table)
 
 
-def _print_kept(kept: np.ndarray, budget: int, prompt_tokens: int, console: Console) -> None:
-    note = f"prompt tokens per KV head, of {prompt_tokens:,}"
-    _heading(f"Budget {budget:,}", note, console)
+def _print_kept(kept: np.ndarray, prompt_tokens: int, console: Console) -> None:
     steps = _steps(kept, prompt_tokens)
     numbers = _numbers(kept, console.width)
     labels = _digits(steps, console.width) if numbers is None else numbers
@@ -192,7 +207,9 @@ def _print_kept(kept: np.ndarray, budget: int, prompt_tokens: int, console: Cons
     console.print(Text(f"   {budget_line(kept, prompt_tokens)}"))
 
 
-def draw_profile(profile: HeadProfile, budget: int, prompt_tokens: int, path: Path) -> None:
+def draw_profile(
+    profile: HeadProfile, budget: int, prompt_tokens: int, path: Path, **allocation: Any
+) -> None:
     """Save the same as a PNG.
 
     Raises:
@@ -203,15 +220,16 @@ def draw_profile(profile: HeadProfile, budget: int, prompt_tokens: int, path: Pa
     """
     if path.suffix.lower() != ".png":
         raise PictureError(f"--out {path}: the picture is a PNG, name it so: {path.stem}.png")
-    kept = kept_per_head(profile, budget, prompt_tokens)
+    kept = kept_per_head(profile, budget, prompt_tokens, **allocation)
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        profile_figure(profile, kept, budget, prompt_tokens).savefig(path, dpi=130, format="png")
+        figure = profile_figure(profile, kept, budget, prompt_tokens, _method_note(**allocation))
+        figure.savefig(path, dpi=130, format="png")
 
 
 def profile_figure(
-    profile: HeadProfile, kept: np.ndarray, budget: int, prompt_tokens: int
+    profile: HeadProfile, kept: np.ndarray, budget: int, prompt_tokens: int, method_note: str = ""
 ) -> "Figure":
     """Scores and kept tokens of each head above, both ranked below; to be drawn with `STYLE`."""
     from matplotlib.figure import Figure
@@ -223,7 +241,7 @@ def profile_figure(
     _title(top_left, "Visual scores", "colour by square root")
     _label_heads(top_left, profile)
     _heatmap(top_right, kept, "viridis", prompt_tokens, "{:,.0f}")
-    _title(top_right, "Tokens kept", f"budget {budget:,}, prompt {prompt_tokens:,}")
+    _title(top_right, "Tokens kept", f"budget {budget:,}{method_note}, prompt {prompt_tokens:,}")
     top_right.set_xlabel("KV head")
     _mass_curve(bottom_left, cumulative_mass(profile))
     _title(bottom_left, "Cumulative score", "best query heads first")

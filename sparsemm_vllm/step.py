@@ -3,19 +3,17 @@
 Knows nothing of vLLM; positions that only the device knows stay there.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import numpy as np
 import torch
 
 from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.prompt_scores import score_at_random, split_layer
 from sparsemm_vllm.recording import KeptRecorder
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
 from sparsemm_vllm.triton_kernels.batch import (
-    OFFSET,
-    REQUEST,
-    TOKENS,
     DecodeBatch,
     DecodeBuffers,
     HeadPages,
@@ -112,6 +110,7 @@ class SparseState:
         self.prompt_tokens = np.zeros(max_requests, dtype=np.int64)
         self.compact_blocks = np.zeros(max_requests, dtype=np.int64)
         self.max_kept = np.zeros(max_requests, dtype=np.int64)
+        self.seeds = [0] * max_requests
         self.pages = HeadPages.empty(max_requests, heads.L, heads.Hkv, device)
         self.workspace = PruneWorkspace.allocate(
             max_tokens, heads.Hq, heads.Hkv, layout.window, device
@@ -139,15 +138,16 @@ class SparseState:
         """Tokens of a block, `P`."""
         return self.cache.tensor.shape[3]
 
-    def add(self, index: int, prompt_tokens: int, request_id: str = "") -> None:
-        """Enter a request; overwrites whatever had the index before."""
+    def add(self, index: int, prompt_tokens: int, request_id: str = "", seed: int = 0) -> None:
+        """Enter a request, with a seed for random scores; overwrites what had the index before."""
         lengths = self.layout.kept_tokens(prompt_tokens)[self.own]
         head_pages = -(-lengths // self.page_size)
         first_pages = head_pages.cumsum().reshape(head_pages.shape) - head_pages
         self.request_ids[index] = request_id
         self.prompt_tokens[index] = prompt_tokens
         self.compact_blocks[index] = self.layout.compact_blocks(prompt_tokens, self.page_size)
-        self.max_kept[index] = lengths.max()
+        self.max_kept[index] = self.layout.most_kept(prompt_tokens, self.own)
+        self.seeds[index] = seed
         self.pages.prompt_tokens[index] = prompt_tokens
         self.pages.compact_blocks[index] = int(self.compact_blocks[index])
         for tensor, values in (
@@ -189,17 +189,22 @@ class SparseState:
             k_scale: of an fp8 cache's keys.
         """
         layout, workspace, cache = self.layout, self.workspace, self.cache.tensor
-        self.ops.window_scores(
-            query,
-            cache[layer],
-            block_table,
-            prompts,
-            workspace,
-            layout.window,
-            layout.pool_kernel,
-            scale,
-            k_scale,
-        )
+        if layout.rules.token_scores is not None:
+            score_at_random(layout, self.own, layer, prompts, self.seeds, workspace)
+        else:
+            self.ops.window_scores(
+                query,
+                cache[layer],
+                block_table,
+                prompts,
+                workspace,
+                layout.window,
+                layout.pool_kernel,
+                scale,
+                k_scale,
+            )
+        if layout.rules.split is not None:
+            split_layer(layout, layer, prompts, workspace, self.pages, self.page_size)
         self.ops.select_tokens(prompts, workspace, self.pages.lengths[:, layer], layout.window)
         if self.recorder is not None:
             self._record(self.recorder, layer, prompts)
@@ -207,8 +212,7 @@ class SparseState:
 
     def _record(self, recorder: KeptRecorder, layer: int, prompts: Prompts) -> None:
         """Write down what each head keeps. Waits for the device."""
-        table = prompts.table.tolist()
-        for request, n, offset in zip(table[REQUEST], table[TOKENS], table[OFFSET], strict=True):
+        for _, request, _, n, offset in prompts.columns:
             lengths = self.pages.lengths[request, layer]
             kept = self.workspace.positions[:, offset : offset + int(self.max_kept[request])]
             recorder.add(self.request_ids[request], kept, lengths, n)
@@ -363,31 +367,3 @@ def capture_step(state: SparseState, rows: int, max_query_len: int) -> Step:
         max_query_len=max_query_len,
         decodes=[state.decode_batch(0, rows, max_query_len)],
     )
-
-
-def warm_up(state: SparseState, dtype: torch.dtype, block_table: torch.Tensor) -> None:
-    """Launch every kernel once, so that none is compiled when the first request needs it.
-
-    Prunes prompts that keep nothing, in the null block, and attends to nothing.
-
-    Args:
-        state: with the cache attached, and no request yet.
-        dtype: of the queries.
-        block_table: vLLM's, int32 ``[max_requests, max_blocks]``, all null blocks still.
-    """
-    device = state.workspace.scores.device
-    heads, window, cache = state.heads, state.layout.window, state.cache.tensor
-    query = torch.zeros(max(window, 64), heads.Hq, heads.D, dtype=dtype, device=device)
-    scale = torch.ones(1, device=device) if cache.element_size() == 1 else None
-    for tokens in (1024, 2048, 4096, 8192):  # select_tokens has a kernel for each
-        n = min(tokens, state.workspace.capacity, block_table.shape[1] * state.page_size)
-        prompts = Prompts.pack([(0, 0, window, n)], 0, device)
-        state.prune(0, query, block_table, prompts, 1.0, scale)
-    slots = torch.full((1,), -1, dtype=torch.int64, device=device)
-    zero = torch.zeros(2, dtype=torch.int32, device=device)
-    for queries in {1, 2, 4, 8, 16, state.max_decode_queries}:
-        step = replace(capture_step(state, 1, queries), moves_slots=True)
-        step.prepare(slots, slots, block_table, zero, zero, zero[:1].long())
-        state.ops.sparse_decode(
-            query, cache, 0, block_table, step.decodes[0], query, 1.0, scale, scale
-        )

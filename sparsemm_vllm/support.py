@@ -40,8 +40,9 @@ def prepare_config(vllm_config: VllmConfig, engine_args: Any) -> None:
     if reasons := unsupported(vllm_config, settings):
         raise UnsupportedError("SPARSEMM cannot serve this configuration: " + "; ".join(reasons))
     if settings.profile == AUTO:
-        found = find_profile(vllm_config, engine_args) or NO_PROFILE
-        settings = settings.model_copy(update={"profile": found})
+        # The other methods would not look at it.
+        found = settings.method == "sparsemm" and find_profile(vllm_config, engine_args)
+        settings = settings.model_copy(update={"profile": found or NO_PROFILE})
     layout = build_layout(vllm_config, settings)
     model = vllm_config.model_config
     check_masked_heads(
@@ -57,12 +58,16 @@ def prepare_config(vllm_config: VllmConfig, engine_args: Any) -> None:
 
 
 def _log_memory(vllm_config: VllmConfig, settings: Settings, layout: CacheLayout) -> None:
+    if not layout.rules.prunes:
+        logger.warning("SPARSEMM: method %s: nothing is pruned", settings.method)
+        return
     block_size = vllm_config.cache_config.block_size
     longest = vllm_config.model_config.max_model_len
     for tokens in sorted({min(3072, longest), longest}):
         logger.info(
-            "SPARSEMM: budget %d, window %d: a prompt of %d tokens holds %d KV blocks of %d "
-            "tokens after its prefill, %d with dense attention",
+            "SPARSEMM: method %s, budget %d, window %d: a prompt of %d tokens holds %d KV blocks "
+            "of %d tokens after its prefill, %d with dense attention",
+            settings.method,
             settings.budget,
             settings.window,
             tokens,
@@ -194,6 +199,8 @@ def build_layout(vllm_config: VllmConfig, settings: Settings) -> CacheLayout:
             settings.budget,
             settings.window,
             settings.rho,
+            settings.method,
+            redistribute=settings.redistribute,
             pool_kernel=settings.pool_kernel,
             min_prompt_tokens=settings.min_prompt_tokens,
             stages=tuple(stages),

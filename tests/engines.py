@@ -12,6 +12,7 @@ from tiny import picture, skewed_profile
 from sparsemm_vllm.kv_cache import SparseMMManager
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.recording import load_kept
+from sparsemm_vllm.step import SparseState
 
 BLOCK = 16
 WINDOW = 8
@@ -84,6 +85,17 @@ class Engine:
     @property
     def layout(self) -> CacheLayout:
         return self.manager.layout
+
+    @property
+    def state(self) -> SparseState:
+        """The worker's."""
+        return self.core.model_executor.driver_worker.worker.model_runner.model_state._state
+
+    def use(self, layout: CacheLayout) -> None:
+        """Prune by other budgets from now on, while no request is running."""
+        assert self.all_free()
+        self.manager.layout = self.state.layout = layout
+        self.forget()
 
     def all_free(self) -> bool:
         """Whether every block but the null block is in the pool."""

@@ -19,6 +19,7 @@ class Oracle:
 
     def __init__(self, model: Path, layout: CacheLayout) -> None:
         self.layout = layout
+        self.seed = 0
         self.kept: dict[tuple[int, int], torch.Tensor] = {}
         self._visible: dict[int, torch.Tensor] = {}
         self._prompt_tokens = 0
@@ -55,11 +56,15 @@ class Oracle:
         return out.transpose(0, 1)[None], None
 
     def _prune(self, layer: int, query: torch.Tensor, key: torch.Tensor) -> None:
-        n, W = key.shape[1], self.layout.window
+        (Hkv, n, _), W, rules = key.shape, self.layout.window, self.layout.rules
         scores = window_scores(query[:, n - W :], key, self.layout.pool_kernel)
-        visible = torch.zeros(key.shape[0], n, dtype=torch.bool)
+        if rules.token_scores is not None:
+            scores = rules.token_scores(self.seed, layer, range(Hkv), n - W)
+        visible = torch.zeros(Hkv, n, dtype=torch.bool)
         visible[:, n - W :] = True
-        capacities = torch.tensor(self.layout.capacities[layer])
+        capacities = torch.from_numpy(self.layout.kept_tokens(n)[layer])
+        if rules.split is not None:
+            capacities = rules.split(scores, self.layout.base)
         for head, positions in enumerate(kept_tokens(scores, capacities)):
             visible[head, positions] = True
             self.kept[layer, head] = positions

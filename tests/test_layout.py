@@ -1,14 +1,18 @@
 """Blocks of a pruned request, against a simulation that places every page."""
 
+import dataclasses
 import itertools
 import pickle
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from sparsemm_vllm import layout as layout_module
 from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.methods import METHODS, adakv_split, random_scores
 
 W, BASE = 4, 6
 # Per layer and head; with pages of 16: none, one token, a page less one, a page, a page and one,
@@ -38,13 +42,13 @@ def place_pages(capacities, layers, heads, n, block_size):
     return len(blocks)
 
 
-def simulate(layout, n, block_size):
-    """Most blocks that any rank needs, from the definition."""
+def simulate(layout, n, block_size, kept=None):
+    """Most blocks that any rank needs, from the definition; one if none keeps anything."""
     L, Hkv = len(layout.capacities), len(layout.capacities[0])
     per_rank = Hkv // layout.tensor_parallel
-    return max(
+    needs = [
         place_pages(
-            layout.capacities,
+            layout.capacities if kept is None else kept,
             range(*stage),
             range(rank * per_rank, (rank + 1) * per_rank),
             n,
@@ -52,7 +56,8 @@ def simulate(layout, n, block_size):
         )
         for stage in (layout.stages or ((0, L),))
         for rank in range(layout.tensor_parallel)
-    )
+    ]
+    return max(1, *needs)
 
 
 SPREADS = [
@@ -183,6 +188,139 @@ def test_no_head_keeps_more_than_there_is():
     assert kept.tolist()[2] == [1, 33, 3, 2]
 
 
+# Methods
+
+PRUNING = [name for name, method in METHODS.items() if method.prunes]
+
+
+@st.composite
+def method_layouts(draw):
+    """Any method, budget and spread over ranks; few heads have most of the score."""
+    L, Hkv, G = draw(st.integers(1, 5)), draw(st.sampled_from([1, 2, 4])), draw(st.integers(1, 2))
+    name = draw(st.sampled_from(PRUNING))
+    cut = draw(st.integers(0, L - 1))
+    ranks = [r for r in (1, 2, 4) if Hkv % r == 0 and (r == 1 or not METHODS[name].split)]
+    scores = random_scores(draw(st.integers(0, 999)), 0, range(L), Hkv * G) ** 8 + 1e-9
+    return CacheLayout.from_scores(
+        scores,
+        Hkv,
+        W + draw(st.one_of(st.integers(1, 9), st.integers(1, 200))),
+        W,
+        draw(st.sampled_from([0.0, 0.1, 1.0])),
+        name,
+        redistribute=draw(st.booleans()),
+        min_prompt_tokens=draw(st.sampled_from([0, 0, 50])),
+        stages=((0, cut), (cut, L)) if cut else (),
+        tensor_parallel=draw(st.sampled_from(ranks)),
+    )
+
+
+@given(method_layouts(), st.integers(1, 1500), st.sampled_from([1, 16, 32]))
+def test_blocks_of_every_method_as_placed(layout, n, block_size):
+    """All ranks' slices are placed; their lengths are those of the whole model."""
+    kept = layout.kept_tokens(n)
+    blocks = layout.compact_blocks(n, block_size)
+    assert (blocks > 0) == layout.is_pruned(n), "this is how the kernels tell them apart"
+    if not layout.is_pruned(n):
+        assert not kept.any()
+        return
+    assert 0 <= kept.min() <= kept.max() <= n - W
+    for stage, rank in itertools.product(range(len(layout.stages)), range(layout.tensor_parallel)):
+        own = layout.slice_of(stage, rank)
+        assert kept[own].max() <= layout.most_kept(n, own) <= n - W
+    if layout.rules.split is None:
+        assert blocks == simulate(layout, n, block_size, kept)
+    total = np.minimum(layout.capacities, n - W).sum()
+    if layout.redistribute and layout.method != "pyramidkv":
+        assert kept.sum() == min(np.sum(layout.capacities), (n - W) * kept.size)
+    elif layout.method != "pyramidkv":
+        assert kept.sum() == total
+
+
+@given(method_layouts(), st.integers(0, 300), st.integers(0, 2**32), st.sampled_from([1, 4, 16]))
+def test_any_split_of_a_layer_fits_its_pages(layout, more, seed, block_size):
+    """AdaKV's own, and the bound is no looser than rounding."""
+    layout = dataclasses.replace(layout, method="adakv", tensor_parallel=1)
+    Hkv, older = len(layout.capacities[0]), layout.base + more
+    n = max(older + W, layout.min_prompt_tokens)
+    older = n - W
+    split = adakv_split(random_scores(seed, 0, range(Hkv), older) ** 6, layout.base)
+    pages = int((-(-split // block_size)).sum())
+    bound = layout.layer_pages(n, block_size)
+    assert pages <= bound <= layout.compact_blocks(n, block_size) * Hkv
+    assert bound <= Hkv * (-(-older // block_size))
+    assert bound <= (Hkv * (layout.base + 0.5) + Hkv * (block_size - 1)) / block_size
+    assert split.max() <= layout.most_kept(n, layout.slice_of(0, 0))
+
+
+@given(method_layouts(), st.integers(1, 800))
+def test_a_token_more_in_the_prompt_is_at_most_a_token_more_in_each_head(layout, n):
+    """What `most_compact_blocks` counts on."""
+    if layout.is_pruned(n):
+        assert (layout.kept_tokens(n + 1) - layout.kept_tokens(n)).max() <= 1
+
+
+@settings(max_examples=40)
+@given(method_layouts(), st.integers(1, 700), st.sampled_from([1, 16]))
+def test_no_prompt_needs_more_than_the_most(layout, longest, block_size):
+    most = layout.most_compact_blocks(longest, block_size)
+    needs = [layout.compact_blocks(n, block_size) for n in range(1, longest + 1)]
+    assert max(needs) <= most
+    # A grid of 64 lengths: each head may have the tokens between two of them more.
+    assert most <= max(needs) + -(-(longest // 64) // block_size) + 1
+    if layout.rules.shorten is None and not layout.redistribute:
+        assert most == needs[-1]
+
+
+def test_redistribution_can_need_fewer_blocks_for_a_longer_prompt():
+    """Or nobody would have to look for the most."""
+    layout = CacheLayout(((100, 17, 17, 17),), window=W, base=37, redistribute=True)
+    needs = [layout.compact_blocks(n, 1) for n in range(W + 37, 120)]
+    assert needs == [37] + [38] * (len(needs) - 1)
+    pages = [layout.compact_blocks(n, 16) for n in range(W + 37, 120)]
+    assert pages != sorted(pages)
+    assert layout.most_compact_blocks(119, 16) >= max(pages)
+
+
+def test_a_pruned_prompt_has_a_block_even_if_no_head_keeps_anything():
+    """Without one its prompt blocks would be freed and attended to all the same."""
+    layout = CacheLayout(((0, 0), (0, 0)), window=W, base=BASE)
+    assert layout.is_pruned(100)
+    assert layout.compact_blocks(100, 16) == 1
+    assert layout.most_compact_blocks(100, 16) == 1
+
+
+@pytest.mark.parametrize("n", [1, W + BASE, 10_000])
+def test_full_prunes_nothing(n):
+    layout = make_layout(method="full")
+    assert not layout.is_pruned(n)
+    assert layout.compact_blocks(n, 16) == layout.most_compact_blocks(n, 16) == 0
+    assert layout.held_blocks(n, n + 5, 16) == -(-(n + 5) // 16)
+
+
+def test_a_waiting_request_is_counted_once(monkeypatch):
+    """Water-filling a thousand heads takes a millisecond; the scheduler asks in every step."""
+    calls = []
+    original = layout_module.redistribute
+
+    def counted(*args):
+        calls.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(layout_module, "redistribute", counted)
+    layout = make_layout(redistribute=True)
+    for _ in range(50):
+        layout.compact_blocks(100, 16)
+        layout.compact_blocks(101, 16)
+    assert len(calls) == 2
+
+
+def test_a_split_of_heads_on_several_ranks_is_refused():
+    with pytest.raises(ValueError, match=r"adakv compares the scores of all heads .* 2 tensor-par"):
+        make_layout(method="adakv", tensor_parallel=2)
+    make_layout(method="adakv", stages=((0, 1), (1, 4)))
+
+
 def test_heads_that_do_not_divide_are_refused():
     for ranks in (3, 8):
         with pytest.raises(ValueError, match=f"4 KV heads cannot be divided among {ranks}"):
@@ -214,6 +352,7 @@ def test_equal_layouts_are_interchangeable():
     assert len({layout, same, copy}) == 1
     assert copy.compact_blocks(100, 16) == same.compact_blocks(100, 16)
     assert layout != make_layout()
+    assert make_layout(method="snapkv") != make_layout() != make_layout(redistribute=True)
     with pytest.raises(AttributeError):
         layout.window = 5
 

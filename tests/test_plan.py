@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from sparsemm_vllm.cli import app
+from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.methods import METHODS
 from sparsemm_vllm.plan import DTYPE_BYTES, PlanError, make_plan, print_plan, readable_bytes
 from sparsemm_vllm.profile import HeadProfile, save_profile
 from sparsemm_vllm.settings import SettingsError
@@ -147,6 +149,29 @@ def test_no_plan_is_impossible(budget, n, answer, block_size):
         assert plan.pruned_requests == plan.dense_requests
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(file, profile, method):
+    """Blocks are the layout's; of even heads the mean is the budget."""
+    done = run(file, "--prompt-tokens", 500, "--budget", 100, "--method", method)
+    assert done.exit_code == 0, done.output
+    plan = make_plan(profile, 100, 500, method=method)
+    layout = CacheLayout.from_scores(profile.tensor(), profile.num_kv_heads, 100, method=method)
+    assert plan.pruned_blocks == layout.held_blocks(500, 500, 16)
+    assert f"; {method}, budget 100" in done.stdout.replace("\n", " ")
+    assert plan.pruned == (method != "full")
+    assert ("Method full: nothing is pruned" in done.stdout) == (method == "full")
+    if method in ("snapkv", "adakv", "random"):
+        assert plan.kept_min == plan.kept_mean == plan.kept_max == 100
+
+
+def test_redistribution_uses_the_budget_up(file, profile):
+    plain, given = (make_plan(profile, 100, 300, redistribute=r) for r in (False, True))
+    assert plain.kept_mean < 99.5 < given.kept_mean < 100.5
+    assert given.kept_max == plain.kept_max == 300
+    assert "redistributed" in printed(given)
+    assert "redistributed" not in printed(plain)
+
+
 def test_json_has_all_numbers(file, profile):
     arguments = ("--prompt-tokens", 500, "--budget", 100, "--kv-memory", 0.5, "--dtype", "fp8")
     sizes = ("--block-size", 32, "--head-size", 64, "--window", 16, "--rho", 0.3)
@@ -234,6 +259,7 @@ def test_readable_bytes(count, text):
         ({"window": 0}, "window"),
         ({"window": 65}, "window"),
         ({"rho": 1.5}, "rho"),
+        ({"method": "snapvk"}, "unknown method 'snapvk'; did you mean 'snapkv'?"),
         ({"rho": float("nan")}, "rho"),
     ],
 )

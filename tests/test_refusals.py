@@ -16,6 +16,8 @@ from transformers import (
     PretrainedConfig,
 )
 
+from sparsemm_vllm.methods import METHODS
+
 SIZES = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -184,6 +186,7 @@ def test_encoder_decoder(tmp_path: Path, llama: Path) -> None:
     ("settings", "message"),
     [
         ({"bugdet": 100}, "unknown sparsemm setting 'bugdet'; did you mean 'budget'?"),
+        ({"method": "snapvk"}, "unknown method 'snapvk'; did you mean 'snapkv'?"),
         ({"budget": 32}, "must be larger than window"),
         ({"window": 0}, "window"),
         ({"profile": "no-such-profile"}, "neither a file nor a bundled profile"),
@@ -209,3 +212,38 @@ def test_profile_is_read_once(llama: Path, tmp_path: Path) -> None:
     after = build_layout(config, Settings.from_additional_config(config.additional_config))
     assert before == after
     assert len({c for layer in after.capacities for c in layer}) > 4, "the profile was not used"
+
+
+def test_adakv_with_tensor_parallelism(llama: Path) -> None:
+    with pytest.raises(ValueError, match="SPARSEMM: method adakv compares the scores of all heads"):
+        build(llama, {"method": "adakv"}, tensor_parallel_size=2, **MP)
+    build(llama, {"method": "random"}, tensor_parallel_size=2, **MP)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_its_layout(llama: Path, method: str) -> None:
+    from sparsemm_vllm.layout import CacheLayout
+    from sparsemm_vllm.settings import Settings
+    from sparsemm_vllm.support import build_layout
+
+    profile = skewed_profile()
+    settings = {"method": method, "redistribute": True, "budget": 100}
+    config = build(llama, settings | {"profile": profile.model_dump(mode="json")})
+    layout = build_layout(config, Settings.from_additional_config(config.additional_config))
+    assert layout == CacheLayout.from_scores(
+        profile.tensor(), profile.num_kv_heads, 100, method=method, redistribute=True
+    )
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"sparsemm"}))
+def test_methods_that_know_no_heads_need_no_profile(
+    llama: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsemm_vllm import support
+
+    warnings: list[str] = []
+    monkeypatch.setattr(support, "find_profile", lambda *_: pytest.fail("looks for a profile"))
+    monkeypatch.setattr(support.logger, "warning", lambda text, *args: warnings.append(text % args))
+    build(llama, {"method": method, "profile": "auto"})
+    expected = ["SPARSEMM: method full: nothing is pruned"] if method == "full" else []
+    assert warnings == expected

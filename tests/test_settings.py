@@ -34,6 +34,7 @@ def test_the_defaults_are_the_papers(config):
     assert (settings.budget, settings.window, settings.rho) == (256, 32, 0.1)
     assert (settings.pool_kernel, settings.min_prompt_tokens) == (5, 0)
     assert settings.profile == "none"
+    assert (settings.method, settings.redistribute) == ("sparsemm", False)
 
 
 def test_every_setting_arrives():
@@ -42,6 +43,8 @@ def test_every_setting_arrives():
         "budget": 64,
         "rho": 0.3,
         "window": 8,
+        "method": "random_heads",
+        "redistribute": True,
         "pool_kernel": 7,
         "min_prompt_tokens": 100,
     }
@@ -88,6 +91,23 @@ def test_of_several_unknown_settings_the_first_is_named():
     assert "unheard_of_0'" in refusal({"sparsemm": keys})
 
 
+@pytest.mark.parametrize(
+    ("method", "hint"),
+    [
+        ("snapvk", "did you mean 'snapkv'?"),
+        ("AdaKV", "did you mean 'adakv'?"),
+        ("pyramid_kv", "did you mean 'pyramidkv'?"),
+        ("h2o", "known: sparsemm, full, snapkv, pyramidkv, adakv, random, random_heads"),
+        ("", "known: sparsemm"),
+        ("snap\nkv", "'snap\\nkv'"),
+    ],
+)
+def test_unknown_methods(method, hint):
+    message = refusal({"sparsemm": {"method": method}})
+    assert message.startswith("sparsemm setting method: unknown method ")
+    assert hint in message
+
+
 @pytest.mark.parametrize("key", ["sparsem", "SparseMM", "sparse_mm", "sparsmm", "SPARSEMM"])
 def test_a_mistyped_section_is_not_ignored(key):
     message = refusal({key: {"budget": 64}})
@@ -112,6 +132,9 @@ def test_the_section_must_be_an_object(values):
         ({"window": 0}, "window", "greater than or equal to"),
         ({"window": -3}, "window", "greater than or equal to"),
         ({"budget": 0}, "budget", "greater than or equal to"),
+        ({"method": 3}, "method", "string"),
+        ({"method": None}, "method", "string"),
+        ({"redistribute": 1}, "redistribute", "boolean"),
         ({"budget": 256.5}, "budget", "integer"),
         ({"budget": "much"}, "budget", "integer"),
         ({"budget": "256"}, "budget", "integer"),

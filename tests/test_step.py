@@ -18,7 +18,6 @@ from sparsemm_vllm.step import (
     Step,
     capture_step,
     plan_step,
-    warm_up,
 )
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
 from sparsemm_vllm.triton_kernels.batch import (
@@ -37,6 +36,7 @@ from sparsemm_vllm.triton_kernels.batch import (
     TOKENS,
     PruneWorkspace,
 )
+from sparsemm_vllm.warm_up import warm_up
 
 P, W, BASE = 16, 4, 20
 FIRST_PRUNED = W + BASE

@@ -1,6 +1,6 @@
 """Triton's window_scores against its twin, and against float64 where both round."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -322,9 +322,12 @@ def test_only_the_kernels_run(monkeypatch):
         ({"window": lambda s: 50}, "exceed"),
         ({"kernel_size": lambda s: 4}, "kernel_size is 4"),
         ({"k_scale": lambda s: torch.ones(2)}, "k_scale"),
-        ({"prompts": lambda s: Prompts(s.prompts.table.T, 61, 1)}, "table"),
-        ({"prompts": lambda s: Prompts(s.prompts.table.repeat(1, 33), 61, 1)}, "33 prompts"),
-        ({"prompts": lambda s: Prompts(s.prompts.table, 200, 1)}, "200 tokens"),
+        ({"prompts": lambda s: replace(s.prompts, table=s.prompts.table.T)}, "table"),
+        (
+            {"prompts": lambda s: replace(s.prompts, table=s.prompts.table.repeat(1, 33))},
+            "33 prompts",
+        ),
+        ({"prompts": lambda s: replace(s.prompts, max_tokens=200)}, "200 tokens"),
         (
             {"workspace": lambda s: PruneWorkspace.allocate(64, 8, 1, 8, DEVICE)},
             "workspace.sums",

@@ -51,11 +51,13 @@ class Prompts:
             workspace.
         max_tokens: the longest `n`.
         max_kept: most tokens that a head keeps in its pages.
+        columns: the table's, of one prompt each, on the host.
     """
 
     table: torch.Tensor
     max_tokens: int
     max_kept: int
+    columns: list[tuple[int, ...]]
 
     @property
     def count(self) -> int:
@@ -73,14 +75,15 @@ class Prompts:
             max_kept: most tokens that a head keeps in its pages.
             device: where the kernels run.
         """
-        offsets, end = [], 0
-        for *_, n in rows:
-            offsets.append(end)
+        placed, end = [], 0
+        for *place, n in rows:
+            placed.append((*place, n, end))
             end += columns(n)
-        table = torch.tensor([*zip(*rows, strict=True), offsets], dtype=torch.int32)
+        table = torch.tensor(placed, dtype=torch.int32).T.contiguous()
         if device.type == "cuda":
             table = table.pin_memory()
-        return cls(table.to(device, non_blocking=True), max(row[3] for row in rows), max_kept)
+        longest = max(row[3] for row in rows)
+        return cls(table.to(device, non_blocking=True), longest, max_kept, placed)
 
 
 def columns(prompt_tokens: int) -> int:

@@ -1,0 +1,38 @@
+"""Compiles the kernels at startup."""
+
+from dataclasses import replace
+
+import torch
+
+from sparsemm_vllm.step import SparseState, capture_step
+from sparsemm_vllm.triton_kernels.batch import Prompts
+
+
+def warm_up(state: SparseState, dtype: torch.dtype, block_table: torch.Tensor) -> None:
+    """Launch every kernel once, so that none is compiled when the first request needs it.
+
+    Prunes prompts that keep nothing, in the null block, and attends to nothing.
+
+    Args:
+        state: with the cache attached, and no request yet.
+        dtype: of the queries.
+        block_table: vLLM's, int32 ``[max_requests, max_blocks]``, all null blocks still.
+    """
+    ops, workspace, heads, cache = state.ops, state.workspace, state.heads, state.cache.tensor
+    window, pool_kernel = state.layout.window, state.layout.pool_kernel
+    device = workspace.scores.device
+    query = torch.zeros(max(window, 64), heads.Hq, heads.D, dtype=dtype, device=device)
+    scale = torch.ones(1, device=device) if cache.element_size() == 1 else None
+    for tokens in (1024, 2048, 4096, 8192):  # select_tokens has a kernel for each
+        n = min(tokens, workspace.capacity, block_table.shape[1] * state.page_size)
+        prompts = Prompts.pack([(0, 0, window, n)], 0, device)
+        rest = prompts, workspace
+        ops.window_scores(query, cache[0], block_table, *rest, window, pool_kernel, 1.0, scale)
+        ops.select_tokens(*rest, state.pages.lengths[:, 0], window)
+        ops.compact_kv(cache, 0, block_table, *rest, state.pages)
+    slots = torch.full((1,), -1, dtype=torch.int64, device=device)
+    zero = torch.zeros(2, dtype=torch.int32, device=device)
+    for queries in {1, 2, 4, 8, 16, state.max_decode_queries}:
+        step = replace(capture_step(state, 1, queries), moves_slots=True)
+        step.prepare(slots, slots, block_table, zero, zero, zero[:1].long())
+        ops.sparse_decode(query, cache, 0, block_table, step.decodes[0], query, 1.0, scale, scale)
