@@ -5,6 +5,7 @@
     python benchmarks/gpu_suite.py --out build/dry --dry-run        # the same on a CPU, tiny
 
 * kernels: every launcher against its torch twin, and decoding in a CUDA graph;
+* methods: what AdaKV and random do of their own, as on the CPU and without waiting for the GPU;
 * bench: time of the kernels beside the time that their bytes take at the measured bandwidth;
 * modes: a model of four layers gives the same tokens without graphs and in every graph mode;
 * pair: dense and pruned 7B models in full size, their log-probabilities and decode throughput;
@@ -37,7 +38,7 @@ from typing import Any
 
 from gpu_parts.records import ROOT, Record, digest, machine
 
-PARTS = ("kernels", "bench", "modes", "pair", "tune")
+PARTS = ("kernels", "methods", "bench", "modes", "pair", "tune")
 GRACE = 30  # seconds after its time in which a part may end by itself
 RESTARTS = 3  # of a part that died; a GPU is useless to a process after an illegal access
 TIME_IS_OVER = 3

@@ -31,7 +31,7 @@ def score_at_random(
     """
     assert layout.rules.token_scores is not None
     layers, heads = own
-    for _, request, _, n, offset in prompts.columns:
+    for _, request, _, n, offset in prompts.entries:
         older = n - layout.window
         workspace.scores[:, offset : offset + older] = layout.rules.token_scores(
             seeds[request],
@@ -64,7 +64,7 @@ def split_layer(
         page_size: `P`, in tokens.
     """
     assert layout.rules.split is not None
-    for _, request, _, n, offset in prompts.columns:
+    for _, request, _, n, offset in prompts.entries:
         scores = workspace.scores[:, offset : offset + n - layout.window]
         lengths = layout.rules.split(scores, layout.base)
         head_pages = (lengths + page_size - 1) // page_size

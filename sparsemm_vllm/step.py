@@ -212,7 +212,7 @@ class SparseState:
 
     def _record(self, recorder: KeptRecorder, layer: int, prompts: Prompts) -> None:
         """Write down what each head keeps. Waits for the device."""
-        for _, request, _, n, offset in prompts.columns:
+        for _, request, _, n, offset in prompts.entries:
             lengths = self.pages.lengths[request, layer]
             kept = self.workspace.positions[:, offset : offset + int(self.max_kept[request])]
             recorder.add(self.request_ids[request], kept, lengths, n)

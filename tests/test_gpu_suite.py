@@ -77,7 +77,7 @@ def check(out: Path, done: subprocess.CompletedProcess[str], parts: set[str]) ->
 
 
 def test_dry_run(tmp_path: Path) -> None:
-    parts = ("kernels", "bench", "tune")
+    parts = ("kernels", "methods", "bench", "tune")
     check(tmp_path, suite(tmp_path, "--parts", ",".join(parts)), set(parts))
 
     kernels = json.loads((tmp_path / "kernels.json").read_text())["cases"]
@@ -191,13 +191,13 @@ def test_dry_and_real_results_are_not_mixed(tmp_path: Path) -> None:
 def test_unknown_part(tmp_path: Path) -> None:
     done = suite(tmp_path, "--parts", "kernel")
     assert done.returncode == 2
-    assert "unknown parts: kernel; known: kernels, " in done.stderr
+    assert "unknown parts: kernel; known: kernels, methods, " in done.stderr
 
 
 @pytest.mark.gpu
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(not environment.has_gpu(), reason="needs a CUDA device")
-@pytest.mark.parametrize("part", ["kernels", "modes", "pair"])
+@pytest.mark.parametrize("part", ["kernels", "methods", "modes", "pair"])
 def test_on_a_gpu(part: str, tmp_path: Path) -> None:
     """Kernels equal twins, graph modes one another; a 7B that keeps all is dense."""
     for _ in range(4):  # a call ends after seven minutes, done or not

@@ -6,6 +6,7 @@ hypothesis can think of, with output of earlier steps outstanding as with async 
 
 import pickle
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,6 +36,15 @@ P, W, BASE = 4, 3, 5
 FIRST_PRUNED = W + BASE
 # Unequal, with an empty head, one of a page and one that no prompt here fills.
 LAYOUT = CacheLayout(((0, 11), (P, 500), (1, 2)), window=W, base=BASE)
+# The same, of methods whose blocks follow from more than one table of capacities.
+METHOD_LAYOUTS = [
+    LAYOUT,
+    replace(LAYOUT, redistribute=True),
+    *(
+        CacheLayout.from_scores(torch.ones(3, 2), 2, W + BASE, W, method=method)
+        for method in ("pyramidkv", "adakv")
+    ),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -362,11 +372,12 @@ def test_any_history(machine):
 
 @pytest.mark.parametrize("n", [n for n in LENGTHS if n >= FIRST_PRUNED])
 @pytest.mark.parametrize("tokens", [W, W + 1, 7, 1000])
-def test_life_of_a_pruned_request(n, tokens):
+@pytest.mark.parametrize("layout", METHOD_LAYOUTS, ids=lambda layout: layout.method)
+def test_life_of_a_pruned_request(n, tokens, layout):
     """Chunks, prune step, decoding over several blocks: the row is the documented one."""
-    chats = Chats(blocks=200)
+    chats = Chats(blocks=200, layout=layout)
     request = chats.add(range(n))
-    N, C = -(-n // P), LAYOUT.compact_blocks(n, P)
+    N, C = -(-n // P), layout.compact_blocks(n, P)
     assert C > 0
     assert chats.admit(request, tokens)
     while request.num_computed_tokens < n:

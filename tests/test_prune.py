@@ -197,7 +197,7 @@ def test_prompts_of_a_launch_are_split_one_by_one():
     state.workspace.scores.copy_(torch.rand_like(state.workspace.scores) ** 8)
     before = state.pages.lengths.clone()
     split_layer(layout, 1, prompts, state.workspace, state.pages, 4)
-    for _, index, _, n, offset in prompts.columns:
+    for _, index, _, n, offset in prompts.entries:
         own = state.workspace.scores[:, offset : offset + n - 4]
         split = layout.rules.split(own, 9)
         assert torch.equal(state.pages.lengths[index, 1], split)

@@ -203,7 +203,8 @@ def test_no_text_of_the_picture_overlaps_or_is_cut_off(shape, budget, n, concent
     )
     profile = profile.model_copy(update={"model_id": "organisation/" + "long-name-" * 20})
     with matplotlib.rc_context(STYLE):
-        figure = profile_figure(profile, kept_per_head(profile, budget, n), budget, n)
+        kept, note = kept_per_head(profile, budget, n), ", random_heads, redistributed"
+        figure = profile_figure(profile, kept, budget, n, note)
         boxes = texts(figure)
     assert len(boxes) > 30
     for name, box in boxes.items():
@@ -306,6 +307,7 @@ def test_the_terminal_needs_no_matplotlib():
         (["sparsemm-raeder"], "did you mean 'sparsemm-reader'?"),
         (["sparsemm-reader", "--prompt-tokens", 0], "--prompt-tokens is 0"),
         (["sparsemm-reader", "--budget", 32], "larger than window"),
+        (["sparsemm-reader", "--method", "snap"], "did you mean 'snapkv'?"),
         (["sparsemm-reader", "--out", "none/p.png"], "none/p.png: No such file"),
         (["sparsemm-reader", "--out", "p.jpg"], "name it so: p.png"),
         (["sparsemm-reader", "--out", "p.png", "--budget", 32], "larger than window"),
@@ -319,6 +321,21 @@ def test_what_is_refused(tmp_path, monkeypatch, arguments, message):
     assert line.startswith("sparsemm show: ")
     assert message in line
     assert not list(tmp_path.iterdir())
+
+
+def test_other_methods(tmp_path):
+    """Redistribution uses up what heads that keep the whole prompt leave over."""
+    arguments = ("sparsemm-reader", "--budget", 64, "--prompt-tokens", 80, "--out")
+    plain = run(*arguments, tmp_path / "plain.png").stdout
+    given = run(*arguments, tmp_path / "given.png", "--redistribute").stdout
+    even = run(*arguments, tmp_path / "even.png", "--method", "pyramidkv").stdout
+    assert "Budget 64  prompt" in plain
+    assert "Budget 64, redistributed  prompt" in given
+    assert "Budget 64, pyramidkv  prompt" in even
+    mean = {text: float(re.search(r"([\d.]+) mean", text)[1]) for text in (plain, given)}
+    assert mean[plain] < 63 < mean[given] < 64.1
+    pictures = [(tmp_path / f"{name}.png").read_bytes() for name in ("plain", "given", "even")]
+    assert len(set(pictures)) == 3
 
 
 def test_a_file_that_is_no_profile(tmp_path):

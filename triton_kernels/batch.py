@@ -51,13 +51,13 @@ class Prompts:
             workspace.
         max_tokens: the longest `n`.
         max_kept: most tokens that a head keeps in its pages.
-        columns: the table's, of one prompt each, on the host.
+        entries: the columns of the table, a prompt each, on the host.
     """
 
     table: torch.Tensor
     max_tokens: int
     max_kept: int
-    columns: list[tuple[int, ...]]
+    entries: list[tuple[int, ...]]
 
     @property
     def count(self) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from gpu_parts.records import ROOT
+
 Function = Callable[[], Any]
 
 # What the GPU machine need not have; a dry run does without, to prove it.
@@ -111,6 +113,7 @@ def imitate_gpu_machine() -> None:
     for name in ABSENT:
         sys.modules[name] = None  # type: ignore[assignment]  # importing it fails
 
+    sys.path.append(str(ROOT / "tests"))
     from kernel_cases import repair_bfloat16_products
 
     repair_bfloat16_products()

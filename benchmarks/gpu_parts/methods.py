@@ -1,0 +1,83 @@
+"""What AdaKV and random do with scores in torch: as on the CPU, and without waiting for the GPU."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from gpu_parts.device import Context, Device
+from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.prompt_scores import score_at_random, split_layer
+from sparsemm_vllm.triton_kernels.batch import HeadPages, Prompts, PruneWorkspace, columns
+
+NEEDS = 5
+
+L, P, WINDOW = 2, 16, 32
+SIZES = [(4, 224), (32, 224), (8, 2016)]  # KV heads, base budget
+PROMPTS = (0, 1, 777, 16_000)  # tokens more than the shortest that is pruned
+DRY = [(3, 20)], (0, 1, 77)
+
+
+def run(
+    layout: CacheLayout, lengths: list[int], scores: torch.Tensor, device: torch.device
+) -> list[torch.Tensor]:
+    """Scores, lengths and first pages of all prompts, on the host."""
+    Hkv = len(scores)
+    rows = [(i, len(lengths) - 1 - i, 0, n) for i, n in enumerate(lengths)]
+    prompts = Prompts.pack(rows, 0, device)
+    workspace = PruneWorkspace.allocate(scores.shape[1], Hkv, Hkv, WINDOW, device)
+    pages = HeadPages.empty(len(lengths), L, Hkv, device)
+    workspace.scores.copy_(scores)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        for layer in range(L):
+            if layout.rules.token_scores is not None:
+                own = slice(0, L), slice(0, Hkv)
+                seeds = [2**63 + i for i in range(len(lengths))]
+                score_at_random(layout, own, layer, prompts, seeds, workspace)
+            if layout.rules.split is not None:
+                split_layer(layout, layer, prompts, workspace, pages, P)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    return [x.cpu() for x in (workspace.scores, pages.lengths, pages.first_pages)]
+
+
+def check(
+    device: Device, method: str, Hkv: int, base: int, more: tuple[int, ...]
+) -> dict[str, Any]:
+    """The same numbers, of scores whose sums are exact."""
+    layout = CacheLayout(((base,) * Hkv,) * L, window=WINDOW, base=base, method=method)
+    lengths = [base + WINDOW + extra for extra in more]
+    shape = Hkv, columns(sum(map(columns, lengths)))
+    generator = torch.Generator().manual_seed(base)
+    scores = (torch.rand(shape, generator=generator) ** 8 * 64).floor()
+    mine, expected = (
+        run(layout, lengths, scores, where) for where in (device.torch, torch.device("cpu"))
+    )
+    for ours, theirs in zip(mine, expected, strict=True):
+        assert torch.equal(ours, theirs), f"{method}: not as on the CPU"
+    if layout.rules.split is not None:
+        uneven = (expected[1][:, 0].amax(1) > expected[1][:, 0].amin(1)).sum()
+        assert uneven >= len(lengths) - 2, "even splits prove nothing"
+    else:
+        assert not torch.equal(expected[0], scores)
+    return {"prompts": len(lengths)}
+
+
+def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Both methods at several sizes."""
+    sizes, more = DRY if context.device.dry else (SIZES, PROMPTS)
+    return {
+        f"{method} Hkv={Hkv} base={base}": partial(check, context.device, method, Hkv, base, more)
+        for method in ("adakv", "random")
+        for Hkv, base in sizes
+    }
+
+
+def summary(results: dict[str, Any]) -> list[str]:
+    """How many agree."""
+    return [f"{len(results)} cases as on the CPU"]
