@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparsemm_vllm.methods import METHODS, Budget, redistribute
+from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.triton_kernels.reference import kept_tokens
 
 from .model import Prompts
@@ -30,30 +30,30 @@ def shown_tokens(
         first_seed: of the random scores of the first prompt; each has its own.
     """
     N, Hkv, n, _ = prompts.keys[0].shape
-    shared = Budget(scores, Hkv, budget, prompts.window, rho)
+    name = method.removesuffix(REDISTRIBUTED)
+    layout = CacheLayout.from_scores(
+        scores, Hkv, budget, prompts.window, rho, name, redistribute=name != method
+    )
     shown = torch.zeros(len(prompts.keys), N, Hkv, n, dtype=torch.bool)
     for row, length in enumerate(prompts.lengths):
-        shown[:, row, :, n - length :] = _one(prompts, row, method, shared, first_seed + row)
+        shown[:, row, :, n - length :] = _one(prompts, row, layout, first_seed + row)
     return shown
 
 
-def _one(prompts: Prompts, row: int, method: str, budget: Budget, seed: int) -> Tensor:
+def _one(prompts: Prompts, row: int, layout: CacheLayout, seed: int) -> Tensor:
     """The same for one prompt, ``[L, Hkv, length]``."""
-    length, W = prompts.lengths[row], prompts.window
+    length, W, rules = prompts.lengths[row], prompts.window, layout.rules
     L, Hkv = len(prompts.keys), prompts.keys[0].shape[1]
-    if length - W < budget.base:
+    if not layout.is_pruned(length):
         return torch.ones(L, Hkv, length, dtype=torch.bool)
-    name = method.removesuffix(REDISTRIBUTED)
-    capacities = METHODS[name].capacities(budget, length)
-    if name != method:
-        capacities = redistribute(capacities, length, W)
+    lengths = torch.from_numpy(layout.kept_tokens(length))
     shown = torch.zeros(L, Hkv, length, dtype=torch.bool)
     shown[:, :, length - W :] = True
     for layer in range(L):
-        scores, split = prompts.scores[row][layer], METHODS[name].split
-        if random_scores := METHODS[name].token_scores:
-            scores = random_scores(seed, layer, range(Hkv), length - W)
-        own = split(scores, budget.base) if split else capacities[layer]
+        scores = prompts.scores[row][layer]
+        if rules.token_scores:
+            scores = rules.token_scores(seed, layer, range(Hkv), length - W)
+        own = rules.split(scores, layout.base) if rules.split else lengths[layer]
         for head, positions in enumerate(kept_tokens(scores, own)):
             shown[layer, head, positions] = True
     return shown
