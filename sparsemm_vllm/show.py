@@ -131,9 +131,9 @@ def kept_per_head(
 
 
 def _method_note(method: str = "sparsemm", redistribute: bool = False) -> str:
-    """What is not the default, to follow the budget."""
-    named = f", {method}" if method != "sparsemm" else ""
-    return named + (", redistributed" if redistribute else "")
+    """What is not the default."""
+    named = [method] if method != "sparsemm" else []
+    return ", ".join(named + ["redistributed"] * redistribute)
 
 
 def print_profile(
@@ -155,11 +155,8 @@ def print_profile(
     console.print(Text(shape + (f"; {made}" if made else ""), style="dim"))
     _print_scores(np.array(profile.scores), console)
     _print_mass(cumulative_mass(profile), console)
-    _heading(
-        f"Budget {budget:,}{_method_note(**allocation)}",
-        f"prompt tokens per KV head, of {prompt_tokens:,}",
-        console,
-    )
+    heading = ", ".join(filter(None, (f"Budget {budget:,}", _method_note(**allocation))))
+    _heading(heading, f"prompt tokens per KV head, of {prompt_tokens:,}", console)
     _print_kept(kept, prompt_tokens, console)
 
 
@@ -241,7 +238,8 @@ def profile_figure(
     _title(top_left, "Visual scores", "colour by square root")
     _label_heads(top_left, profile)
     _heatmap(top_right, kept, "viridis", prompt_tokens, "{:,.0f}")
-    _title(top_right, "Tokens kept", f"budget {budget:,}{method_note}, prompt {prompt_tokens:,}")
+    note = f"budget {budget:,}, prompt {prompt_tokens:,}"
+    _title(top_right, "Tokens kept", f"{method_note}\n{note}" if method_note else note)
     top_right.set_xlabel("KV head")
     _mass_curve(bottom_left, cumulative_mass(profile))
     _title(bottom_left, "Cumulative score", "best query heads first")

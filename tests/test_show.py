@@ -203,7 +203,7 @@ def test_no_text_of_the_picture_overlaps_or_is_cut_off(shape, budget, n, concent
     )
     profile = profile.model_copy(update={"model_id": "organisation/" + "long-name-" * 20})
     with matplotlib.rc_context(STYLE):
-        kept, note = kept_per_head(profile, budget, n), ", random_heads, redistributed"
+        kept, note = kept_per_head(profile, budget, n), "random_heads, redistributed"
         figure = profile_figure(profile, kept, budget, n, note)
         boxes = texts(figure)
     assert len(boxes) > 30
