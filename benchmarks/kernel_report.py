@@ -56,12 +56,16 @@ from sparsemm_vllm.triton_kernels.batch import (
     HeadPages,
     Prompts,
     PruneWorkspace,
+    QueryTiles,
+    decode_queries,
+    decode_rows,
 )
 from sparsemm_vllm.triton_kernels.compact_kv import compact_kv
 from sparsemm_vllm.triton_kernels.correct_slots import correct_slots
 from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
 from sparsemm_vllm.triton_kernels.select_tokens import select_tokens
 from sparsemm_vllm.triton_kernels.sparse_decode import sparse_decode
+from sparsemm_vllm.triton_kernels.top_keys import top_keys
 from sparsemm_vllm.triton_kernels.window_scores import window_scores
 
 OPS = (
@@ -71,6 +75,7 @@ OPS = (
     "correct_slots",
     "schedule_decode",
     "sparse_decode",
+    "top_keys",
 )
 
 # Shared memory that a program may have. Source: CUDA C++ programming guide, technical
@@ -148,6 +153,8 @@ def cases(
     yield Case("correct_slots", arch, P=P, single=single)
     yield Case("schedule_decode", arch, dtype, D, None, G, Q, single=single)
     yield Case("sparse_decode", arch, dtype, D, P, G, Q, single=single)
+    if Q == 16 or single:  # answers are recorded as a whole
+        yield Case("top_keys", arch, dtype, D, P, G, Q, single=single)
 
 
 def launch(case: Case) -> None:
@@ -191,6 +198,10 @@ def launch(case: Case) -> None:
         )
     elif case.op == "schedule_decode":
         schedule_decode(batch, pages, window, P, query_start, seq_lens, running)
+    elif case.op == "top_keys":
+        block_q = decode_queries(Q, G, decode_rows(D, dtype))
+        tiles = QueryTiles.pack([(i, i * n, Q, n, i * Q) for i in range(requests)], block_q, cpu)
+        top_keys(query, cache[layer], table, tiles, torch.empty(tokens, Hkv * G, dtype=torch.int32))
     else:
         output = torch.empty_like(query)
         sparse_decode(query, cache, layer, table, batch, output, 0.1, scale, scale)

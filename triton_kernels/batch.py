@@ -15,6 +15,9 @@ BATCH_ROW, REQUEST, QUERY_END, TOKENS, OFFSET = range(5)
 # Columns of `DecodeBuffers.rows`.
 TILE_ROW, FIRST_QUERY, QUERIES, POSITION, TAIL_START, PROMPT_BLOCKS, COMPACT_BLOCKS, TAIL = range(8)
 
+# Column of `QueryTiles.table` behind the first four of these.
+TARGET = 4
+
 OFFSET_ALIGNMENT = 16  # tokens: 16-byte loads of scores begin at multiples of it
 
 
@@ -307,3 +310,44 @@ class DecodeBatch:
                 f"{batch.query_tiles} query tiles, but the buffers hold {buffers.rows.shape[0]}"
             )
         return batch
+
+
+@dataclass(frozen=True)
+class QueryTiles:
+    """Queries of a step whose attention is recorded, up to `block_q` of one request in a tile.
+
+    Attributes:
+        table: int32 ``[tiles, 5]``: of each tile its row in the block table, its first query in the
+            step's, how many, the position of the first, and the row that records it; the others
+            follow.
+        block_q: queries of a tile.
+    """
+
+    table: torch.Tensor
+    block_q: int
+
+    @property
+    def count(self) -> int:
+        """Tiles in all."""
+        return self.table.shape[0]
+
+    @classmethod
+    def pack(
+        cls, spans: Sequence[tuple[int, int, int, int, int]], block_q: int, device: torch.device
+    ) -> "QueryTiles":
+        """Cut spans of queries into tiles.
+
+        Args:
+            spans: the five numbers of a tile, for any number of queries.
+            block_q: queries of a tile.
+            device: where the kernels run.
+        """
+        rows = [
+            (row, first + i, min(block_q, queries - i), position + i, target + i)
+            for row, first, queries, position, target in spans
+            for i in range(0, queries, block_q)
+        ]
+        table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 5)
+        if device.type == "cuda":
+            table = table.pin_memory()
+        return cls(table.to(device, non_blocking=True), block_q)

@@ -51,6 +51,27 @@ def window_scores(
     return F.avg_pool1d(mean[None], kernel_size, stride=1, padding=kernel_size // 2)[0]
 
 
+def top_keys(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Position of the key with the largest logit for each of the last `Q` queries, causally.
+
+    Ties go to the lowest position. Source: SparseMM (ICCV 2025), section 3.
+
+    Args:
+        query: position-encoded, ``[Hq, Q, D]``.
+        key: of all tokens up to the last query's, ``[Hkv, n, D]``.
+
+    Returns:
+        int32 ``[Hq, Q]``.
+    """
+    Hq, Q, D = query.shape
+    Hkv, n, _ = key.shape
+    grouped = query.float().reshape(Hkv, Hq // Hkv, Q, D)
+    logits = torch.einsum("hgqd,hnd->hgqn", grouped, key.float())
+    position = torch.arange(n, device=key.device)
+    logits.masked_fill_(position[None, :] > position[n - Q :, None], -torch.inf)
+    return logits.argmax(-1).flatten(0, 1).int()
+
+
 def select_tokens(scores: torch.Tensor, capacities: torch.Tensor, width: int) -> torch.Tensor:
     """Positions of each head's best tokens, ascending; ties go to the lowest index.
 

@@ -20,6 +20,7 @@ from .batch import (
     HeadPages,
     Prompts,
     PruneWorkspace,
+    QueryTiles,
 )
 
 
@@ -220,11 +221,30 @@ def correct_slots(
         slots[own] = block_table[row][entry].long() * page_size + position % page_size
 
 
+def top_keys(
+    query: torch.Tensor,
+    layer_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    tiles: QueryTiles,
+    output: torch.Tensor,
+) -> None:
+    """See `top_keys.top_keys`."""
+    D, page_size = query.shape[2], layer_cache.shape[2]
+    for batch_row, first, queries, position, target in tiles.table.tolist():
+        n = position + queries
+        positions = torch.arange(n, device=query.device)
+        row = block_table[batch_row]
+        kv = reference.read_tokens(layer_cache, row, positions, -(-n // page_size), 0)
+        own = query[first : first + queries].transpose(0, 1)
+        output[target : target + queries] = reference.top_keys(own, kv[..., :D]).T
+
+
 __all__ = [
     "compact_kv",
     "correct_slots",
     "schedule_decode",
     "select_tokens",
     "sparse_decode",
+    "top_keys",
     "window_scores",
 ]

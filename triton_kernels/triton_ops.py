@@ -5,6 +5,7 @@ from .correct_slots import correct_slots
 from .schedule_decode import schedule_decode
 from .select_tokens import select_tokens
 from .sparse_decode import sparse_decode
+from .top_keys import top_keys
 from .window_scores import window_scores
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "schedule_decode",
     "select_tokens",
     "sparse_decode",
+    "top_keys",
     "window_scores",
 ]
