@@ -56,14 +56,23 @@ def demo(
 @contextmanager
 def _one_line_errors(command: str) -> Iterator[None]:
     """Errors of the user's making as one line on the standard error, exit status 2."""
+    from sparsemm_vllm.data import DataError
     from sparsemm_vllm.plan import PlanError
     from sparsemm_vllm.profile import ProfileError
+    from sparsemm_vllm.profiler import ProfilerError
     from sparsemm_vllm.settings import SettingsError
     from sparsemm_vllm.show import PictureError
 
     try:
         yield
-    except (PictureError, PlanError, ProfileError, SettingsError) as error:
+    except (
+        DataError,
+        PictureError,
+        PlanError,
+        ProfileError,
+        ProfilerError,
+        SettingsError,
+    ) as error:
         message = str(error)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
@@ -112,6 +121,42 @@ def import_scores(
         f"{imported.num_kv_heads} KV heads",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def profile(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(help="Name or folder; vLLM's options may follow, as `vllm serve` has.")
+    ],
+    out: Annotated[Path, typer.Option(help="The profile to write.")],
+    samples: Annotated[int, typer.Option(help="Pictures to ask about.", min=1)] = 400,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="ocr|PATH",
+            help="Drawn pictures of text, or files of synthdog-en-detection or COCO detection.",
+        ),
+    ] = "ocr",
+    mode: Annotated[
+        str,
+        typer.Option(
+            metavar="forced|free",
+            help="Score the true answers in one prefill each, or let the model answer.",
+        ),
+    ] = "forced",
+    seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Continue an interrupted run.")] = False,
+    force: Annotated[bool, typer.Option(help="Replace a profile that exists.")] = False,
+) -> None:
+    """Measure which heads of a model look at what it reads: a head profile."""
+    with _one_line_errors("profile"):
+        from sparsemm_vllm.profiler.command import run_profile
+
+        code = run_profile(
+            model, out, samples, data, mode, seed, resume, force, context.args, Console()
+        )
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -29,7 +29,7 @@ from sparsemm_vllm.step import (
     capture_step,
     plan_step,
 )
-from sparsemm_vllm.support import UnsupportedError, build_layout
+from sparsemm_vllm.support import UnsupportedError, build_layout, pruned_layers
 from sparsemm_vllm.warm_up import warm_up
 
 # Programs of the decode kernel on each multiprocessor: what its registers and shared memory allow.
@@ -84,6 +84,22 @@ class SparseMMModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         seed = request_seed(new_req_data) if self._state.layout.rules.token_scores else 0
         self._state.add(req_index, new_req_data.prompt_len, new_req_data.req_id, seed)
+        if self._state.attention is not None:
+            extra_args = new_req_data.sampling_params.extra_args
+            self._state.attention.add(req_index, new_req_data.prompt_len, extra_args)
+
+    def read_attention(self, rows: int) -> tuple[list[int], int, int, bytes]:
+        """What was recorded of this rank's heads, for `read_attention` of the profiler.
+
+        Returns:
+            The layers of the model, its first query head and their number, and the positions, int32
+            ``[layers, rows, heads]``.
+        """
+        state = self._state
+        assert state.attention is not None, "the engine was not started with record_attention"
+        layers = pruned_layers(self.vllm_config.model_config)[state.own[0]]
+        first_head = state.own[1].start * state.heads.G
+        return layers, first_head, state.heads.Hq, state.attention.read(rows)
 
     def prepare_attn(
         self,
@@ -184,6 +200,7 @@ def _allocate_state(
         device,
         KeptRecorder(Path(settings.record_kept), own) if settings.record_kept else None,
         1 + drafts,
+        settings.record_attention,
     )
 
 

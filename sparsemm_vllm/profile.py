@@ -129,6 +129,22 @@ class HeadProfile(BaseModel):
                 "profile made for this model"
             )
 
+    def check_config(self, config_hash: str) -> None:
+        """Refuse a model of another configuration; profiles that do not know theirs go with any.
+
+        Args:
+            config_hash: of the model; see `config_hash.config_hash`.
+
+        Raises:
+            ProfileError: naming both.
+        """
+        if self.config_hash not in (None, config_hash):
+            raise ProfileError(
+                f"head profile of {self.model_id} was made for a model with the configuration hash "
+                f"{self.config_hash}; this model's is {config_hash}. Use a profile made for this "
+                "model: `sparsemm profile` makes one"
+            )
+
     def tensor(self) -> torch.Tensor:
         """The scores, float64 ``[L, Hq]``."""
         return torch.tensor(self.scores, dtype=torch.float64)

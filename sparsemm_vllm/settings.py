@@ -38,6 +38,7 @@ class Settings(BaseModel):
         min_prompt_tokens: shorter prompts are never pruned.
         mask_heads: query heads whose output is zero, ``[layer, head]`` each: for ablations.
         record_kept: folder into which workers write which tokens each head kept; slows them down.
+        record_attention: queries whose attention workers can record, for `sparsemm profile`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -52,6 +53,7 @@ class Settings(BaseModel):
     min_prompt_tokens: int = Field(default=0, ge=0)
     mask_heads: list[list[int]] = Field(default_factory=list)
     record_kept: str | None = None
+    record_attention: int = Field(default=0, ge=0)
 
     @field_validator("mask_heads")
     @classmethod

@@ -90,7 +90,7 @@ def forward_sparse(
     block_table: torch.Tensor,
     scale: float,
 ) -> None:
-    """What follows the dense rows: the decode rows, then the prompts that are complete now.
+    """What follows the dense rows: the decode rows, the prompts that are complete now, records.
 
     Args:
         step: this step.
@@ -109,6 +109,9 @@ def forward_sparse(
         )
     for prompts in step.prunes:
         state.prune(index, query, block_table, prompts, scale, k_scale)
+    if step.recorded is not None and state.attention is not None:
+        keys = state.attention.keys[index]
+        state.ops.top_keys(query, cache[index], block_table, step.recorded, keys)
 
 
 def kv_scales(

@@ -9,6 +9,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from sparsemm_vllm.attention_record import AttentionRecorder
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.prompt_scores import score_at_random, split_layer
 from sparsemm_vllm.recording import KeptRecorder
@@ -19,6 +20,7 @@ from sparsemm_vllm.triton_kernels.batch import (
     HeadPages,
     Prompts,
     PruneWorkspace,
+    QueryTiles,
     columns,
     decode_queries,
     decode_rows,
@@ -85,6 +87,7 @@ class SparseState:
         device: where the kernels run.
         recorder: of the kept tokens, if someone wants to know.
         max_decode_queries: rows with more are not taken for decodes.
+        recorded_queries: whose attention can be recorded; see `AttentionRecorder`.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class SparseState:
         device: torch.device,
         recorder: KeptRecorder | None = None,
         max_decode_queries: int = DECODE_QUERIES,
+        recorded_queries: int = 0,
     ) -> None:
         self.layout = layout
         self.own = own
@@ -116,6 +120,11 @@ class SparseState:
             max_tokens, heads.Hq, heads.Hkv, layout.window, device
         )
         max_rows = decode_rows(heads.D, cache_dtype)
+        self.attention: AttentionRecorder | None = None
+        if recorded_queries:
+            self.attention = AttentionRecorder(
+                heads.L, heads.Hq, heads.G, max_rows, recorded_queries, max_requests, device
+            )
         lengths = range(1, self.max_decode_queries + 1)
         tiles = max(-(-q // decode_queries(q, heads.G, max_rows)) for q in lengths)
         self.buffers = DecodeBuffers.allocate(
@@ -230,6 +239,7 @@ class Step:
         max_query_len: the most queries of a row.
         decodes: rows for the decode kernel: the short ones, then each of the pruned ones.
         prunes: prompts that this step completes, as many at a time as the workspace holds.
+        recorded: queries whose attention is recorded; none if there are none.
     """
 
     state: SparseState
@@ -239,6 +249,7 @@ class Step:
     max_query_len: int = 1
     decodes: list[DecodeBatch] = field(default_factory=list)
     prunes: list[Prompts] = field(default_factory=list)
+    recorded: QueryTiles | None = None
 
     def prepare(
         self,
@@ -327,6 +338,7 @@ def plan_step(
         max_query_len=int(query_lens.max()),
         decodes=batches,
         prunes=_pack_prompts(state, ends.nonzero()[0], requests, query_start, query_lens),
+        recorded=state.attention and state.attention.tiles(requests, query_start, max_seq_lens),
     )
 
 

@@ -7,6 +7,7 @@ from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 
 from sparsemm_vllm.auto_profile import find_profile
+from sparsemm_vllm.config_hash import config_hash
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.masked_heads import check_masked_heads
 from sparsemm_vllm.profile import HeadProfile
@@ -50,11 +51,27 @@ def prepare_config(vllm_config: VllmConfig, engine_args: Any) -> None:
         model.get_total_num_hidden_layers(),
         model.model_arch_config.total_num_attention_heads,
     )
+    if isinstance(settings.profile, HeadProfile):
+        settings.profile.check_config(config_hash(vllm_config.model_config.hf_config))
+    if settings.record_attention:
+        _check_recording(vllm_config, layout)
     _log_memory(vllm_config, settings, layout)
     vllm_config.additional_config = {
         **vllm_config.additional_config,
         KEY: settings.model_dump(mode="json"),
     }
+
+
+def _check_recording(vllm_config: VllmConfig, layout: CacheLayout) -> None:
+    """Attention is recorded of whole prompts, in steps that are planned one by one."""
+    checks = [
+        (layout.is_pruned(vllm_config.model_config.max_model_len), "prompts are pruned"),
+        (not vllm_config.model_config.enforce_eager, "CUDA graphs replay steps; --enforce-eager"),
+        (vllm_config.cache_config.enable_prefix_caching, "cached queries are not computed"),
+        (vllm_config.speculative_config is not None, "drafts are no tokens of the answer"),
+    ]
+    if reasons := [reason for refused, reason in checks if refused]:
+        raise UnsupportedError("SPARSEMM cannot record attention: " + "; ".join(reasons))
 
 
 def _log_memory(vllm_config: VllmConfig, settings: Settings, layout: CacheLayout) -> None:

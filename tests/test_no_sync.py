@@ -12,6 +12,7 @@ from triton.runtime import interpreter
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from sparsemm_vllm import cuda_backend
+from sparsemm_vllm.attention_record import RECORD
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.sparse_attention import forward_sparse
 from sparsemm_vllm.step import Heads, PrunedCache, SparseState, capture_step, plan_step
@@ -64,10 +65,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return ran
 
 
-def make_state(device: torch.device, layout: CacheLayout = LAYOUT) -> SparseState:
+def make_state(device: torch.device, layout: CacheLayout = LAYOUT, **options: Any) -> SparseState:
     """Request 0 is pruned."""
-    own = layout.slice_of(0, 0)
-    state = SparseState(layout, own, Heads(L, HKV * G, HKV, D), torch.float32, 4, 256, 3, device)
+    own, heads = layout.slice_of(0, 0), Heads(L, HKV * G, HKV, D)
+    state = SparseState(layout, own, heads, torch.float32, 4, 256, 3, device, **options)
     cache = torch.randn(L, 40, HKV, P, 2 * D, device=device)
     state.attach(PrunedCache(cache, {Layer(i).layer_name: i for i in range(L)}))
     state.add(0, N)
@@ -125,6 +126,33 @@ def test_prune_and_decode_do_not_wait(launches: list[Any], method: str) -> None:
     if DEVICE.type == "cpu":
         ops = 5 if method == "random" else 6
         assert len({kernel.__name__ for kernel in launches}) >= ops, "every op ran a kernel"
+
+
+def test_recording_does_not_wait(launches: list[Any]) -> None:
+    """Two queries of a prompt that is too short to be pruned, then a generated token."""
+    n = 9
+    state = make_state(DEVICE, recorded_queries=4)
+    state.ops = triton_ops
+    assert state.attention is not None
+    state.add(0, n)
+    state.attention.add(0, n, {RECORD: [1, 2]})
+    blocks = torch.arange(1, 33, dtype=torch.int32, device=DEVICE)[None]
+    query = torch.randn(n, HKV * G, D, device=DEVICE)
+    output = torch.empty_like(query)
+    for computed, queries in [(0, n), (n, 1)]:
+        step = plan(state, computed, queries)
+        starts = torch.tensor([0, queries], dtype=torch.int32, device=DEVICE)
+        lens = torch.tensor([computed + queries], dtype=torch.int32, device=DEVICE)
+        none = torch.zeros(queries, dtype=torch.int64, device=DEVICE)
+        with NoWaiting():
+            step.prepare(none, none, blocks, starts, lens, lens[:0])
+            for layer in range(L):
+                forward_sparse(step, Layer(layer), query[:queries], output[:queries], blocks, 0.25)
+    keys = state.attention.keys
+    assert (keys[:, 1:] >= 0).all()
+    assert (keys[:, 0] == -1).all()
+    positions = torch.tensor([-1, n - 2, n - 1, n], dtype=torch.int32, device=DEVICE)
+    assert (keys <= positions[None, :, None]).all(), "no query sees the future"
 
 
 # A meta tensor has no values: what reads one, on whatever path, raises.

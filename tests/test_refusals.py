@@ -117,6 +117,45 @@ def test_context_parallelism(llama: Path, sizes: dict[str, int]) -> None:
     assert "context parallelism" in reason
 
 
+def test_a_profile_of_another_configuration(llama: Path) -> None:
+    """Both hashes are named; a profile that does not know its model's goes with any."""
+    from transformers import AutoConfig
+
+    from sparsemm_vllm.config_hash import config_hash
+
+    mine = config_hash(AutoConfig.from_pretrained(llama))
+    profile = skewed_profile().model_dump(mode="json")
+    build(llama, {"profile": profile})
+    build(llama, {"profile": profile | {"config_hash": mine}})
+    with pytest.raises(ValueError, match=f"hash abc; this model's is {mine}"):
+        build(llama, {"profile": profile | {"config_hash": "abc"}})
+
+
+WHOLE = {"record_attention": 64, "budget": 2048}
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "reason"),
+    [
+        ({"budget": 1024}, {}, "prompts are pruned"),
+        ({}, {"enforce_eager": False}, "CUDA graphs replay steps"),
+        ({}, {"enable_prefix_caching": True}, "cached queries are not computed"),
+        (
+            {},
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "drafts are no tokens of the answer",
+        ),
+    ],
+)
+def test_recording_attention(
+    llama: Path, settings: dict[str, Any], options: dict[str, Any], reason: str
+) -> None:
+    plain = {"enforce_eager": True, "enable_prefix_caching": False}
+    build(llama, WHOLE, **plain)
+    with pytest.raises(ValueError, match=f"cannot record attention: {reason}"):
+        build(llama, WHOLE | settings, **plain | options)
+
+
 MODELS = {
     "sliding window only": (
         MistralConfig(**SIZES, sliding_window=256),

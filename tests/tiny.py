@@ -15,14 +15,31 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
 )
 
 from sparsemm_vllm.profile import HeadProfile
 
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_SIZE = 4, 8, 4, 32
 IMAGE_TOKENS = 64
+TOWER = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+}
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}"
@@ -98,6 +115,78 @@ def make_llava(
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
     _rename_for_vllm(folder / "model.safetensors")
+    return folder
+
+
+def make_llava_next(folder: Path, seed: int = 0) -> Path:
+    """A LLaVA-NeXT of four layers with random weights: 4 x 4 patches a view, up to 4 tiles."""
+    pinpoints = [[56, 112], [112, 56], [112, 112]]
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**TOWER),
+        text_config=text_config(),
+        image_token_index=4,
+        image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    torch.manual_seed(seed)
+    LlavaNextForConditionalGeneration(config).to(torch.float32).save_pretrained(folder)
+    LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessor(
+            size={"shortest_edge": 56},
+            crop_size={"height": 56, "width": 56},
+            image_grid_pinpoints=pinpoints,
+        ),
+        tokenizer=make_tokenizer(),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+    _rename_for_vllm(folder / "model.safetensors")
+    return folder
+
+
+def make_qwen2_vl(folder: Path, seed: int = 0) -> Path:
+    """A Qwen2-VL of four layers with random weights: 28 pixels a token, as many as there are."""
+    tokenizer = make_tokenizer()
+    special = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_tokens(special, special_tokens=True)
+    start, end, image, video = (tokenizer.convert_tokens_to_ids(token) for token in special)
+    text = text_config().to_dict() | {"model_type": "qwen2_vl_text"}
+    text["rope_parameters"] = {
+        "rope_type": "default",
+        "mrope_section": [4, 6, 6],
+        "rope_theta": 1e4,
+    }
+    config = Qwen2VLConfig(
+        vision_config={
+            "depth": 2,
+            "embed_dim": 64,
+            "hidden_size": text["hidden_size"],
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "patch_size": 14,
+        },
+        text_config=text,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        image_token_id=image,
+        video_token_id=video,
+    )
+    torch.manual_seed(seed)
+    Qwen2VLForConditionalGeneration(config).to(torch.float32).save_pretrained(folder)
+    template = CHAT_TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
+    tokenizer.chat_template = template
+    Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(
+            size={"shortest_edge": 56 * 56, "longest_edge": 224 * 224}
+        ),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=template,
+    ).save_pretrained(folder)
     return folder
 
 

@@ -1,0 +1,5 @@
+"""What can go wrong with a profile run, in one line for its user."""
+
+
+class ProfilerError(ValueError):
+    """A model, data or options that no profile can be made of; one line that says why."""

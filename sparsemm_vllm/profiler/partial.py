@@ -1,0 +1,81 @@
+"""What a run has scored so far, on the disk, so that it can be continued."""
+
+import json
+import os
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sparsemm_vllm.profiler.attention import Scores
+from sparsemm_vllm.profiler.errors import ProfilerError
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the scores depend on; a run is continued with equal ones only.
+
+    Attributes:
+        model_id: the model.
+        config_hash: of its configuration.
+        mode: see `MODES`.
+        data: name of the data set.
+        data_hash: of its samples.
+        samples: how many.
+        seed: of their choice.
+    """
+
+    model_id: str
+    config_hash: str
+    mode: str
+    data: str
+    data_hash: str
+    samples: int
+    seed: int
+
+
+class Partial:
+    """A file beside the profile, replaced after each batch."""
+
+    def __init__(self, path: Path, run: Run) -> None:
+        self.path = path
+        self._run = run
+
+    def load(self) -> Scores | None:
+        """What an interrupted run scored; none if there is no such file.
+
+        Raises:
+            ProfilerError: if it is of another run, or no such file at all.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            with np.load(self.path) as data:
+                run = json.loads(str(data["run"]))
+                scores = Scores(data["hits"], data["tokens"])
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise ProfilerError(
+                f"{self.path} cannot be read ({error}); delete it to start anew"
+            ) from None
+        mine = asdict(self._run)
+        differing = [name for name in mine if run.get(name) != mine[name]]
+        if differing:
+            name = differing[0]
+            raise ProfilerError(
+                f"{self.path} is of another run: its {name} is {run.get(name)!r}, this one's "
+                f"{mine[name]!r}; repeat that run's options, or delete the file to start anew"
+            )
+        return scores
+
+    def save(self, scores: Scores) -> None:
+        """Keep what has been scored, whole."""
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                run = json.dumps(asdict(self._run))
+                np.savez(file, run=run, hits=scores.hits, tokens=scores.tokens)
+            temporary.replace(self.path)
+        except BaseException:  # Ctrl-C too
+            temporary.unlink(missing_ok=True)
+            raise
