@@ -1,12 +1,11 @@
-"""Where the model that comes with this package lies."""
+"""The model that comes with this package."""
 
 from importlib import resources
+from pathlib import Path
 
 READER = "sparsemm-reader"
 
 
-def bundled_model(name: str = READER) -> str | None:
-    """Folder of a bundled model; none if no model of that name is bundled."""
-    if name != READER:
-        return None
-    return str(resources.files("sparsemm_vllm").joinpath("reader"))
+def reader_folder() -> Path:
+    """Where it lies."""
+    return Path(str(resources.files("sparsemm_vllm").joinpath("reader")))

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from sparsemm_vllm.bundled_model import READER, reader_folder
 from sparsemm_vllm.environment import has_gpu
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.pictures import DEMO_SEEDS, Sample, make_demo_sample
@@ -33,7 +33,6 @@ from sparsemm_vllm.profile import load_profile
 from sparsemm_vllm.recording import load_kept
 from sparsemm_vllm.server import STAGES, Server, ServerError
 
-MODEL = "sparsemm-reader"
 BLOCK_SIZE = 16
 WINDOW = 16
 MAX_TOKENS = 64
@@ -67,11 +66,6 @@ class Outcome:
         return (peak, later[0]) if later else None
 
 
-def model_folder() -> Path:
-    """Where the bundled model lies."""
-    return Path(str(resources.files("sparsemm_vllm").joinpath("reader")))
-
-
 def run_demo(out: Path, seed: int | None, budget: int) -> int:
     """Run the demo and print it.
 
@@ -92,14 +86,14 @@ def run_demo(out: Path, seed: int | None, budget: int) -> int:
     out.mkdir(parents=True, exist_ok=True)
     sample.image.save(out / "picture.png")
     settings = {
-        "profile": MODEL,
+        "profile": READER,
         "budget": budget,
         "window": WINDOW,
         "record_kept": str((out / "kept").resolve()),
     }
     try:
         arguments = _arguments(settings)
-        server = Server(str(model_folder()), arguments, out / "server.log", _OFFLINE)
+        server = Server(str(reader_folder()), arguments, out / "server.log", _OFFLINE)
         with _ended_by_signals(), server:
             _wait(server, console)
             outcome = _ask(server, sample, console)
@@ -124,7 +118,7 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 def _arguments(settings: dict[str, Any]) -> list[str]:
     arguments = {
         "--attention-backend": "SPARSEMM",
-        "--served-model-name": MODEL,
+        "--served-model-name": READER,
         "--dtype": "bfloat16" if has_gpu() else "float32",
         "--max-model-len": "1024",
         "--max-num-seqs": "8",
@@ -204,7 +198,7 @@ def _ask(server: Server, sample: Sample, console: Console) -> Outcome:
     words, times, prompt_tokens, request_id = [], [time.monotonic()], 0, ""
     try:
         for chunk in client.chat.completions.create(
-            model=MODEL,
+            model=READER,
             messages=_messages(sample),
             temperature=0,
             max_tokens=MAX_TOKENS,
@@ -248,7 +242,7 @@ def _messages(sample: Sample) -> Any:
 def _report(
     sample: Sample, outcome: Outcome, settings: dict[str, Any], seed: int
 ) -> dict[str, Any]:
-    profile = load_profile(MODEL)
+    profile = load_profile(READER)
     layout = CacheLayout.from_scores(
         profile.tensor(), profile.num_kv_heads, settings["budget"], settings["window"]
     )
@@ -324,8 +318,8 @@ def _save(report: dict[str, Any], sample: Sample, outcome: Outcome, out: Path) -
     if report["pruned"]:
         kept = load_kept(out / "kept", outcome.request_id)
     else:
-        profile = load_profile(MODEL)
+        profile = load_profile(READER)
         everything = np.arange(outcome.prompt_tokens - WINDOW)
         kept = {h: everything for h in np.ndindex(profile.num_layers, profile.num_kv_heads)}
-    positions = image_token_positions(model_folder(), sample.question, outcome.prompt_tokens)
+    positions = image_token_positions(reader_folder(), sample.question, outcome.prompt_tokens)
     draw_kept_map(sample.image, report, kept, positions, out / "report.png")

@@ -48,6 +48,14 @@ def uses_cpu() -> bool:
     return all(os.environ.get(name) == value for name, value in CPU_VARIABLES.items())
 
 
+def quieten_vllm() -> None:
+    """Let the vLLM of this process only warn, if nothing else was asked for; before it is imported.
+
+    What draws a progress bar calls this.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
 def cache_folder() -> Path:
     """Where profiles that were made are kept: `$SPARSEMM_CACHE`, or the user's cache folder."""
     if folder := os.environ.get("SPARSEMM_CACHE"):

@@ -404,9 +404,9 @@ def test_other_bad_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
-    from sparsemm_vllm.bundled_model import bundled_model
+    from sparsemm_vllm.bundled_model import reader_folder
 
-    for file in Path(str(bundled_model())).iterdir():
+    for file in reader_folder().iterdir():
         if file.name not in ("chat_template.jinja", "model.safetensors"):
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(ProfilerError, match="has no chat template"):

@@ -13,7 +13,7 @@ from tiny import make_llava, make_llava_next, make_qwen2_vl
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from sparsemm_vllm.attention_record import RECORD
-from sparsemm_vllm.bundled_model import bundled_model
+from sparsemm_vllm.bundled_model import reader_folder
 from sparsemm_vllm.config_hash import config_hash
 from sparsemm_vllm.data import SampleSet, load_samples
 from sparsemm_vllm.geometry import image_tokens
@@ -116,7 +116,7 @@ def test_recorded_keys_are_those_of_eager_attention(
         assert tied.float().mean() >= 0.995
 
 
-READER = str(bundled_model())
+READER = str(reader_folder())
 RUN = Run("sparsemm-reader", "", "forced", "ocr", "", samples=0, seed=0)
 
 

@@ -15,6 +15,7 @@ from rich.progress import (
 )
 
 from sparsemm_vllm.data import SampleSet, load_samples
+from sparsemm_vllm.environment import quieten_vllm
 from sparsemm_vllm.profile import HeadProfile, save_profile
 from sparsemm_vllm.profiler.engine import parse_engine_options, prepare_process
 from sparsemm_vllm.profiler.errors import ProfilerError
@@ -55,6 +56,7 @@ def run_profile(
         ProfilerError, DataError, OSError: if there is no profile.
     """
     _check_output(out, force)
+    quieten_vllm()
     prepare_process()
     options = parse_engine_options(engine_arguments)
     chosen = load_samples(data, samples, seed)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sparsemm_vllm import __version__
-from sparsemm_vllm.bundled_model import bundled_model
+from sparsemm_vllm.bundled_model import READER, reader_folder
 from sparsemm_vllm.config_hash import config_hash
 from sparsemm_vllm.data import SampleSet
 from sparsemm_vllm.profile import HeadProfile
@@ -65,7 +65,7 @@ def profile_model(
     if not samples.samples:
         raise ProfilerError("there are no samples to measure with")
     prepare_process()
-    folder = bundled_model(model) or model
+    folder = str(reader_folder()) if model == READER else model
     config = check_model(folder, engine_options)
     run = Run(
         model_id=model_id or (Path(model).resolve().name if Path(model).is_dir() else model),
