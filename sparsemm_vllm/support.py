@@ -52,7 +52,7 @@ def prepare_config(vllm_config: VllmConfig, engine_args: Any) -> None:
         model.model_arch_config.total_num_attention_heads,
     )
     if isinstance(settings.profile, HeadProfile):
-        settings.profile.check_config(config_hash(vllm_config.model_config.hf_config))
+        settings.profile.check_config(config_hash(model.hf_config))
     if settings.record_attention:
         _check_recording(vllm_config, layout)
     _log_memory(vllm_config, settings, layout)
