@@ -131,13 +131,13 @@ def test_a_profile_of_another_configuration(llama: Path) -> None:
         build(llama, {"profile": profile | {"config_hash": "abc"}})
 
 
-WHOLE = {"record_attention": 64, "budget": 2048}
+WHOLE = {"record_attention": 64, "method": "full"}
 
 
 @pytest.mark.parametrize(
     ("settings", "options", "reason"),
     [
-        ({"budget": 1024}, {}, "prompts are pruned"),
+        ({"method": "snapkv"}, {}, "prompts are pruned"),
         ({}, {"enforce_eager": False}, "CUDA graphs replay steps"),
         ({}, {"enable_prefix_caching": True}, "cached queries are not computed"),
         (

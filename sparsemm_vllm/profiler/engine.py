@@ -75,9 +75,8 @@ def open_engine(model: str, config: Any, rows: int, options: dict[str, Any]) -> 
         "enforce_eager": True,
         "enable_prefix_caching": False,
         "worker_extension_cls": "sparsemm_vllm.profiler.worker.AttentionReader",
-        # Larger than any prompt: nothing is pruned.
         "additional_config": {
-            "sparsemm": {"profile": "none", "budget": 2**31 - 1, "record_attention": rows}
+            "sparsemm": {"profile": "none", "method": "full", "record_attention": rows}
         },
     }
     if taken := sorted(own.keys() & options.keys()):
