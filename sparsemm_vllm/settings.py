@@ -43,7 +43,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    profile: str | HeadProfile = NO_PROFILE
+    profile: str | HeadProfile = AUTO
     budget: int = Field(default=256, ge=2, lt=2**31)
     rho: float = Field(default=0.1, ge=0.0, le=1.0)
     window: int = Field(default=32, ge=1, le=64)

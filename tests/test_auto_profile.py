@@ -16,8 +16,10 @@ from transformers import AutoConfig
 
 from sparsemm_vllm import auto_profile, environment, profile_cache
 from sparsemm_vllm.auto_profile import last_lines, profile_command, run_profiler
+from sparsemm_vllm.bundled_model import reader_folder
 from sparsemm_vllm.config_hash import config_hash
 from sparsemm_vllm.profile import HeadProfile, ProfileError, save_profile
+from sparsemm_vllm.profiler.engine import open_engine
 
 # Stands for `sparsemm profile`: writes the profile beside it, and a line for each time it runs.
 STAND_IN = """#!{python}
@@ -264,6 +266,26 @@ def test_bundled_profiles_come_first(
     monkeypatch.setattr(auto_profile, "bundled_profiles", lambda: list(profiles))
     monkeypatch.setattr(auto_profile, "load_bundled_profile", profiles.__getitem__)
     assert build(llava)["provenance"] == {"from": "the package"}
+    assert not program.runs
+
+
+def test_the_bundled_model_has_a_bundled_profile() -> None:
+    folder = str(reader_folder())
+    digest = config_hash(AutoConfig.from_pretrained(folder))
+    assert auto_profile.bundled_profile(folder, digest) == "sparsemm-reader"
+
+
+def test_the_profilers_own_engine_asks_for_no_profile(llava: Path, program: Program) -> None:
+    """Or it would start another profiler, and that another."""
+    options = {"dtype": "float32", "max_model_len": 256, "kv_cache_memory_bytes": 16 << 20}
+    given: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm.LLM", lambda **arguments: given.update(arguments))
+        open_engine(str(llava), AutoConfig.from_pretrained(llava), 64, options)
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = EngineArgs(**given).create_engine_config()
+    assert config.additional_config["sparsemm"]["profile"] == "none"
     assert not program.runs
 
 

@@ -33,7 +33,7 @@ def test_the_defaults_are_the_papers(config):
     assert settings == Settings()
     assert (settings.budget, settings.window, settings.rho) == (256, 32, 0.1)
     assert (settings.pool_kernel, settings.min_prompt_tokens) == (5, 0)
-    assert settings.profile == "none"
+    assert settings.profile == "auto"
     assert (settings.method, settings.redistribute) == ("sparsemm", False)
 
 
