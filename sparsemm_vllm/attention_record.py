@@ -48,18 +48,31 @@ class AttentionRecorder:
         self._first = np.full(max_requests, NEVER)  # recorded position of each request
         self._row = np.zeros(max_requests, dtype=np.int64)
 
-    def add(self, index: int, prompt_tokens: int, extra_args: dict[str, Any] | None) -> None:
+    def add(
+        self, index: int, prompt_tokens: int, extra_args: dict[str, Any] | None, dense: bool = True
+    ) -> None:
         """Enter a request; overwrites what had the index before.
 
         A request that resumes after preemption records the same again.
 
+        Args:
+            index: of the request.
+            prompt_tokens: `n`.
+            extra_args: of its sampling parameters.
+            dense: whether all its queries see all keys where they were computed; those of tokens
+                that are generated from a pruned prompt do not.
+
         Raises:
-            ValueError: for rows or queries that do not exist.
+            ValueError: for rows or queries that do not exist, or cannot be recorded.
         """
         wanted = (extra_args or {}).get(RECORD)
         self._first[index] = NEVER
         if wanted is None:
             return
+        if not dense:
+            raise ValueError(
+                f"{RECORD}: attention to a pruned prompt cannot be recorded; generate one token"
+            )
         row, count = wanted
         if not 1 <= count <= prompt_tokens or not 0 <= row <= self.keys.shape[1] - count:
             raise ValueError(

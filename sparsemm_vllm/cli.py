@@ -57,6 +57,7 @@ def demo(
 def _one_line_errors(command: str) -> Iterator[None]:
     """Errors of the user's making as one line on the standard error, exit status 2."""
     from sparsemm_vllm.data import DataError
+    from sparsemm_vllm.evaluate.errors import EvalError
     from sparsemm_vllm.plan import PlanError
     from sparsemm_vllm.profile import ProfileError
     from sparsemm_vllm.profiler import ProfilerError
@@ -67,6 +68,7 @@ def _one_line_errors(command: str) -> Iterator[None]:
         yield
     except (
         DataError,
+        EvalError,
         PictureError,
         PlanError,
         ProfileError,
@@ -141,8 +143,9 @@ def profile(
     mode: Annotated[
         str,
         typer.Option(
-            metavar="forced|free",
-            help="Score the true answers in one prefill each, or let the model answer.",
+            metavar="forced|free|causal",
+            help="Score the true answers in one prefill each, let the model answer, or measure "
+            "what each KV head is worth, one prefill a head.",
         ),
     ] = "forced",
     seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
@@ -228,6 +231,109 @@ def show(
         show.print_profile(loaded, budget, prompt_tokens, Console(), **allocation)
     if out is not None:
         Console().print(f"\nsaved {out}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def evaluate(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(help="Name or folder; vLLM's options may follow, as `vllm serve` has.")
+    ],
+    methods: Annotated[
+        str, typer.Option(help="Separated by commas; the dense cache is always measured.")
+    ] = "sparsemm,snapkv",
+    budgets: Annotated[
+        str, typer.Option(help="Tokens per KV head on average, separated by commas.")
+    ] = "64,128,256",
+    redistribute: Annotated[
+        bool, typer.Option("--redistribute", help="Measure redistributed budgets too.")
+    ] = False,
+    tasks: Annotated[
+        str, typer.Option(help="ocr (read all the text), qa (about one line), or both.")
+    ] = "ocr,qa",
+    samples: Annotated[int, typer.Option(help="Pictures a task.")] = 300,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="drawn|PATH",
+            help="Held-out pictures that are drawn, or a file of questions: see the README.",
+        ),
+    ] = "drawn",
+    seed: Annotated[
+        int, typer.Option(help="Of the choice of samples; the first of the drawn ones.")
+    ] = 1000,
+    profile: Annotated[
+        str | None, typer.Option(help="A head profile: a file, or a bundled name.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Last prompt tokens that every head keeps.")] = 32,
+    rho: Annotated[float, typer.Option(help="Share of the budget that is spread evenly.")] = 0.1,
+    max_tokens: Annotated[int, typer.Option(help="Of an answer.", min=1)] = 128,
+    mask_heads: Annotated[
+        str | None,
+        typer.Option(metavar="SHARE", help="Silence this share of the query heads, such as 5%."),
+    ] = None,
+    mask: Annotated[
+        str, typer.Option(help="Which ones: visual, random, or both.")
+    ] = "visual,random",
+    draws: Annotated[int, typer.Option(help="Of random heads.")] = 3,
+    out: Annotated[
+        Path, typer.Option(help="Folder for results; a second call goes on from there.")
+    ] = Path("sparsemm-eval"),
+) -> None:
+    """Measure what a model still reads under each method and budget, in the real engine."""
+    with _one_line_errors("eval"):
+        from sparsemm_vllm.evaluate.command import (
+            Evaluation,
+            run_eval,
+            split_numbers,
+            split_words,
+        )
+
+        asked = Evaluation(
+            model,
+            split_words(methods),
+            split_numbers(budgets, "--budgets"),
+            redistribute,
+            split_words(tasks),
+            samples,
+            data,
+            seed,
+            profile,
+            window,
+            rho,
+            max_tokens,
+            mask_heads,
+            split_words(mask),
+            draws,
+            out,
+            context.args,
+        )
+        code = run_eval(asked, Console())
+    raise typer.Exit(code)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def look(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(help="Name or folder; vLLM's options may follow, as `vllm serve` has.")
+    ],
+    image: Annotated[Path, typer.Argument(help="The picture.")],
+    question: Annotated[str, typer.Option(help="Asked about it.")] = "Read the text.",
+    out: Annotated[Path, typer.Option(help="The picture to save: FILE.png.")] = Path("look.png"),
+    profile: Annotated[
+        str, typer.Option(help="A head profile: a file, a bundled name, or auto.")
+    ] = "auto",
+    budget: Budget = 256,
+    window: Annotated[int, typer.Option(help="Last prompt tokens that every head keeps.")] = 32,
+    max_tokens: Annotated[int, typer.Option(help="Of the answer.", min=1)] = 128,
+) -> None:
+    """Ask about a picture, and show where visual heads looked and what the pruned cache kept."""
+    with _one_line_errors("look"):
+        from sparsemm_vllm.look.command import run_look
+
+        settings = {"profile": profile, "budget": budget, "window": window}
+        run_look(model, image, question, out, settings, max_tokens, context.args, Console())
 
 
 def main() -> None:

@@ -85,8 +85,16 @@ class SparseMMModelState(DefaultModelState):
         seed = request_seed(new_req_data) if self._state.layout.rules.token_scores else 0
         self._state.add(req_index, new_req_data.prompt_len, new_req_data.req_id, seed)
         if self._state.attention is not None:
-            extra_args = new_req_data.sampling_params.extra_args
-            self._state.attention.add(req_index, new_req_data.prompt_len, extra_args)
+            params = new_req_data.sampling_params
+            generates = params.max_tokens != 1
+            pruned = self._state.layout.is_pruned(new_req_data.prompt_len)
+            self._state.attention.add(
+                req_index,
+                new_req_data.prompt_len,
+                params.extra_args,
+                dense=not (generates and pruned),
+            )
+            self._state.knockouts.add(req_index, new_req_data.prompt_len, params.extra_args)
 
     def read_attention(self, rows: int) -> tuple[list[int], int, int, bytes]:
         """What was recorded of this rank's heads, for `read_attention` of the profiler.

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import AttentionType
 
+from sparsemm_vllm.knockout import attend_without
 from sparsemm_vllm.plugin import NAME
 from sparsemm_vllm.step import Step
 from sparsemm_vllm.support import UnsupportedError
@@ -107,6 +108,9 @@ def forward_sparse(
         state.ops.sparse_decode(
             query, cache, index, block_table, batch, output, scale, k_scale, v_scale
         )
+    for knockout in step.knockouts:
+        if knockout.layer == index:
+            attend_without(query, cache[index], block_table, knockout, output, scale)
     for prompts in step.prunes:
         state.prune(index, query, block_table, prompts, scale, k_scale)
     if step.recorded is not None and state.attention is not None:

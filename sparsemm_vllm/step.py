@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from sparsemm_vllm.attention_record import AttentionRecorder
+from sparsemm_vllm.knockout import Knockout, Knockouts
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.prompt_scores import score_at_random, split_layer
 from sparsemm_vllm.recording import KeptRecorder
@@ -120,6 +121,7 @@ class SparseState:
             max_tokens, heads.Hq, heads.Hkv, layout.window, device
         )
         max_rows = decode_rows(heads.D, cache_dtype)
+        self.knockouts = Knockouts(own, layout.window)
         self.attention: AttentionRecorder | None = None
         if recorded_queries:
             self.attention = AttentionRecorder(
@@ -240,6 +242,7 @@ class Step:
         decodes: rows for the decode kernel: the short ones, then each of the pruned ones.
         prunes: prompts that this step completes, as many at a time as the workspace holds.
         recorded: queries whose attention is recorded; none if there are none.
+        knockouts: queries that one head keeps only the window for.
     """
 
     state: SparseState
@@ -250,6 +253,7 @@ class Step:
     decodes: list[DecodeBatch] = field(default_factory=list)
     prunes: list[Prompts] = field(default_factory=list)
     recorded: QueryTiles | None = None
+    knockouts: list[Knockout] = field(default_factory=list)
 
     def prepare(
         self,
@@ -339,6 +343,7 @@ def plan_step(
         decodes=batches,
         prunes=_pack_prompts(state, ends.nonzero()[0], requests, query_start, query_lens),
         recorded=state.attention and state.attention.tiles(requests, query_start, max_seq_lens),
+        knockouts=state.knockouts.of_step(requests, query_start, max_seq_lens),
     )
 
 

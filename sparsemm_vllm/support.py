@@ -54,7 +54,7 @@ def prepare_config(vllm_config: VllmConfig, engine_args: Any) -> None:
     if isinstance(settings.profile, HeadProfile):
         settings.profile.check_config(config_hash(model.hf_config))
     if settings.record_attention:
-        _check_recording(vllm_config, layout)
+        _check_recording(vllm_config)
     _log_memory(vllm_config, settings, layout)
     vllm_config.additional_config = {
         **vllm_config.additional_config,
@@ -62,10 +62,9 @@ def prepare_config(vllm_config: VllmConfig, engine_args: Any) -> None:
     }
 
 
-def _check_recording(vllm_config: VllmConfig, layout: CacheLayout) -> None:
-    """Attention is recorded of whole prompts, in steps that are planned one by one."""
+def _check_recording(vllm_config: VllmConfig) -> None:
+    """Attention is recorded in steps that are planned one by one."""
     checks = [
-        (layout.is_pruned(vllm_config.model_config.max_model_len), "prompts are pruned"),
         (not vllm_config.model_config.enforce_eager, "CUDA graphs replay steps; --enforce-eager"),
         (vllm_config.cache_config.enable_prefix_caching, "cached queries are not computed"),
         (vllm_config.speculative_config is not None, "drafts are no tokens of the answer"),

@@ -135,25 +135,21 @@ WHOLE = {"record_attention": 64, "method": "full"}
 
 
 @pytest.mark.parametrize(
-    ("settings", "options", "reason"),
+    ("options", "reason"),
     [
-        ({"method": "snapkv"}, {}, "prompts are pruned"),
-        ({}, {"enforce_eager": False}, "CUDA graphs replay steps"),
-        ({}, {"enable_prefix_caching": True}, "cached queries are not computed"),
+        ({"enforce_eager": False}, "CUDA graphs replay steps"),
+        ({"enable_prefix_caching": True}, "cached queries are not computed"),
         (
-            {},
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
             "drafts are no tokens of the answer",
         ),
     ],
 )
-def test_recording_attention(
-    llama: Path, settings: dict[str, Any], options: dict[str, Any], reason: str
-) -> None:
+def test_recording_attention(llama: Path, options: dict[str, Any], reason: str) -> None:
     plain = {"enforce_eager": True, "enable_prefix_caching": False}
     build(llama, WHOLE, **plain)
     with pytest.raises(ValueError, match=f"cannot record attention: {reason}"):
-        build(llama, WHOLE | settings, **plain | options)
+        build(llama, WHOLE, **plain | options)
 
 
 MODELS = {

@@ -55,6 +55,13 @@ class AttentionScorer:
         mode: what the model is made to say.
     """
 
+    method = (
+        "For every token of an answer that belongs to a word of the picture, a query head whose "
+        "largest attention weight, in the row that predicts the token, falls on an image token "
+        "inside the word's box scores 1 / (image tokens in the box); the score is the mean over "
+        "samples of the sum of hits."
+    )
+
     def __init__(self, llm: Any, mode: Mode) -> None:
         from vllm.transformers_utils.processor import cached_processor_from_config
 
@@ -67,9 +74,7 @@ class AttentionScorer:
     @property
     def shape(self) -> tuple[int, int, int]:
         """`L`, `Hq` and `Hkv` of the model."""
-        model = self._model
-        heads = model.hf_text_config.num_attention_heads
-        return model.get_total_num_hidden_layers(), heads, model.get_total_num_kv_heads()
+        return model_shape(self._llm)
 
     def request(self, sample: Sample) -> Request:
         """What the engine will be asked."""
@@ -124,23 +129,50 @@ class AttentionScorer:
         self, sample: Sample, prompt: Sequence[int]
     ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         """Index of the image token at each position, and what part of them shows each word."""
-        from sparsemm_vllm.geometry import image_tokens  # imports triton: see `prepare_process`
-
-        config = self._model.hf_config
-        geometry = image_tokens(config, self._processor, sample.image.size)
-        is_image = np.array(prompt) == config.image_token_id
-        if is_image.sum() != geometry.num_tokens:
-            raise ProfilerError(
-                f"a picture of {sample.image.size} pixels has {geometry.num_tokens} image tokens "
-                f"by its processor's settings, and {is_image.sum()} in vLLM's prompt; use another "
-                "version of transformers, or other --mm-processor-kwargs"
-            )
-        patches = np.where(is_image, np.cumsum(is_image) - 1, -1)
+        geometry, patches = picture_tokens(self._model, self._processor, sample.image.size, prompt)
         inside = {}
         for word in range(len(sample.words)):
             inside[word] = np.zeros(geometry.num_tokens, dtype=bool)
             inside[word][geometry.covered(sample.words[word].box)] = True
         return patches, inside
+
+
+def picture_tokens(
+    model_config: Any, processor: Any, size: tuple[int, int], prompt: Sequence[int]
+) -> tuple[Any, np.ndarray]:
+    """Where the tokens of a prompt's picture are, and what they show.
+
+    Args:
+        model_config: vLLM's.
+        processor: the model's.
+        size: width and height of the picture in pixels.
+        prompt: its tokens, those of the picture included.
+
+    Returns:
+        The `Geometry`, and the index of the image token at each position or -1, int ``[n]``.
+
+    Raises:
+        ProfilerError: if the prompt has another number of image tokens than the geometry.
+    """
+    from sparsemm_vllm.geometry import image_tokens  # imports triton: see `prepare_process`
+
+    config = model_config.hf_config
+    geometry = image_tokens(config, processor, size)
+    is_image = np.array(prompt) == config.image_token_id
+    if is_image.sum() != geometry.num_tokens:
+        raise ProfilerError(
+            f"a picture of {size} pixels has {geometry.num_tokens} image tokens by its processor's "
+            f"settings, and {is_image.sum()} in vLLM's prompt; use another version of "
+            "transformers, or other --mm-processor-kwargs"
+        )
+    return geometry, np.where(is_image, np.cumsum(is_image) - 1, -1)
+
+
+def model_shape(llm: Any) -> tuple[int, int, int]:
+    """`L`, `Hq` and `Hkv` of an engine's model."""
+    model = llm.llm_engine.model_config
+    heads = model.hf_text_config.num_attention_heads
+    return model.get_total_num_hidden_layers(), heads, model.get_total_num_kv_heads()
 
 
 def word_hits(

@@ -55,7 +55,13 @@ def check_model(model: str, options: dict[str, Any]) -> Any:
     return config
 
 
-def open_engine(model: str, config: Any, rows: int, options: dict[str, Any]) -> Any:
+# Nothing is pruned: generated tokens can be recorded too.
+DENSE = {"profile": "none", "method": "full"}
+
+
+def open_engine(
+    model: str, config: Any, rows: int, options: dict[str, Any], settings: dict[str, Any] = DENSE
+) -> Any:
     """A `vllm.LLM` that records attention.
 
     CUDA graphs are off: they would replay decode steps without recording. Most of the time goes
@@ -66,6 +72,7 @@ def open_engine(model: str, config: Any, rows: int, options: dict[str, Any]) -> 
         config: its transformers config.
         rows: queries that are recorded between two readings.
         options: of `vllm.LLM`, which win over the defaults here.
+        settings: of SPARSEMM, beside the recording.
 
     Raises:
         ProfilerError: for options that the profiler sets itself, or if vLLM cannot start.
@@ -75,9 +82,7 @@ def open_engine(model: str, config: Any, rows: int, options: dict[str, Any]) -> 
         "enforce_eager": True,
         "enable_prefix_caching": False,
         "worker_extension_cls": "sparsemm_vllm.profiler.worker.AttentionReader",
-        "additional_config": {
-            "sparsemm": {"profile": "none", "method": "full", "record_attention": rows}
-        },
+        "additional_config": {"sparsemm": settings | {"record_attention": rows}},
     }
     if taken := sorted(own.keys() & options.keys()):
         raise ProfilerError(f"--{taken[0].replace('_', '-')} is set by the profiler itself")

@@ -17,7 +17,7 @@ class Mode(Protocol):
     """
 
     @property
-    def name(self) -> Literal["forced", "free"]:
+    def name(self) -> Literal["forced", "free", "causal"]:
         """Of the mode."""
 
     @property
@@ -44,7 +44,7 @@ class Mode(Protocol):
 class Forced:
     """The true answer stands in the prompt: one prefill scores all of it, nothing is decoded."""
 
-    name: Literal["forced"] = "forced"
+    name: Literal["forced", "causal"] = "forced"
     answers = "the true ones, as parts of the prompts"
     continues_answer = True
 
@@ -63,6 +63,12 @@ class Forced:
     def places(self, text: str, sample: Sample) -> list[Place]:
         """See `Mode`."""
         return places_in_answer(text, sample)
+
+
+class Causal(Forced):
+    """The true answer stands in the prompt, and heads are knocked out one by one."""
+
+    name: Literal["forced", "causal"] = "causal"
 
 
 class Free:
@@ -93,7 +99,7 @@ class Free:
         return places_anywhere(text, sample)
 
 
-MODES: dict[str, Mode] = {"forced": Forced(), "free": Free()}
+MODES: dict[str, Mode] = {mode.name: mode for mode in (Forced(), Free(), Causal())}
 
 
 def messages(sample: Sample, mode: Mode) -> list[Any]:

@@ -14,18 +14,13 @@ from sparsemm_vllm.config_hash import config_hash
 from sparsemm_vllm.data import SampleSet
 from sparsemm_vllm.profile import HeadProfile
 from sparsemm_vllm.profiler.attention import AttentionScorer, Request, Scores
+from sparsemm_vllm.profiler.causal import CausalScorer
 from sparsemm_vllm.profiler.engine import check_model, open_engine, prepare_process
 from sparsemm_vllm.profiler.errors import ProfilerError
 from sparsemm_vllm.profiler.modes import MODES
 from sparsemm_vllm.profiler.partial import Partial, Run
 from sparsemm_vllm.profiler.reliability import split_half
 
-METHOD = (
-    "For every token of an answer that belongs to a word of the picture, a query head whose "
-    "largest attention weight, in the row that predicts the token, falls on an image token inside "
-    "the word's box scores 1 / (image tokens in the box); the score is the mean over samples of "
-    "the sum of hits."
-)
 BATCH = 16  # samples between two readings
 ROWS = 8192  # queries of theirs that are recorded
 
@@ -103,7 +98,8 @@ def profile_engine(
     Raises:
         ProfilerError: if no head ever looked at a word, or a sample cannot be asked.
     """
-    scorer = AttentionScorer(llm, MODES[run.mode])
+    choose = CausalScorer if run.mode == "causal" else AttentionScorer
+    scorer = choose(llm, MODES[run.mode])
     requests = [scorer.request(sample) for sample in samples.samples]
     parts = [] if done is None else [done]
     count = sum(len(part.tokens) for part in parts)
@@ -146,7 +142,7 @@ def _joined(parts: Sequence[Scores]) -> Scores:
 
 
 def _profile(
-    llm: Any, scorer: AttentionScorer, samples: SampleSet, run: Run, scores: Scores
+    llm: Any, scorer: AttentionScorer | CausalScorer, samples: SampleSet, run: Run, scores: Scores
 ) -> HeadProfile:
     tokens = int(scores.tokens.sum())
     if not tokens:
@@ -161,7 +157,7 @@ def _profile(
             "are zero, nothing is written; can this model read?"
         )
     L, Hq, Hkv = scorer.shape
-    means = scores.hits.mean(0, dtype=np.float64).round(6)
+    means = scores.hits.mean(0, dtype=np.float64).round(6).clip(min=0)
     return HeadProfile(
         model_id=run.model_id,
         num_layers=L,
@@ -178,7 +174,7 @@ def _profile(
         vllm_version=version("vllm"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         provenance={
-            "method": METHOD,
+            "method": scorer.method,
             "answers": MODES[run.mode].answers,
             "tokens": tokens,
             "samples_without_tokens": int((scores.tokens == 0).sum()),

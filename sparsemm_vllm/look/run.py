@@ -1,0 +1,166 @@
+"""Answers one question from a pruned cache and records where visual heads looked."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sparsemm_vllm.bundled_model import READER, reader_folder
+from sparsemm_vllm.look.sight import SaidWord, Sight
+from sparsemm_vllm.pictures import Sample
+from sparsemm_vllm.profile import HeadProfile
+from sparsemm_vllm.profiler.attention import picture_tokens
+from sparsemm_vllm.profiler.engine import check_model, open_engine, prepare_process
+from sparsemm_vllm.profiler.errors import ProfilerError
+from sparsemm_vllm.profiler.modes import MODES, messages
+from sparsemm_vllm.profiler.words import token_spans
+from sparsemm_vllm.profiler.worker import gather_attention
+from sparsemm_vllm.show import heads_in
+
+VISUAL = 0.05  # share of the query heads that are called visual
+
+
+def look(
+    model: str,
+    image: Image.Image,
+    question: str,
+    settings: dict[str, Any],
+    max_tokens: int = 128,
+    **engine_options: Any,
+) -> Sight:
+    """Let a model answer from a pruned cache, then see where it looked.
+
+    The answer is the pruned cache's. Where the heads looked is recorded in a second request, whose
+    prompt ends with that answer: attention to the whole prompt, as heads are profiled.
+
+    Args:
+        model: name, also that of the bundled one, or folder.
+        image: the picture.
+        question: about it.
+        settings: of SPARSEMM: its profile, budget and so on.
+        max_tokens: of the answer.
+        engine_options: of `vllm.LLM`.
+
+    Raises:
+        ProfilerError: if the model cannot be asked, has no head profile, or says nothing.
+        RuntimeError: without a GPU, if vllm was imported before `sparsemm_vllm.use_cpu()`.
+    """
+    prepare_process()
+    folder = str(reader_folder()) if model == READER else model
+    config = check_model(folder, engine_options)
+    sample = Sample(image, (), question, "", ())
+    with tempfile.TemporaryDirectory(prefix="sparsemm-look-") as kept_folder:
+        recording = {"record_kept": kept_folder}
+        rows = 2 * max_tokens + 64  # an answer may be cut into other tokens when it is read again
+        llm = open_engine(folder, config, rows, engine_options, settings | recording)
+        return _see(llm, sample, max_tokens, rows, Path(kept_folder))
+
+
+def _see(llm: Any, sample: Sample, max_tokens: int, rows: int, kept_folder: Path) -> Sight:
+    from vllm import SamplingParams
+    from vllm.transformers_utils.processor import cached_processor_from_config
+
+    from sparsemm_vllm.attention_record import RECORD
+    from sparsemm_vllm.recording import load_kept
+    from sparsemm_vllm.settings import Settings
+    from sparsemm_vllm.support import build_layout
+
+    vllm_config = llm.llm_engine.vllm_config
+    settings = Settings.from_additional_config(vllm_config.additional_config)
+    profile = settings.profile
+    if not isinstance(profile, HeadProfile):
+        raise ProfilerError("there is no head profile for this model: no visual heads are known")
+
+    params = SamplingParams(temperature=0, max_tokens=max_tokens)
+    said = llm.chat(messages(sample, MODES["free"]), params, use_tqdm=False)[0]
+    answer = said.outputs[0].text.strip()
+    if not answer:
+        raise ProfilerError("the model answers nothing: ask another question")
+
+    answered = Sample(sample.image, (), sample.question, answer, ())
+    queries = min(len(said.outputs[0].token_ids) + max_tokens // 2, rows)
+    params = SamplingParams(temperature=0, max_tokens=1, extra_args={RECORD: [0, queries]})
+    again = llm.chat(
+        messages(answered, MODES["forced"]),
+        params,
+        use_tqdm=False,
+        add_generation_prompt=False,
+        continue_final_message=True,
+    )[0]
+    keys = gather_attention(llm, queries, profile.num_layers, profile.num_query_heads)
+
+    model_config = llm.llm_engine.model_config
+    processor = cached_processor_from_config(model_config)
+    geometry, tokens = picture_tokens(
+        model_config, processor, sample.image.size, again.prompt_token_ids
+    )
+    heads = visual_heads(profile)
+    text, spans = token_spans(llm.get_tokenizer(), again.prompt_token_ids[1 - queries :])
+    words = said_words(text, spans, answer, keys, heads, tokens)
+
+    n = len(said.prompt_token_ids)
+    layout = build_layout(vllm_config, settings)
+    block_size = vllm_config.cache_config.block_size
+    return Sight(
+        image=sample.image,
+        question=sample.question,
+        answer=answer,
+        words=words,
+        heads=heads,
+        kept=load_kept(kept_folder, said.request_id) if layout.is_pruned(n) else {},
+        geometry=geometry,
+        positions=np.flatnonzero(tokens >= 0),
+        prompt_tokens=n,
+        window=layout.window,
+        group=profile.num_query_heads // profile.num_kv_heads,
+        blocks=(layout.held_blocks(n, n, block_size), -(-n // block_size)),
+    )
+
+
+def visual_heads(profile: HeadProfile) -> list[tuple[int, int]]:
+    """The 5 % of query heads with the highest scores, (layer, head), best first."""
+    scores = np.array(profile.scores)
+    best = np.argsort(-scores, axis=None, kind="stable")[: heads_in(VISUAL, scores.size)]
+    return [(int(head) // scores.shape[1], int(head) % scores.shape[1]) for head in best]
+
+
+def said_words(
+    text: str,
+    spans: Sequence[tuple[int, int]],
+    answer: str,
+    keys: np.ndarray,
+    heads: Sequence[tuple[int, int]],
+    tokens: np.ndarray,
+) -> list[SaidWord]:
+    """The answer's words, and where heads looked while their tokens were predicted.
+
+    Args:
+        text: the end of a prompt, of which `answer` is the end.
+        spans: characters of each token of the text.
+        answer: of the model.
+        keys: top-1 position of the query that predicts each token, int ``[L, >= tokens, Hq]``.
+        heads: (layer, query head) to watch.
+        tokens: index of the image token at each position of the prompt, or -1; int ``[n]``.
+
+    Raises:
+        ProfilerError: if the chat template changed the answer.
+    """
+    start = text.rstrip().rfind(answer)
+    if start < 0:
+        raise ProfilerError(
+            "the model's chat template changes answers: where the heads looked cannot be told"
+        )
+    words = []
+    for word in answer.split():
+        start = text.index(word, start)
+        end = start + len(word)
+        own = [i for i, (first, last) in enumerate(spans) if first < end and start < last]
+        seen = np.concatenate([keys[layer, own, head] for layer, head in heads])
+        image = tokens[seen[seen >= 0]]
+        looks = np.bincount(image[image >= 0], minlength=int(tokens.max()) + 1)
+        words.append(SaidWord(word, looks, elsewhere=int((image < 0).sum())))
+        start = end
+    return words
