@@ -17,8 +17,10 @@ from sparsemm_vllm.profile import load_profile
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from offline.curves import crossing, needed
+from offline.heads import silenced
 from offline.model import OfflineModel
 from offline.pruning import REDISTRIBUTED, held_tokens, shown_tokens, without_head
+from offline.subjects import Questions
 from tiny_vlm.answers import Reader
 from tiny_vlm.visual_scores import concentration, rank_correlation
 
@@ -138,6 +140,16 @@ def test_what_a_method_needs_uses_its_held_size_not_its_budget():
     assert need.shape == (DRAWS + 1,)
     assert (need > 40).all()
     assert (need <= 90).all()
+
+
+def test_silencing_the_best_heads_stops_the_reading(model, scores):
+    found = silenced(model, Questions(SAMPLES, None), scores, draws=1)
+    assert found["heads"] == 2
+    assert found["dense"] == 1.0
+    assert found["visual"] < 0.5
+    assert found["visual_95"][0] <= found["visual"] <= found["visual_95"][1]
+    assert found["each_random"] == [found["random"]]
+    assert not model.silenced.any()
 
 
 def test_rank_correlation_and_concentration():

@@ -64,9 +64,8 @@ def silenced(
         model.silenced[heads] = True
         model.silenced = model.silenced.view(model.L, model.Hq)
         prompts = model.prompts(questions.samples, questions.contexts)
-        marks = Marks.of(
-            questions.samples, model.answer(prompts, prompts.everything(), questions.answers)
-        )
+        answers = model.answer(prompts, prompts.everything(), questions.answers)
+        marks = Marks.of(questions.answers, answers)
         return float(_exact(marks)), _exact(marks, pictures)
 
     generator = torch.Generator().manual_seed(0)
@@ -79,7 +78,8 @@ def silenced(
     exact(order[:0])  # no head stays silenced
     random = float(np.mean([one for one, _ in others]))
     random_draws = np.mean([many for _, many in others], 0)
-    ratio = (dense_draws - visual_draws) / np.maximum(dense_draws - random_draws, 1e-9)
+    lost, lost_random = dense_draws - visual_draws, dense_draws - random_draws
+    low, high = interval(lost / np.where(lost_random > 0, lost_random, np.nan))
     return {
         "heads": count,
         "dense": round(dense, 4),
@@ -88,9 +88,14 @@ def silenced(
         "random": round(random, 4),
         "random_95": [round(x, 4) for x in interval(random_draws)],
         "each_random": [round(one, 4) for one, _ in others],
-        "drop_ratio": round((dense - visual) / max(dense - random, 1e-9), 2),
-        "drop_ratio_95": [round(x, 2) for x in interval(ratio)],
+        "drop_ratio": _rounded((dense - visual) / (dense - random)) if dense > random else None,
+        "drop_ratio_95": [_rounded(low), _rounded(high)],
     }
+
+
+def _rounded(ratio: float) -> float | None:
+    """None where random heads cost nothing in some draw: there is no ratio then."""
+    return None if np.isnan(ratio) else round(ratio, 2)
 
 
 def _exact(marks: Marks, pictures: np.ndarray | None = None) -> np.ndarray:

@@ -24,7 +24,7 @@ STYLES = {
     "random_heads": ("random head scores", "#34495e", ":", ">"),
 }
 TITLES = {"read": "Read the text", "query": "What follows KEY?"}
-DPI = 150
+DPI = 110
 
 
 def plot_curves(document: dict[str, Any], path: Path) -> None:
