@@ -97,10 +97,10 @@ def test_drawn_questions_are_held_out() -> None:
 def test_questions_of_a_file(tmp_path: Path) -> None:
     picture(1).save(tmp_path / "a.png")
     rows = [
-        {"image": "a.png", "question": "first?", "answer": " 1 "},
-        {"image": "a.png", "question": "all?", "answer": "1 2", "task": "ocr"},
-        {"image": "a.png", "question": "second?", "answer": 2, "context": "Be brief."},
-        {"image": "a.png", "question": "third?", "answer": "3"},
+        {"file_name": "a.png", "question": "first?", "answer": " 1 "},
+        {"file_name": "a.png", "question": "all?", "answer": "1 2", "task": "ocr"},
+        {"file_name": "a.png", "question": "second?", "answer": 2, "context": "Be brief."},
+        {"file_name": "a.png", "question": "third?", "answer": "3"},
     ]
     file = tmp_path / "some.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -117,10 +117,10 @@ def test_questions_of_a_file(tmp_path: Path) -> None:
     [
         ("{", "line 1: JSONDecodeError"),
         ("[]", "line 1: AttributeError"),
-        ('{"question": "?", "answer": "x"}', "line 1: KeyError: 'image'"),
-        ('{"image": "gone.png", "question": "?", "answer": "x"}', "line 1: FileNotFoundError"),
-        ('{"image": "a.png", "question": "?", "answer": " "}', "line 1: the answer is empty"),
-        ('{"image": "a.png", "question": "?", "answer": "x", "task": "ocr"}', "no question of"),
+        ('{"question": "?", "answer": "x"}', "line 1: KeyError: 'file_name'"),
+        ('{"file_name": "gone.png", "question": "?", "answer": "x"}', "line 1: FileNotFoundError"),
+        ('{"file_name": "a.png", "question": "?", "answer": " "}', "line 1: the answer is empty"),
+        ('{"file_name": "a.png", "question": "?", "answer": "x", "task": "ocr"}', "no question of"),
     ],
 )
 def test_bad_files(tmp_path: Path, row: str, message: str) -> None:

@@ -145,11 +145,10 @@ def _masks_panel(axes: Any, records: Sequence[Record], task: str, first: bool) -
             f"{accuracy.value:.1%}", (accuracy.high, place), (5, 0), va="center", fontsize=9,
             textcoords="offset points", color=INK,
         )  # fmt: skip
-    labels = ["dense"]
-    for record in shown[1:]:
-        labels.append(
-            f"{record.mask}, {record.engines} draws" if record.engines > 1 else record.mask
-        )
+    labels = [
+        (record.mask or "dense") + (f", {record.engines} draws" if record.engines > 1 else "")
+        for record in shown
+    ]
     axes.set_yticks(range(len(shown)), labels)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12)

@@ -42,10 +42,11 @@ def load_questions(source: str, tasks: list[str], count: int, seed: int) -> Ques
     """Choose questions: the same arguments and files give the same ones.
 
     Args:
-        source: ``drawn``: held-out pictures of the bundled generator. Or a JSON Lines file, with
-            `image` (a path, from the file's folder), `question`, `answer`, and if there are any
-            `task` (of `TASKS`; ``qa`` if not given) and `context`, a system message. Or anything
-            else that `load_samples` reads, which asks for all words: ``ocr``.
+        source: ``drawn``: held-out pictures of the bundled generator. Or a JSON Lines file like the
+            ``metadata.jsonl`` of `datasets`' imagefolder: `file_name` of a picture beside it,
+            `question`, `answer`, and if there are any `task` (of `TASKS`; ``qa`` if not given) and
+            `context`, a system message. Or anything else that `load_samples` reads, which asks for
+            all words: ``ocr``.
         tasks: of `TASKS`.
         count: of questions of each task; fewer if a file has no more.
         seed: of drawn pictures the first one's number; of others the choice.
@@ -84,7 +85,7 @@ def _from_file(path: Path, task: str, count: int) -> list[Question]:
             row = json.loads(line)
             if row.get("task", "qa") != task:
                 continue
-            with Image.open(path.parent / row["image"]) as picture:
+            with Image.open(path.parent / row["file_name"]) as picture:
                 image = picture.convert("RGB")
             question, answer = str(row["question"]), str(row["answer"]).strip()
         except (AttributeError, KeyError, ValueError, OSError) as error:
