@@ -3,6 +3,7 @@
     python benchmarks/offline_eval.py curves reader      # accuracy against held KV bytes
     python benchmarks/offline_eval.py heads reader       # knock-outs, masked heads, concentration
     python benchmarks/offline_eval.py causal reader      # head profile from what pruning costs
+    python benchmarks/offline_eval.py spare reader --head 1-0   # SparseMM but for some heads
     python benchmarks/offline_eval.py plot reader        # PNG from the JSON files
 
 The prompt is computed densely; then a mask per KV head stands for what a pruned cache holds.
@@ -15,6 +16,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import transformers
 import typer
@@ -22,18 +24,21 @@ from offline.curves import entries, task_curves
 from offline.heads import knocked_out, loss_rises, silenced
 from offline.model import OfflineModel
 from offline.plots import plot_curves, plot_heads
+from offline.pruning import REDISTRIBUTED, held_tokens, shown_tokens
 from offline.subjects import ROOT, SUBJECTS, TASKS, Subject
 from rich.console import Console
 from tiny_vlm.memory import keep_freed_memory
 from tiny_vlm.visual_scores import concentration, rank_correlation
 
 from sparsemm_vllm.config_hash import config_hash
+from sparsemm_vllm.evaluate.metrics import Marks
 from sparsemm_vllm.profile import HeadProfile, load_profile, save_profile
 
 RESULTS = ROOT / "benchmarks" / "results"
 WINDOW = 16
 BUDGETS = (32, 48, 64, 96, 128, 192, 256)
 FIRST = 1000  # of the held-out seeds: fewer were looked at while the reader was developed
+SPARED = 5000  # first of the profile seeds for `spare`: not those of the scores
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = Console()
@@ -149,13 +154,48 @@ def heads(
 
 
 @app.command()
+def spare(
+    name: Name,
+    head: Annotated[list[str], typer.Option(help="LAYER-HEAD of a KV head; repeatable.")],
+    budget: Annotated[int, typer.Option(help="Tokens per KV head.")] = 128,
+    pictures: Annotated[int, typer.Option(help="Pictures a task.")] = 100,
+    threads: Threads = 1,
+) -> None:
+    """Accuracy of SparseMM when it leaves some heads whole, on pictures of ``PROFILE_SEEDS``."""
+    subject, model = prepare(name, threads)
+    scores = load_profile(str(subject.profile)).tensor()
+    for task in TASKS:
+        asked = subject.for_scores(SPARED, pictures, task)
+        prompts = model.prompts(asked.samples, asked.contexts)
+        everything = prompts.everything()
+        pruned = shown_tokens(prompts, f"sparsemm{REDISTRIBUTED}", scores, budget)
+        spared = pruned.clone()
+        for layer, place in (map(int, one.split("-")) for one in head):
+            spared[layer, :, place] = everything[layer, :, place]
+        for kind, shown in {"dense": everything, "pruned": pruned, "spared": spared}.items():
+            marks = Marks.of(asked.answers, model.answer(prompts, shown, asked.answers))
+            record = {
+                "task": task,
+                "cache": kind,
+                "held_tokens": round(float(held_tokens(shown).mean()), 2),
+                "exact_words": round(float(marks.statistics()["exact_words"]), 4),
+            }
+            console.print(json.dumps(record), soft_wrap=True)
+
+
+@app.command()
 def plot(name: Name) -> None:
-    """Draw the JSON files that the other commands wrote."""
-    plot_curves(read(name, "curves"), RESULTS / f"offline-{name}-curves.png")
-    profile = load_profile(str(SUBJECTS[name].profile))
-    scores = [profile, load_profile(str(RESULTS / f"offline-{name}-causal.json"))]
-    by_kv_head = [p.tensor().unflatten(1, (p.num_kv_heads, -1)).sum(-1).numpy() for p in scores]
-    plot_heads(read(name, "heads"), *by_kv_head, RESULTS / f"offline-{name}-heads.png")
+    """Draw the JSON files of `curves` and `heads`, as far as they are there."""
+    if found := read(name, "curves"):
+        plot_curves(found, RESULTS / f"offline-{name}-curves.png")
+    if found := read(name, "heads"):
+        profiles = [SUBJECTS[name].profile, RESULTS / f"offline-{name}-causal.json"]
+        visual, causal = (by_kv_head(load_profile(str(path))) for path in profiles)
+        plot_heads(found, visual, causal, RESULTS / f"offline-{name}-heads.png")
+
+
+def by_kv_head(profile: HeadProfile) -> np.ndarray:
+    return profile.tensor().unflatten(1, (profile.num_kv_heads, -1)).sum(-1).numpy()
 
 
 def prepare(name: str, threads: int) -> tuple[Subject, OfflineModel]:
@@ -177,8 +217,9 @@ def about(subject: Subject, pictures: int) -> dict[str, Any]:
     }
 
 
-def read(name: str, what: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"offline-{name}-{what}.json").read_text())
+def read(name: str, what: str) -> dict[str, Any] | None:
+    path = RESULTS / f"offline-{name}-{what}.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def write(name: str, what: str, document: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import Oracle
+from PIL import Image
 
 from sparsemm_vllm.evaluate.metrics import DRAWS, Marks, draw_pictures
 from sparsemm_vllm.layout import CacheLayout
@@ -19,6 +20,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from offline.curves import crossing, needed
 from offline.heads import silenced
 from offline.model import OfflineModel
+from offline.plots import plot_curves, plot_heads
 from offline.pruning import REDISTRIBUTED, held_tokens, shown_tokens, without_head
 from offline.subjects import Questions
 from tiny_vlm.answers import Reader
@@ -158,3 +160,47 @@ def test_rank_correlation_and_concentration():
     assert rank_correlation(a, -a) == -1.0
     assert rank_correlation(torch.tensor([1.0, 1, 2]), torch.tensor([5.0, 5, 7])) == 1.0
     assert concentration(torch.arange(20.0)) == {"5%": 0.1, "10%": 0.1947, "20%": 0.3684}
+
+
+def point(task, method, held, exact):
+    return {
+        "task": task,
+        "method": method,
+        "held_bytes": held,
+        "exact_words": exact,
+        "exact_words_95": [exact - 0.05, exact + 0.05],
+    }
+
+
+def test_results_become_pictures(tmp_path):
+    about = {"model": "reader", "pictures": 300, "window": WINDOW}
+    records = [
+        point(task, method, held, exact)
+        for task in ("read", "query")
+        for method, held, exact in (
+            ("full", 800_000, 0.95),
+            ("sparsemm", 100_000, 0.4),
+            ("sparsemm", 200_000, 0.9),
+            ("snapkv", 200_000, 0.3),
+        )
+    ]
+    plot_curves(about | {"records": records}, tmp_path / "curves.png")
+    task_heads = {
+        "silenced": {
+            "heads": 2,
+            "dense": 0.9,
+            "visual": 0.2,
+            "random": 0.8,
+            "each_random": [0.7, 0.9],
+        },
+        "knock_outs": {
+            "loss_rise": [[0.1, -0.01], [0.0, 2.0]],
+            "visual_score_against_loss_rise": 0.5,
+        },
+    }
+    scores = np.array([[1.0, 0.0], [2.0, 5.0]])
+    document = about | {"read": task_heads, "query": task_heads}
+    plot_heads(document, scores, scores.T, tmp_path / "heads.png")
+    for name in ("curves.png", "heads.png"):
+        with Image.open(tmp_path / name) as image:
+            assert image.width > 1000
