@@ -154,6 +154,7 @@ def test_a_file_that_is_no_partial_run(tmp_path: Path) -> None:
 class Scorer:
     """Stands in for `AttentionScorer`: scores that depend on the sample alone."""
 
+    method = "of a test"
     shape = (2, 4, 2)
     batches: list[list[int]] = []  # noqa: RUF012
     rows = 10
