@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+PROCESSES := -n 2 --dist loadgroup
 
 .PHONY: demo test lint slow
 
@@ -9,10 +10,10 @@ demo: $(INSTALLED)
 	@$(BIN)/sparsemm demo
 
 test: lint
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest $(PROCESSES) -m "not slow"
 
 slow: $(INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest $(PROCESSES)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

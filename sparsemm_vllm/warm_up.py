@@ -9,7 +9,7 @@ from sparsemm_vllm.triton_kernels.batch import Prompts
 
 
 def warm_up(state: SparseState, dtype: torch.dtype, block_table: torch.Tensor) -> None:
-    """Launch every kernel once, so that none is compiled when the first request needs it.
+    """Launch what serving launches once, so that nothing is compiled when a request needs it.
 
     Prunes prompts that keep nothing, in the null block, and attends to nothing.
 

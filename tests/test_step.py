@@ -466,7 +466,7 @@ def test_padded_rows_are_scheduled_to_do_nothing(ops):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_warm_up_launches_every_kernel_and_changes_nothing(monkeypatch, dtype):
+def test_warm_up_launches_every_serving_kernel_and_changes_nothing(monkeypatch, dtype):
     """What vLLM hands over: a null block, tables of zeros."""
     state = make_state()
     state.ops = triton_ops
@@ -483,7 +483,7 @@ def test_warm_up_launches_every_kernel_and_changes_nothing(monkeypatch, dtype):
         monkeypatch.setattr(triton_ops, name, watch)
     block_table = torch.zeros(MAX_REQUESTS, 128, dtype=torch.int32, device=DEVICE)
     warm_up(state, dtype, block_table)
-    assert launched == set(triton_ops.__all__)
+    assert launched == set(triton_ops.__all__) - {"top_keys"}, "which only profiling needs"
     assert not cache.any()
     assert not block_table.any()
     assert not state.pages.compact_blocks.any()
