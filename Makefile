@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-PROCESSES := -n 2 --dist loadgroup
+PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder  # the tests of a file share engines
 
 .PHONY: demo test lint slow
 

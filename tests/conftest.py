@@ -20,15 +20,6 @@ hypothesis.settings.register_profile("shared machine", deadline=None)  # others 
 hypothesis.settings.load_profile("shared machine")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several test processes, one runs all of a file that starts engines, which tests share."""
-    starts_engines = {item.path for item in items if item.get_closest_marker("engine")}
-    for item in items:
-        if item.path in starts_engines:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _bfloat16_products() -> None:
     if not environment.has_gpu():
