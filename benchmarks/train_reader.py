@@ -1,9 +1,8 @@
-"""Train, export, measure and profile the bundled reader (``sparsemm_vllm/reader``).
+"""Train, export and measure the bundled reader (``sparsemm_vllm/reader``).
 
     python benchmarks/train_reader.py train      # resumes from .cache/train_reader if interrupted
     python benchmarks/train_reader.py export     # writes the checkpoint from the saved state
     python benchmarks/train_reader.py eval       # words exactly right on held-out pictures
-    python benchmarks/train_reader.py profile    # writes head_profiles/sparsemm-reader.json
 
 The reader is a LLaVA model (CLIP vision tower, Llama language model) trained from scratch on the
 pictures of ``sparsemm_vllm.pictures``. Three things make it learn on one CPU core in less than an
@@ -20,7 +19,6 @@ Sizes: L layers, Hq query heads, Hkv KV heads, D head size, P image tokens, T ro
 
 from __future__ import annotations
 
-import datetime
 import json
 import string
 from collections.abc import Callable, Iterator
@@ -39,7 +37,6 @@ from tiny_vlm.glyphs import PATCH
 from tiny_vlm.losses import Weights, picture_loss
 from tiny_vlm.rows import Batch, Branch, Row, branch, branch_sight, pack_row
 from tiny_vlm.training import Trainer, adamw, run, split_weights
-from tiny_vlm.visual_scores import METHOD, concentration, sample_hits
 from tiny_vlm.vocabulary import BOS, EOS, IMAGE, PAD, USER, VOCAB
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -48,10 +45,8 @@ from sparsemm_vllm.evaluate.metrics import Marks
 from sparsemm_vllm.pictures import (
     EVAL_SEEDS,
     PICTURE_SIZE,
-    PROFILE_SEEDS,
     TRAIN_SEEDS,
     Page,
-    Task,
     make_page,
     make_sample,
     query_sample,
@@ -60,7 +55,6 @@ from sparsemm_vllm.pictures import (
 
 ROOT = Path(__file__).resolve().parent.parent
 READER = ROOT / "sparsemm_vllm" / "reader"
-PROFILE = ROOT / "head_profiles" / "sparsemm-reader.json"
 STATE = ROOT / ".cache" / "train_reader" / "state.pt"
 
 P = (PICTURE_SIZE // PATCH) ** 2
@@ -293,50 +287,6 @@ def filler_text(length: int) -> str:
     """Unrelated prose of ``length`` characters, ended by a newline; empty for 0."""
     prose = "The quick brown fox jumps over the lazy dog, then it rests for a while. "
     return (prose * (length // len(prose) + 1))[: length - 1] + "\n" if length else ""
-
-
-# Visual-head scores.
-
-
-@app.command()
-def profile(
-    model: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = READER,
-    out: Annotated[Path, typer.Option(help="The head profile to write.")] = PROFILE,
-    samples: Annotated[int, typer.Option(help="Samples, half of them of each task.")] = 400,
-    seed: Annotated[int, typer.Option(help="First sample of the profile seeds.")] = 0,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
-) -> None:
-    """Score the query heads on pictures used for neither training nor accuracy."""
-    torch.set_num_threads(threads)
-    reader = Reader(model, torch.float32, attention="eager")
-    tasks: tuple[Task, Task] = ("read", "query")
-    hits = [
-        sample_hits(reader, make_sample(PROFILE_SEEDS[seed + i], tasks[i % 2]))
-        for i in range(samples)
-    ]
-    scores = torch.stack(hits).mean(0)
-    text = reader.model.config.text_config
-    document = {
-        "schema_version": 1,
-        "model_id": "sparsemm-reader",
-        "num_layers": text.num_hidden_layers,
-        "num_query_heads": text.num_attention_heads,
-        "num_kv_heads": text.num_key_value_heads,
-        "provenance": {
-            "method": METHOD,
-            "data": "sparsemm_vllm.pictures, PROFILE_SEEDS, tasks read and query in turn, "
-            "teacher-forced true answers, float32",
-            "samples": samples,
-            "seed": seed,
-            "tool": "benchmarks/train_reader.py profile",
-            "date": datetime.date.today().isoformat(),
-        },
-        "scores": [[round(score, 6) for score in layer] for layer in scores.tolist()],
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(document, indent=1) + "\n")
-    for heads, share in concentration(scores).items():
-        console.print(f"top {heads} of heads: {share:.1%} of the score")
 
 
 if __name__ == "__main__":

@@ -84,6 +84,12 @@ class Server:
     ) -> None:
         self.stop()
 
+    @property
+    def pid(self) -> int:
+        """Of the running server, whose engines are its children."""
+        assert self._process is not None
+        return self._process.pid
+
     def check_alive(self, patience: float = 0.0) -> None:
         """Raise `ServerError` if the process has ended, or does within `patience` seconds."""
         assert self._process is not None

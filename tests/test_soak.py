@@ -1,0 +1,67 @@
+"""The served reader under many clients that do everything clients do; see benchmarks/soak.py."""
+
+import asyncio
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sparsemm_vllm.bundled_model import READER, reader_folder
+from sparsemm_vllm.server import Server
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from soak import Soak
+
+pytestmark = pytest.mark.engine
+
+# Python and the allocators keep some of what a burst needed; a leak of pictures would be more.
+SPARE_MIB = 64
+KINDS = {
+    "answered: answered",
+    "about_text: answered",
+    "disconnected: hung up",
+    "unreadable_picture: refused",
+    "too_long: refused",
+    "unknown_setting: refused",
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    arguments = {
+        "--attention-backend": "SPARSEMM",
+        "--served-model-name": READER,
+        "--dtype": "float32",
+        "--max-model-len": "1024",
+        "--max-num-seqs": "16",
+        "--kv-cache-memory-bytes": str(32 << 20),
+        "--mm-processor-cache-gb": "0",  # it would go on growing to its 4 GB
+        "--additional-config": json.dumps({"sparsemm": {"budget": 96, "window": 16}}),
+    }
+    words = [word for pair in arguments.items() for word in pair] + ["--enforce-eager"]
+    with Server(str(reader_folder()), words, tmp_path_factory.mktemp("soak") / "log") as running:
+        running.wait_until_ready()
+        yield running
+
+
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize(
+    ("requests", "minutes"),
+    [
+        pytest.param(500, 2.5, id="CI"),
+        pytest.param(20_000, 30, id="long", marks=pytest.mark.slow),
+    ],
+)
+def test_nothing_is_left_behind(server: Server, requests: int, minutes: float) -> None:
+    soak = Soak(server.url, READER, server.pid)
+    report = asyncio.run(soak.run(requests, 16, 60 * minutes))
+    print(report)
+    assert report.failures == []
+    assert report.outcomes.keys() == KINDS
+    assert report.probes >= 2
+    assert report.blocks_in_use == 0
+    warm, final = report.rss_mib
+    assert final < warm + SPARE_MIB
