@@ -67,6 +67,12 @@ def cache_folder() -> Path:
     return Path(platformdirs.user_cache_dir("sparsemm"))
 
 
+def metrics_folder() -> Path | None:
+    """Where processes put their metrics together, if vLLM runs several API servers."""
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    return Path(folder) if folder else None
+
+
 def quiet_environment(on_terminal: bool) -> dict[str, str]:
     """This environment, for a program whose output we pass on: its vLLM only warns.
 

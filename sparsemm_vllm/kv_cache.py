@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.request import Request
 
 from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.request_stats import Outcome, RequestStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ class SparseMMManager(FullAttentionManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.layout = kv_cache_spec.layout
         self._prompts: dict[str, _Prompt] = {}
+        self.stats = RequestStats()
 
     def register(self, request_id: str, prompt_tokens: int) -> None:
         """Learn a request's prompt length, before it is admitted and when it is resumed."""
@@ -95,8 +97,18 @@ class SparseMMManager(FullAttentionManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> Any:
         """As vLLM's, the compact blocks between the prompt's and the growth blocks."""
+        if num_tokens >= self._prompts[request_id].tokens and not self.stats.knows(request_id):
+            self._count(request_id)
         padded = self._with_compact(request_id, num_tokens)
         return super().allocate_new_blocks(request_id, padded, num_tokens_main_model)
+
+    def _count(self, request_id: str) -> None:
+        n = self._prompts[request_id].tokens
+        if self.layout.is_pruned(n):
+            outcome = Outcome.PRUNED
+        else:
+            outcome = Outcome.TOO_SHORT if self.layout.rules.prunes else Outcome.OPTED_OUT
+        self.stats.complete(request_id, outcome, n, self.layout.mean_kept(n))
 
     def cache_blocks(
         self,
@@ -123,8 +135,10 @@ class SparseMMManager(FullAttentionManager):
         prompt = self._prompts[request_id]
         if processed_computed_tokens >= prompt.tokens:
             self._remove_blocks_in_range(request_id, 0, prompt.freed_blocks)
+            self.stats.free(request_id, prompt.freed_blocks, prompt.compact_blocks)
 
     def pop_blocks_for_free(self, request_id: str) -> Any:
         """Forget a request that finished, was aborted or preempted, and return its blocks."""
         self._prompts.pop(request_id, None)
+        self.stats.release(request_id)
         return super().pop_blocks_for_free(request_id)

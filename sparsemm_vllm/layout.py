@@ -147,6 +147,12 @@ class CacheLayout:
             wanted = redistribute(wanted, prompt_tokens, self.window)
         return wanted.clamp(max=older).long().numpy()
 
+    def mean_kept(self, prompt_tokens: int) -> float:
+        """Prompt tokens that a KV head keeps on average, the window among them."""
+        if not self.is_pruned(prompt_tokens):
+            return float(prompt_tokens)
+        return float(self.kept_tokens(prompt_tokens).mean()) + self.window
+
     def most_kept(self, prompt_tokens: int, own: tuple[slice, slice]) -> int:
         """Most tokens in the pages of any head that a rank owns."""
         if self.rules.split is not None and self.is_pruned(prompt_tokens):

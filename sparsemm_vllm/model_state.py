@@ -10,6 +10,7 @@ import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
@@ -19,8 +20,10 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from sparsemm_vllm.kv_cache import SparseMMSpec
 from sparsemm_vllm.layer_spec import uses_sparsemm
 from sparsemm_vllm.masked_heads import mask_layers
+from sparsemm_vllm.patches import install_in_worker
 from sparsemm_vllm.recording import KeptRecorder
 from sparsemm_vllm.settings import Settings
+from sparsemm_vllm.startup_log import describe_serving
 from sparsemm_vllm.step import (
     Heads,
     PrunedCache,
@@ -31,6 +34,8 @@ from sparsemm_vllm.step import (
 )
 from sparsemm_vllm.support import UnsupportedError, build_layout, pruned_layers
 from sparsemm_vllm.warm_up import warm_up
+
+logger = init_logger("vllm.sparsemm")
 
 # Programs of the decode kernel on each multiprocessor: what its registers and shared memory allow.
 PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -76,6 +81,17 @@ class SparseMMModelState(DefaultModelState):
                 f"{expected}"
             )
         self._state.attach(cache)
+        # vLLM also comes here before it knows the number of blocks, to try CUDA graphs.
+        sized = kv_cache_config.num_blocks == self.vllm_config.cache_config.num_gpu_blocks
+        if sized and get_pp_group().is_first_rank and get_tp_group().is_first_rank:
+            logger.info(
+                describe_serving(
+                    self.vllm_config,
+                    self._state.layout,
+                    kv_cache_config.num_blocks,
+                    group.kv_cache_spec.page_size_bytes,
+                )
+            )
         if self.device.type == "cuda":
             warm_up(self._state, self.dtype, block_tables.input_block_tables[self._group])
 
@@ -108,6 +124,10 @@ class SparseMMModelState(DefaultModelState):
         layers = pruned_layers(self.vllm_config.model_config)[state.own[0]]
         first_head = state.own[1].start * state.heads.G
         return layers, first_head, state.heads.Hq, state.attention.read(rows)
+
+    def take_prune_seconds(self) -> float:
+        """Time that pruning took in steps before, as far as it is known and was not taken yet."""
+        return self._state.prune_timer.take()
 
     def prepare_attn(
         self,
@@ -256,4 +276,5 @@ def sparse_model_state(state_cls: type, vllm_config: VllmConfig) -> type:
             f"SPARSEMM: this model needs {state_cls.__name__}, and SPARSEMM replaces the default "
             "model state only"
         )
+    install_in_worker()
     return SparseMMModelState

@@ -138,6 +138,43 @@ def _streaming_input(original: Callable[..., Any]) -> Callable[..., Any]:
     return process_inputs
 
 
+def _step_statistics(original: Callable[..., Any]) -> Callable[..., Any]:
+    from sparsemm_vllm.metrics import send
+
+    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        outputs = original(self, scheduler_output, model_runner_output)
+        send(self, model_runner_output, outputs)
+        return outputs
+
+    return update_from_output
+
+
+def _stat_loggers(original: Callable[..., Any]) -> Callable[..., Any]:
+    from sparsemm_vllm.layer_spec import uses_sparsemm
+    from sparsemm_vllm.metrics import SparseMMStatLogger
+
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        original(self, vllm_config, *args, **kwargs)
+        if uses_sparsemm(vllm_config):  # first: it takes out what others would not understand
+            self.stat_loggers.insert(0, SparseMMStatLogger(vllm_config, self.engine_indexes))
+
+    return __init__
+
+
+def _prune_seconds(original: Callable[..., Any]) -> Callable[..., Any]:
+    from sparsemm_vllm.metrics import PRUNE_SECONDS
+    from sparsemm_vllm.model_state import SparseMMModelState
+
+    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        output = original(self, grammar_output)
+        runner_output = getattr(output, "model_runner_output", None)
+        if runner_output is not None and isinstance(self.model_state, SparseMMModelState):
+            setattr(runner_output, PRUNE_SECONDS, self.model_state.take_prune_seconds())
+        return output
+
+    return sample_tokens
+
+
 WRAPPED = (
     Wrap(
         Symbol(
@@ -172,6 +209,27 @@ WRAPPED = (
         Symbol("vllm.v1.engine.input_processor:InputProcessor.process_inputs", ("resumable",)),
         "streaming input extends a prompt after its prefill",
         _streaming_input,
+    ),
+    Wrap(
+        Symbol(
+            "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+            ("scheduler_output", "model_runner_output"),
+        ),
+        "the scheduler's statistics have no place for a plugin's own numbers",
+        _step_statistics,
+    ),
+    Wrap(
+        Symbol("vllm.v1.metrics.loggers:StatLoggerManager.__init__", ("self", "vllm_config")),
+        "a stat logger plugin would switch statistics on in every vLLM, with or without SPARSEMM",
+        _stat_loggers,
+    ),
+)
+# Only workers import the model runner: it takes seconds.
+WRAPPED_IN_WORKERS = (
+    Wrap(
+        Symbol("vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens", ("grammar_output",)),
+        "a model state cannot add to a step's output; the time of pruning is known to the worker",
+        _prune_seconds,
     ),
 )
 
@@ -268,6 +326,19 @@ def install() -> None:
     KVCacheSpecRegistry._ensure_registered()  # only an empty registry gets vLLM's own specs
     KVCacheSpecRegistry.register(SparseMMSpec, SparseMMManager, SparseMMSpec)
     for wrap in WRAPPED:
+        wrap.install()
+
+
+def install_in_worker() -> None:
+    """Wrap what only workers have. Idempotent.
+
+    Raises:
+        IncompatibleError: listing everything that is not as SPARSEMM expects it.
+    """
+    moved = [found for wrap in WRAPPED_IN_WORKERS if (found := wrap.symbol.problem())]
+    if moved:
+        raise IncompatibleError("SPARSEMM cannot run on this vLLM: " + "; ".join(moved))
+    for wrap in WRAPPED_IN_WORKERS:
         wrap.install()
 
 

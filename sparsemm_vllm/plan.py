@@ -217,13 +217,23 @@ def make_plan(
         return plan
     memory = round(kv_memory * GB)
     blocks = memory // block_bytes - 1  # vLLM keeps one block that holds nothing
+    fit, fit_dense = requests_at_once(layout, blocks, prompt_tokens, total_tokens, block_size)
+    return replace(plan, kv_memory_bytes=memory, dense_requests=fit_dense, pruned_requests=fit)
+
+
+def requests_at_once(
+    layout: CacheLayout, blocks: int, prompt_tokens: int, total_tokens: int, block_size: int
+) -> tuple[int, int]:
+    """How many requests of that size fit into so many blocks.
+
+    Returns:
+        Pruned ones, one of them in the step that prunes, and dense ones.
+    """
+    peak = -(-prompt_tokens // block_size) + layout.compact_blocks(prompt_tokens, block_size)
+    after = layout.held_blocks(prompt_tokens, total_tokens, block_size)
     most = max(peak, after)
-    return replace(
-        plan,
-        kv_memory_bytes=memory,
-        dense_requests=max(0, blocks // dense),
-        pruned_requests=1 + (blocks - most) // after if blocks >= most else 0,
-    )
+    pruned = 1 + (blocks - most) // after if blocks >= most else 0
+    return pruned, max(0, blocks // -(-total_tokens // block_size))
 
 
 def readable_bytes(count: float) -> str:

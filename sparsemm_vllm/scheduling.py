@@ -16,7 +16,8 @@ class _HitLimited:
         return getattr(self._request, name)
 
 
-def _manager(kv_cache_manager: Any) -> SparseMMManager | None:
+def find_manager(kv_cache_manager: Any) -> SparseMMManager | None:
+    """The manager of the pruned layers, if vLLM's has one."""
     managers = kv_cache_manager.coordinator.single_type_managers
     return next((m for m in managers if isinstance(m, SparseMMManager)), None)
 
@@ -27,7 +28,7 @@ def limit_prefix_hit(kv_cache_manager: Any, request: Any) -> Any:
     For a request that is resumed after preemption too: another chat may have cached its prompt and
     answer, but its own answer was computed from a pruned prompt and must be again.
     """
-    manager = _manager(kv_cache_manager)
+    manager = find_manager(kv_cache_manager)
     if manager is None:
         return request
     prompt_tokens = request.num_prompt_tokens
@@ -52,7 +53,7 @@ def shape_chunk(
     Returns:
         At most `num_new_tokens`; 0 if the step has no room for the window.
     """
-    manager = _manager(kv_cache_manager)
+    manager = find_manager(kv_cache_manager)
     n = request.num_prompt_tokens
     if manager is None or num_computed_tokens >= n or not manager.layout.is_pruned(n):
         return num_new_tokens

@@ -111,8 +111,10 @@ def forward_sparse(
     for knockout in step.knockouts:
         if knockout.layer == index:
             attend_without(query, cache[index], block_table, knockout, output, scale)
-    for prompts in step.prunes:
-        state.prune(index, query, block_table, prompts, scale, k_scale)
+    if step.prunes:
+        with state.prune_timer.measure():
+            for prompts in step.prunes:
+                state.prune(index, query, block_table, prompts, scale, k_scale)
     if step.recorded is not None and state.attention is not None:
         keys = state.attention.keys[index]
         state.ops.top_keys(query, cache[index], block_table, step.recorded, keys)

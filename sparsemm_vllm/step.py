@@ -13,6 +13,7 @@ from sparsemm_vllm.attention_record import AttentionRecorder
 from sparsemm_vllm.knockout import Knockout, Knockouts
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.prompt_scores import score_at_random, split_layer
+from sparsemm_vllm.prune_timer import PruneTimer
 from sparsemm_vllm.recording import KeptRecorder
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
 from sparsemm_vllm.triton_kernels.batch import (
@@ -111,6 +112,7 @@ class SparseState:
         self.recorder = recorder
         self.max_decode_queries = max(DECODE_QUERIES, max_decode_queries)
         self.ops = choose_ops(device)
+        self.prune_timer = PruneTimer(device)
         self.request_ids = [""] * max_requests
         self.prompt_tokens = np.zeros(max_requests, dtype=np.int64)
         self.compact_blocks = np.zeros(max_requests, dtype=np.int64)

@@ -55,7 +55,8 @@ def prepare_config(vllm_config: VllmConfig, engine_args: Any) -> None:
         settings.profile.check_config(config_hash(model.hf_config))
     if settings.record_attention:
         _check_recording(vllm_config)
-    _log_memory(vllm_config, settings, layout)
+    if not layout.rules.prunes:
+        logger.warning("SPARSEMM: method %s: nothing is pruned", settings.method)
     vllm_config.additional_config = {
         **vllm_config.additional_config,
         KEY: settings.model_dump(mode="json"),
@@ -71,26 +72,6 @@ def _check_recording(vllm_config: VllmConfig) -> None:
     ]
     if reasons := [reason for refused, reason in checks if refused]:
         raise UnsupportedError("SPARSEMM cannot record attention: " + "; ".join(reasons))
-
-
-def _log_memory(vllm_config: VllmConfig, settings: Settings, layout: CacheLayout) -> None:
-    if not layout.rules.prunes:
-        logger.warning("SPARSEMM: method %s: nothing is pruned", settings.method)
-        return
-    block_size = vllm_config.cache_config.block_size
-    longest = vllm_config.model_config.max_model_len
-    for tokens in sorted({min(3072, longest), longest}):
-        logger.info(
-            "SPARSEMM: method %s, budget %d, window %d: a prompt of %d tokens holds %d KV blocks "
-            "of %d tokens after its prefill, %d with dense attention",
-            settings.method,
-            settings.budget,
-            settings.window,
-            tokens,
-            layout.held_blocks(tokens, tokens, block_size),
-            block_size,
-            -(-tokens // block_size),
-        )
 
 
 def unsupported(vllm_config: VllmConfig, settings: Settings) -> list[str]:

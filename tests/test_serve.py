@@ -86,6 +86,22 @@ def test_answers_are_repeatable_and_leave_nothing_behind(
     assert blocks_in_use(server) == 0
 
 
+def test_metrics_of_a_spawned_engine(server: Server, client: openai.OpenAI) -> None:
+    def pruned(name: str) -> float:
+        page = httpx.get(f"{server.url}/metrics").text
+        of_pruned = [line for line in page.splitlines() if 'outcome="pruned"' in line]
+        return _metric("\n".join(of_pruned), f"sparsemm:{name}")
+
+    before = pruned("requests_total")
+    assert ask(client)
+    assert pruned("requests_total") == before + 1
+    assert 0 < pruned("kept_tokens_total") < pruned("prompt_tokens_total")
+    page = httpx.get(f"{server.url}/metrics").text
+    assert _metric(page, "sparsemm:freed_blocks_total") > 0
+    assert _metric(page, "sparsemm:prune_seconds_total") > 0
+    assert _metric(page, "sparsemm:held_blocks") == 0
+
+
 def test_streaming(server: Server, client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
         model="tiny",

@@ -1,0 +1,178 @@
+"""SPARSEMM's numbers on vLLM's `/metrics`: from the engine to the API server, and there.
+
+The scheduler runs in the engine's process, Prometheus is asked in the API server's. vLLM sends its
+own numbers there in a `SchedulerStats` a step, to one API server each; ours ride in the one field
+of it whose contents are free, and are taken out before anyone else looks. So they arrive from every
+engine that vLLM's own numbers arrive from: spawned, data parallel, on another machine.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import REGISTRY, Counter, Gauge
+from vllm.config import VllmConfig
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+
+from sparsemm_vllm.profile import HeadProfile
+from sparsemm_vllm.request_stats import Outcome
+from sparsemm_vllm.scheduling import find_manager
+from sparsemm_vllm.settings import Settings
+
+PREFIX = "sparsemm:"
+RECENT = "sparsemm-recent-"  # file name of what API servers tell each other
+PRUNE_SECONDS = "sparsemm_prune_seconds"  # attribute of the worker's output
+_OURS, _THEIRS = "sparsemm", "other"
+
+
+def send(scheduler: Any, runner_output: Any, outputs: dict[int, Any]) -> None:
+    """Put what happened in a step into the statistics that the step sends, if it sends any.
+
+    Args:
+        scheduler: vLLM's.
+        runner_output: the worker's, of this step.
+        outputs: `EngineCoreOutputs` of each API server.
+    """
+    manager = find_manager(scheduler.kv_cache_manager)
+    if manager is None:
+        return
+    manager.stats.end_others(scheduler.requests)
+    for output in outputs.values():
+        if (stats := output.scheduler_stats) is not None:
+            ours = manager.stats.drain(sum(map(len, manager.req_to_blocks.values())))
+            pool = manager.block_pool
+            ours["pool_blocks"] = pool.num_gpu_blocks - 1  # vLLM keeps one that holds nothing
+            ours["free_blocks"] = pool.get_num_free_blocks()
+            ours["prune_seconds"] = getattr(runner_output, PRUNE_SECONDS, 0.0)
+            stats.ec_connector_stats = {_OURS: ours, _THEIRS: stats.ec_connector_stats}
+
+
+def take(scheduler_stats: Any) -> dict[str, Any] | None:
+    """Take out what `send` put in; the statistics are vLLM's own again."""
+    carrier = scheduler_stats and scheduler_stats.ec_connector_stats
+    if not carrier or _OURS not in carrier:
+        return None
+    scheduler_stats.ec_connector_stats = carrier[_THEIRS]
+    return carrier[_OURS]
+
+
+class SparseMMStatLogger(AggregateStatLoggerBase):
+    """Prometheus metrics, each with vLLM's labels `model_name` and `engine`."""
+
+    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
+        for collector, names in list(REGISTRY._collector_to_names.items()):
+            if any(name.startswith(PREFIX) for name in names):  # of an earlier engine
+                REGISTRY.unregister(collector)
+        self._recent: dict[int, dict[str, Any]] = {}
+        self._shared: Path | None = None
+        self.vllm_config = vllm_config
+        model = vllm_config.model_config.served_model_name
+        self._labels = {index: (model, str(index)) for index in engine_indexes}
+        self._by_outcome = {
+            "requests": _counter("requests", "Requests by what became of their prompt.", "outcome"),
+            "prompt_tokens": _counter("prompt_tokens", "Tokens of their prompts.", "outcome"),
+            "kept_tokens": _counter(
+                "kept_tokens", "Prompt tokens that a KV head kept on average.", "outcome"
+            ),
+        }
+        self._totals = {
+            "freed_blocks": _counter(
+                "freed_blocks", "Prompt blocks that pruned requests gave back to the pool."
+            ),
+            "prune_seconds": _counter(
+                "prune_seconds",
+                "Time the worker's device spent on scoring, selecting and compacting; of the rank "
+                "that answers.",
+            ),
+        }
+        self._now = {
+            "held_blocks": _gauge("held_blocks", "KV blocks that requests hold now."),
+            "dense_blocks": _gauge(
+                "dense_blocks", "KV blocks that the same requests would hold with dense attention."
+            ),
+            "free_blocks": _gauge("free_blocks", "KV blocks that are free, or cached only."),
+            "pool_blocks": _gauge("pool_blocks", "KV blocks that there are."),
+        }
+        for labels in self._labels.values():
+            for outcome in Outcome:
+                for counter in self._by_outcome.values():
+                    counter.labels(*labels, outcome)
+            for metric in (*self._totals.values(), *self._now.values()):
+                metric.labels(*labels)
+        config = config_labels(vllm_config)
+        info = _gauge("config_info", "Settings, as labels; always 1.", *config)
+        for labels in self._labels.values():
+            info.labels(*labels, *config.values()).set(1)
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        """Add what an engine sent."""
+        ours = take(scheduler_stats)
+        if ours is None:
+            return
+        labels = self._labels[engine_idx]
+        for name, counter in self._by_outcome.items():
+            for outcome, count in ours[name].items():
+                counter.labels(*labels, outcome).inc(count)
+        for name, total in self._totals.items():
+            total.labels(*labels).inc(ours[name])
+        for name, gauge in self._now.items():
+            gauge.labels(*labels).set(ours[name])
+        if "recent" in ours:
+            self._recent[engine_idx] = ours["recent"]
+            if self._shared is not None:
+                self._write_recent(self._shared, engine_idx)
+
+    def share_recent(self, folder: Path | None) -> None:
+        """Share the last requests with the other API servers from now on, if there are any."""
+        self._shared = folder
+
+    def _write_recent(self, folder: Path, engine_idx: int) -> None:
+        file = folder / f"{RECENT}{engine_idx}-{os.getpid()}.json"
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(self._recent[engine_idx]))
+        partial.replace(file)
+
+    def recent(self) -> dict[int, list[dict[str, Any]]]:
+        """The last requests of each engine, the latest first, as `RequestRecord` has them."""
+        latest = dict(self._recent)
+        for file in self._shared.glob(f"{RECENT}*.json") if self._shared else ():
+            engine = int(file.name.removeprefix(RECENT).partition("-")[0])
+            told = json.loads(file.read_text())
+            if engine not in latest or told["time"] > latest[engine]["time"]:
+                latest[engine] = told
+        return {engine: told["requests"] for engine, told in latest.items()}
+
+    def log_engine_initialized(self) -> None:
+        """The engine logs for itself."""
+
+
+def config_labels(vllm_config: VllmConfig) -> dict[str, str]:
+    """The settings that an operator tells servers apart by."""
+    settings = Settings.from_additional_config(vllm_config.additional_config)
+    profile = settings.profile
+    return {
+        "method": settings.method,
+        "budget": str(settings.budget),
+        "window": str(settings.window),
+        "profile": profile.model_id if isinstance(profile, HeadProfile) else profile,
+    }
+
+
+def _counter(name: str, documentation: str, *more_labels: str) -> Counter:
+    return Counter(PREFIX + name, documentation, ["model_name", "engine", *more_labels])
+
+
+def _gauge(name: str, documentation: str, *more_labels: str) -> Gauge:
+    return Gauge(
+        PREFIX + name,
+        documentation,
+        ["model_name", "engine", *more_labels],
+        multiprocess_mode="mostrecent",  # an engine's numbers go now to one API server, now another
+    )
