@@ -20,8 +20,10 @@ print(json.dumps({
     'foreign': importlib.util.find_spec('triton_kernels') is not None,
     'kernels': importlib.util.find_spec('sparsemm_vllm.triton_kernels.reference') is not None,
     'profiles': [p.name for p in resources.files('sparsemm_vllm.head_profiles').iterdir()],
+    'page': resources.files('sparsemm_vllm').joinpath('page.html').is_file(),
     'reader': [p.name for p in resources.files('sparsemm_vllm').joinpath('reader').iterdir()],
-    'plugins': sorted((p.group, p.name) for g in ('vllm.general_plugins', 'vllm.platform_plugins')
+    'plugins': sorted((p.group, p.name) for g in ('vllm.endpoint_plugins', 'vllm.general_plugins',
+                                                          'vllm.platform_plugins')
                       for p in entry_points(group=g)),
     'commands': [p.name for p in entry_points(group='console_scripts') if 'sparsemm' in p.value],
 }))
@@ -67,10 +69,12 @@ def test_only_our_name_at_the_top_level(installed: dict[str, list[str]]) -> None
 def test_data_is_installed(installed: dict[str, list[str]]) -> None:
     assert "sparsemm-reader.json" in installed["profiles"]
     assert "model.safetensors" in installed["reader"]
+    assert installed["page"]
 
 
 def test_plugins_and_command(installed: dict[str, list[str]]) -> None:
     assert installed["plugins"] == [
+        ["vllm.endpoint_plugins", "sparsemm_page"],
         ["vllm.general_plugins", "sparsemm"],
         ["vllm.platform_plugins", "sparsemm"],
     ]
