@@ -166,6 +166,23 @@ def _greedy(original: Callable[..., Any]) -> Callable[..., Any]:
     return gumbel_sample
 
 
+def _top_k_top_p(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
+
+    def apply_top_k_top_p_triton(
+        logits: torch.Tensor,
+        k: torch.Tensor | None,
+        p: torch.Tensor | None,
+        mask_value: float = float("-inf"),
+    ) -> torch.Tensor:
+        if mask_value != float("-inf"):
+            return original(logits, k, p, mask_value)
+        # The interpreter fails in vLLM's kernel: its program ids cannot be cast to int64.
+        return apply_top_k_top_p_pytorch(logits, k, p, allow_cpu_sync=True)
+
+    return apply_top_k_top_p_triton
+
+
 _INTERPRETED = "the interpreter is slow"
 _TABLES = "vllm.v1.worker.gpu.block_table:BlockTables"
 _RUNNER = "vllm.v1.worker.gpu.model_runner"
@@ -204,6 +221,11 @@ TWINS = tuple(
             "logits expanded_idx_mapping temperature seed pos apply_temperature is_drafting "
             "logits_cache logits_cache_col use_fp64 logits_cache_source",
             _greedy,
+        ),
+        (
+            "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p_triton",
+            "logits k p mask_value",
+            _top_k_top_p,
         ),
     )
 )

@@ -26,50 +26,37 @@ def check_masked_heads(settings: Settings, layers: int, query_heads: int) -> Non
             )
 
 
-def own_mask(
-    heads: Iterable[Sequence[int]], layer: int, own_heads: int, rank: int, device: torch.device
-) -> torch.Tensor | None:
-    """What the outputs of a rank's heads are multiplied by: ``[own_heads, 1]``, 0 or 1.
+def own_heads(heads: Iterable[Sequence[int]], layer: int, count: int, rank: int) -> list[int]:
+    """Which of a rank's heads in a layer are silenced, counted from its first.
 
     Args:
         heads: to silence, layer and query head of the whole model.
         layer: of these outputs.
-        own_heads: query heads of each tensor-parallel rank.
+        count: query heads of each tensor-parallel rank.
         rank: this one.
-        device: of the outputs.
-
-    Returns:
-        None if none of them is silenced.
     """
-    first = rank * own_heads
-    masked = [head - first for at, head in heads if at == layer and 0 <= head - first < own_heads]
-    if not masked:
-        return None
-    mask = torch.ones(own_heads, 1, device=device)
-    mask[masked] = 0
-    return mask
+    first = rank * count
+    return [head - first for at, head in heads if at == layer and 0 <= head - first < count]
 
 
-def mask_layers(
-    layers: dict[str, Any], heads: Sequence[Sequence[int]], rank: int, device: torch.device
-) -> None:
+def mask_layers(layers: dict[str, Any], heads: Sequence[Sequence[int]], rank: int) -> None:
     """Let attention layers put out zeros for some heads, whatever their backend computes.
 
     Args:
         layers: vLLM's, by name; those of this pipeline stage.
         heads: to silence, layer and query head of the whole model.
         rank: among the tensor-parallel ones.
-        device: of the layers' outputs.
     """
     for name, layer in layers.items():
-        mask = own_mask(heads, extract_layer_index(name), layer.num_heads, rank, device)
-        if mask is not None:
-            layer.impl.forward = _masked(layer.impl.forward, mask)
+        if own := own_heads(heads, extract_layer_index(name), layer.num_heads, rank):
+            layer.impl.forward = _masked(layer.impl.forward, own)
 
 
-def _masked(forward: Callable[..., Any], mask: torch.Tensor) -> Callable[..., Any]:
+def _masked(forward: Callable[..., Any], heads: list[int]) -> Callable[..., Any]:
     def masked_forward(*args: Any, output: torch.Tensor, **options: Any) -> torch.Tensor:
         forward(*args, output=output, **options)
-        return output.mul_(mask)  # [T, Hq, D]
+        for head in heads:  # no tensor on the device, which sleep of level 2 would empty
+            output[:, head].zero_()  # [T, Hq, D]
+        return output
 
     return masked_forward

@@ -56,7 +56,7 @@ class SparseMMModelState(DefaultModelState):
         if settings.mask_heads:
             layers = get_layers_from_vllm_config(vllm_config, Attention)
             rank = get_tp_group().rank_in_group
-            mask_layers(layers, settings.mask_heads, rank, device)
+            mask_layers(layers, settings.mask_heads, rank)
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: Any) -> None:
         """Find the pruned layers' cache, now that it has been allocated."""

@@ -1,7 +1,7 @@
 """vLLM engines in this process, shared between tests, and a way to watch one step by step."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -78,8 +78,8 @@ class Engine:
 
     @property
     def manager(self) -> SparseMMManager:
-        (manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
-        assert isinstance(manager, SparseMMManager)
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        (manager,) = (m for m in managers if isinstance(m, SparseMMManager))
         return manager
 
     @property
@@ -115,6 +115,7 @@ class Engine:
         max_tokens: int = 12,
         chunk: int | None = None,
         watch: Callable[[], None] | None = None,
+        options: Sequence[dict[str, Any]] | None = None,
     ) -> list[Answer]:
         """Answer all prompts at once.
 
@@ -123,6 +124,7 @@ class Engine:
             max_tokens: to generate.
             chunk: tokens a step may compute, for this call.
             watch: called after every step.
+            options: of each request, for `LLMEngine.add_request`.
         """
         from vllm import SamplingParams
 
@@ -135,8 +137,10 @@ class Engine:
         ids = [f"request-{first + i}" for i in range(len(prompts))]
         outputs: dict[str, Any] = {}
         try:
-            for request_id, prompt in zip(ids, prompts, strict=True):
-                engine.add_request(request_id, prompt, params)
+            for request_id, prompt, own in zip(
+                ids, prompts, options or [{}] * len(prompts), strict=True
+            ):
+                engine.add_request(request_id, prompt, params, **own)
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     outputs[output.request_id] = output

@@ -7,15 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from transformers import AttentionInterface, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.triton_kernels.reference import kept_tokens, window_scores
 
+NAME = "sparsemm_oracle"
+
 
 class Oracle:
-    """Greedy decoding of a LLaVA with a KV cache pruned by `layout`."""
+    """Greedy decoding with a KV cache pruned by `layout`, of a model with or without pictures.
+
+    Layers with a sliding window are not pruned; the layout has the others, in their order.
+    """
 
     def __init__(self, model: Path, layout: CacheLayout) -> None:
         self.layout = layout
@@ -23,13 +34,18 @@ class Oracle:
         self.kept: dict[tuple[int, int], torch.Tensor] = {}
         self._visible: dict[int, torch.Tensor] = {}
         self._prompt_tokens = 0
-        AttentionInterface.register("sparsemm_oracle", self._attend)
-        self.model = LlavaForConditionalGeneration.from_pretrained(
-            model,
-            dtype=torch.float32,
-            attn_implementation={"text_config": "sparsemm_oracle", "vision_config": "eager"},
-        )
-        self.processor = LlavaProcessor.from_pretrained(model)
+        AttentionInterface.register(NAME, self._attend)
+        config = AutoConfig.from_pretrained(model)
+        types = getattr(config.get_text_config(), "layer_types", None)
+        self._pruned = [i for i, kind in enumerate(types or []) if kind == "full_attention"]
+        if hasattr(config, "vision_config"):
+            attention: Any = {"text_config": NAME, "vision_config": "eager"}
+            self.processor = AutoProcessor.from_pretrained(model)
+            auto: Any = AutoModelForImageTextToText
+        else:
+            attention, auto = NAME, AutoModelForCausalLM
+            self.processor = AutoTokenizer.from_pretrained(model)
+        self.model = auto.from_pretrained(model, dtype=torch.float32, attn_implementation=attention)
 
     def _attend(
         self,
@@ -39,6 +55,7 @@ class Oracle:
         value: torch.Tensor,
         attention_mask: Any,
         scaling: float,
+        sliding_window: int | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         layer, n = module.layer_idx, self._prompt_tokens
@@ -46,8 +63,11 @@ class Oracle:
         Hkv, G = key.shape[1], query.shape[1] // key.shape[1]
         causal = torch.ones(Q, T, dtype=torch.bool).tril(T - Q)
         visible = causal.expand(Hkv, -1, -1).clone()
-        if n == T == Q and self.layout.is_pruned(n):
-            self._prune(layer, query[0], key[0])
+        if sliding_window is not None:
+            visible &= causal.triu(T - Q - sliding_window + 1)
+        elif n == T == Q and self.layout.is_pruned(n):
+            # The twin scales by 1 / sqrt(D), not every model does.
+            self._prune(layer, query[0] * scaling * query.shape[3] ** 0.5, key[0])
         elif layer in self._visible:
             visible[:, :, :n] &= self._visible[layer][:, None]
         logits = query[0].unflatten(0, (Hkv, G)) @ key[0][:, None].transpose(-1, -2) * scaling
@@ -57,26 +77,30 @@ class Oracle:
 
     def _prune(self, layer: int, query: torch.Tensor, key: torch.Tensor) -> None:
         (Hkv, n, _), W, rules = key.shape, self.layout.window, self.layout.rules
+        index = self._pruned.index(layer) if self._pruned else layer
         scores = window_scores(query[:, n - W :], key, self.layout.pool_kernel)
         if rules.token_scores is not None:
-            scores = rules.token_scores(self.seed, layer, range(Hkv), n - W)
+            scores = rules.token_scores(self.seed, index, range(Hkv), n - W)
         visible = torch.zeros(Hkv, n, dtype=torch.bool)
         visible[:, n - W :] = True
-        capacities = torch.from_numpy(self.layout.kept_tokens(n)[layer])
+        capacities = torch.from_numpy(self.layout.kept_tokens(n)[index])
         if rules.split is not None:
             capacities = rules.split(scores, self.layout.base)
         for head, positions in enumerate(kept_tokens(scores, capacities)):
             visible[head, positions] = True
-            self.kept[layer, head] = positions
+            self.kept[index, head] = positions
         self._visible[layer] = visible
 
     @torch.no_grad()
     def generate(
-        self, text: str, images: list[Image.Image], max_tokens: int
+        self, text: str, images: list[Any], max_tokens: int, **options: Any
     ) -> tuple[list[int], list[float]]:
-        """Tokens and their log-probabilities."""
+        """Tokens and their log-probabilities; `options` are the processor's."""
         # The tokenizer adds no special tokens and the prompt brings its own <s>.
-        inputs = self.processor(text=text, images=images or None, return_tensors="pt")
+        pictures = {"images": images} if images else {}
+        inputs = self.processor(text=text, **pictures, **options, return_tensors="pt")
+        if not images and not options:
+            inputs = {"input_ids": torch.as_tensor(inputs["input_ids"]).view(1, -1)}
         self._prompt_tokens = inputs["input_ids"].shape[1]
         self._visible.clear()
         self.kept.clear()

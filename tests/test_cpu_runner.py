@@ -138,6 +138,26 @@ def test_sampling(temperature: float) -> None:
     assert sampled.dtype == torch.int64
 
 
+@pytest.mark.parametrize(
+    ("k", "p", "kept"),
+    [
+        ([2, 4], None, [[3, 2], [3, 2, 1, 0]]),
+        (None, [0.6, 0.85], [[3], [3, 2]]),  # the softmax: 0.64, 0.24, 0.09, 0.03
+        ([1, 3], [0.85, 1.0], [[3], [3, 2, 1]]),
+    ],
+    ids=["top k", "top p", "both"],
+)
+def test_top_k_top_p(k: list[int] | None, p: list[float] | None, kept: list[list[int]]) -> None:
+    """vLLM's own kernel cannot be compared: it fails in the interpreter."""
+    logits = torch.arange(4.0).repeat(2, 1)
+    top_k = None if k is None else torch.tensor(k, dtype=torch.int32)
+    twin, _ = pair("apply_top_k_top_p_triton")
+    masked = twin(logits.clone(), top_k, None if p is None else torch.tensor(p))
+    for row, tokens in enumerate(kept):
+        assert set(masked[row].isfinite().nonzero().flatten().tolist()) == set(tokens)
+        torch.testing.assert_close(masked[row, tokens], logits[row, tokens], rtol=0, atol=0)
+
+
 def test_another_vllm_keeps_its_functions() -> None:
     """Twins replace only functions with just the parameters that they have."""
     for twin in cpu_runner.TWINS:

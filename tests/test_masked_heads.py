@@ -11,7 +11,7 @@ from engines import HELLO, Engine, ask, assert_same, settings
 from safetensors.torch import load_file, save_file
 from tiny import HEAD_SIZE, LAYERS, QUERY_HEADS, make_llava
 
-from sparsemm_vllm.masked_heads import check_masked_heads, mask_layers, own_mask
+from sparsemm_vllm.masked_heads import check_masked_heads, mask_layers, own_heads
 from sparsemm_vllm.settings import Settings, SettingsError
 
 HEADS = [[1, 2], [3, 0], [3, 7]]
@@ -36,14 +36,8 @@ def test_masked_heads_equal_a_model_without_them(tmp_path: Path) -> None:
 
 def test_each_rank_masks_its_own_heads() -> None:
     heads = [[0, 1], [2, 3], [2, 4]]
-    device = torch.device("cpu")
-    masks = [own_mask(heads, 2, 4, rank, device) for rank in range(2)]
-    assert [mask.flatten().tolist() for mask in masks if mask is not None] == [
-        [1, 1, 1, 0],
-        [0, 1, 1, 1],
-    ]
-    assert own_mask(heads, 0, 4, 1, device) is None
-    assert own_mask(heads, 1, 4, 0, device) is None
+    assert [own_heads(heads, 2, 4, rank) for rank in range(2)] == [[3], [0]]
+    assert own_heads(heads, 0, 4, 1) == own_heads(heads, 1, 4, 0) == []
 
 
 def test_other_layers_are_left_alone() -> None:
@@ -56,7 +50,7 @@ def test_other_layers_are_left_alone() -> None:
         )
         for i in range(3)
     }
-    mask_layers(layers, [[1, 0]], 0, torch.device("cpu"))
+    mask_layers(layers, [[1, 0]], 0)
     assert [layer.impl.forward is forward for layer in layers.values()] == [True, False, True]
     output = torch.ones(5, 2, 3, dtype=torch.bfloat16)
     layers["model.layers.1.attn"].impl.forward("a layer", 2, output=output)

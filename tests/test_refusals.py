@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import make_tokenizer, skewed_profile, text_config
 from transformers import (
     BartConfig,
@@ -193,6 +194,57 @@ def test_models(name: str, tmp_path: Path) -> None:
     model = save(tmp_path, config, architecture)
     with pytest.raises(ValueError, match=reason):
         build(model)
+
+
+LAYERS = {
+    "attention sinks": ({"has_sink": True}, "attention sinks not supported"),
+    "two-way attention of image tokens": (
+        {"use_mm_prefix": True},
+        "partial multimodal token full attention not supported",
+    ),
+    "scales per head": ({"use_per_head_quant_scales": True}, "per-head quant scales not supported"),
+    "encoders": ({"attn_type": "encoder_only"}, "attention type encoder_only not supported"),
+    "non-causal": ({"use_non_causal": True}, "non-causal attention not supported"),
+    "batch invariance": ({"use_batch_invariant": True}, "batch invariance not supported"),
+    "KV connectors": ({"use_kv_connector": True}, "KV connector not supported"),
+    "int8 caches": ({"kv_cache_dtype": "int8_per_token_head"}, "kv_cache_dtype not supported"),
+    "fp8 caches of e5m2": ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype not supported"),
+    "large heads": ({"head_size": 264}, "head_size not supported"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_that_the_backend_does_not_take(name: str) -> None:
+    """vLLM asks the backend about each layer, and refuses with these words."""
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    from sparsemm_vllm.cpu_backend import SparseMMBackend
+
+    def reasons(config: AttentionSelectorConfig) -> list[str]:
+        return SparseMMBackend.validate_configuration(**config._asdict(), device_capability=None)
+
+    plain = AttentionSelectorConfig(256, torch.float32, "auto", 16)
+    assert reasons(plain) == []
+    options, reason = LAYERS[name]
+    assert reasons(plain._replace(**options)) == [reason]
+
+
+@pytest.mark.parametrize(
+    ("options", "variant"),
+    [
+        ({"alibi_slopes": [0.5]}, "ALiBi"),
+        ({"logits_soft_cap": 30.0}, "a logit soft cap"),
+        ({"kv_sharing_target_layer_name": "model.layers.0"}, "a KV cache shared between layers"),
+    ],
+    ids=["ALiBi", "soft cap", "shared cache"],
+)
+def test_variants_of_attention(options: dict[str, Any], variant: str) -> None:
+    from sparsemm_vllm.cpu_backend import TorchAttentionImpl
+    from sparsemm_vllm.support import UnsupportedError
+
+    TorchAttentionImpl(8, 64, 0.125, 4)
+    with pytest.raises(UnsupportedError, match=f"does not compute attention with {variant}"):
+        TorchAttentionImpl(8, 64, 0.125, 4, **options)
 
 
 def test_mixed_sliding_window_prunes_the_full_layers(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import string
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -21,11 +24,18 @@ from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 from sparsemm_vllm.profile import HeadProfile
@@ -39,6 +49,23 @@ TOWER = {
     "num_attention_heads": 2,
     "image_size": 56,
     "patch_size": 14,
+}
+GEMMA_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "initializer_range",
+)
+# Of the vision towers that project to the width of the text model.
+OWN_WIDTH = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "out_hidden_size": QUERY_HEADS * HEAD_SIZE,
 }
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -150,25 +177,49 @@ def make_llava_next(folder: Path, seed: int = 0) -> Path:
 
 def make_qwen2_vl(folder: Path, seed: int = 0) -> Path:
     """A Qwen2-VL of four layers with random weights: 28 pixels a token, as many as there are."""
+    classes = Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+    vision = {"embed_dim": 64, "hidden_size": QUERY_HEADS * HEAD_SIZE, "mlp_ratio": 2}
+    return _make_qwen(folder, seed, classes, Qwen2VLVideoProcessor(), vision)
+
+
+def make_qwen2_5_vl(folder: Path, seed: int = 0) -> Path:
+    """A Qwen2.5-VL of four layers with random weights: a vision layer has windows of 56 pixels."""
+    classes = Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+    vision = OWN_WIDTH | {"window_size": 56, "fullatt_block_indexes": [1]}
+    return _make_qwen(folder, seed, classes, Qwen2VLVideoProcessor(), vision)
+
+
+def make_qwen3_vl(folder: Path, seed: int = 0) -> Path:
+    """A Qwen3-VL of four layers with random weights: 32 pixels a token, one deepstack layer."""
+    classes = Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+    vision = OWN_WIDTH | {"num_position_embeddings": 256, "deepstack_visual_indexes": [0]}
+    options = {"patch_size": 16, "mrope_interleaved": True}
+    return _make_qwen(folder, seed, classes, Qwen3VLVideoProcessor(), vision, **options)
+
+
+def _make_qwen(
+    folder: Path,
+    seed: int,
+    classes: tuple[Any, Any, Any],
+    video_processor: Any,
+    vision: dict[str, Any],
+    patch_size: int = 14,
+    **rope: Any,
+) -> Path:
+    config_class, model_class, processor_class = classes
     tokenizer = make_tokenizer()
     special = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer.add_tokens(special, special_tokens=True)
     start, end, image, video = (tokenizer.convert_tokens_to_ids(token) for token in special)
-    text = text_config().to_dict() | {"model_type": "qwen2_vl_text"}
+    text = text_config().to_dict() | {"model_type": f"{config_class.model_type}_text"}
     text["rope_parameters"] = {
         "rope_type": "default",
         "mrope_section": [4, 6, 6],
         "rope_theta": 1e4,
+        **rope,
     }
-    config = Qwen2VLConfig(
-        vision_config={
-            "depth": 2,
-            "embed_dim": 64,
-            "hidden_size": text["hidden_size"],
-            "num_heads": 2,
-            "mlp_ratio": 2,
-            "patch_size": 14,
-        },
+    config = config_class(
+        vision_config={"depth": 2, "num_heads": 2, "patch_size": patch_size} | vision,
         text_config=text,
         vision_start_token_id=start,
         vision_end_token_id=end,
@@ -176,15 +227,15 @@ def make_qwen2_vl(folder: Path, seed: int = 0) -> Path:
         video_token_id=video,
     )
     torch.manual_seed(seed)
-    Qwen2VLForConditionalGeneration(config).to(torch.float32).save_pretrained(folder)
+    model_class(config).to(torch.float32).save_pretrained(folder)
     template = CHAT_TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
     tokenizer.chat_template = template
-    Qwen2VLProcessor(
+    processor_class(
         image_processor=Qwen2VLImageProcessor(
-            size={"shortest_edge": 56 * 56, "longest_edge": 224 * 224}
+            patch_size=patch_size, size={"shortest_edge": 56 * 56, "longest_edge": 224 * 224}
         ),
         tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(),
+        video_processor=video_processor,
         chat_template=template,
     ).save_pretrained(folder)
     return folder
@@ -194,6 +245,24 @@ def make_llama(folder: Path, seed: int = 0) -> Path:
     """A text-only Llama of four layers with random weights."""
     torch.manual_seed(seed)
     LlamaForCausalLM(text_config()).to(torch.float32).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_gemma3(folder: Path, seed: int = 0) -> Path:
+    """A text-only Gemma 3: every other layer sees 32 tokens, and no scale is 1 / sqrt(D)."""
+    config = Gemma3TextConfig(
+        **{key: getattr(text_config(), key) for key in GEMMA_SIZES},
+        sliding_window=32,
+        layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
+        query_pre_attn_scalar=2 * HEAD_SIZE,
+        tie_word_embeddings=False,  # or it repeats the last token for ever
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(seed)
+    Gemma3ForCausalLM(config).to(torch.float32).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 
