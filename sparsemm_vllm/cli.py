@@ -336,6 +336,23 @@ def look(
         run_look(model, image, question, out, settings, max_tokens, context.args, Console())
 
 
+@app.command()
+def check(
+    everything: Annotated[
+        bool, typer.Option("--all", help="List what is as expected too.")
+    ] = False,
+) -> None:
+    """Look whether the installed vLLM has all that SPARSEMM attaches to; exit status 1 if not."""
+    from sparsemm_vllm.environment import quieten_vllm, use_cpu
+
+    quieten_vllm()
+    if not has_gpu():
+        use_cpu()
+    from sparsemm_vllm import canary
+
+    raise typer.Exit(canary.print_findings(canary.check(), Console(), everything))
+
+
 def main() -> None:
     """Entry point of the console command."""
     app()

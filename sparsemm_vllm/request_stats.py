@@ -19,6 +19,7 @@ class Outcome(StrEnum):
     PRUNED = "pruned"
     TOO_SHORT = "too_short"
     OPTED_OUT = "opted_out"
+    POOL_AMPLE = "pool_ample"
 
 
 @dataclass
@@ -50,6 +51,7 @@ class RequestStats:
         self._recent: deque[RequestRecord] = deque(maxlen=REMEMBERED)
         self._recent_changed = False
         self._pruned: dict[str, tuple[int, int]] = {}
+        self._freed_now = self._compact_now = 0
         self._counts: dict[str, Counter[str]] = {}
         self._freed_blocks = 0
         self._reset()
@@ -79,11 +81,15 @@ class RequestStats:
         """A pruned prompt's older blocks are given back; asked in every step, counted once."""
         if request_id not in self._pruned:
             self._pruned[request_id] = (freed_blocks, compact_blocks)
+            self._freed_now += freed_blocks
+            self._compact_now += compact_blocks
             self._freed_blocks += freed_blocks
 
     def release(self, request_id: str) -> None:
         """A request gave all its blocks back: it ended, or it was preempted."""
-        self._pruned.pop(request_id, None)
+        freed_blocks, compact_blocks = self._pruned.pop(request_id, (0, 0))
+        self._freed_now -= freed_blocks
+        self._compact_now -= compact_blocks
 
     def end_others(self, alive: Container[str]) -> None:
         """The requests that are not among these have ended."""
@@ -104,12 +110,10 @@ class RequestStats:
             block shared by two requests counted twice; the `recent` requests, the latest first, if
             they changed.
         """
-        freed = sum(freed for freed, _ in self._pruned.values())
-        compact = sum(compact for _, compact in self._pruned.values())
         drained: dict[str, Any] = {name: dict(counts) for name, counts in self._counts.items()}
         drained["freed_blocks"] = self._freed_blocks
-        drained["held_blocks"] = table_entries - freed
-        drained["dense_blocks"] = table_entries - compact
+        drained["held_blocks"] = table_entries - self._freed_now
+        drained["dense_blocks"] = table_entries - self._compact_now
         if self._recent_changed:
             requests = [asdict(record) for record in reversed(self._recent)]
             drained["recent"] = {"time": time.time(), "requests": requests}

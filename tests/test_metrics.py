@@ -1,5 +1,8 @@
 """Prometheus metrics: what the engine counts, and how it gets to the API server."""
 
+import inspect
+import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +12,7 @@ import pytest
 from engines import HELLO, WINDOW, Engine, ask, settings
 from prometheus_client import REGISTRY
 from tiny import make_llava
+from vllm.v1.metrics import loggers
 from vllm.v1.metrics.stats import SchedulerStats
 
 from sparsemm_vllm.metrics import SparseMMStatLogger, take
@@ -94,6 +98,26 @@ def test_api_servers_tell_each_other_of_requests(
         monkeypatch.setattr("os.getpid", lambda logger=logger: id(logger))
         logger.record(carried(recent={"time": at, "requests": [name]}), None, engine_idx=engine)
     assert first.recent() == second.recent() == {0: ["c"], 1: ["b"]}
+
+
+def test_the_dashboard_shows_metrics_that_exist() -> None:
+    SparseMMStatLogger(config(), [0])
+    ours = {
+        s.name
+        for metric in REGISTRY.collect()
+        for s in metric.samples
+        if s.name.startswith("sparsemm:") and not s.name.endswith("_created")
+    }
+    text = (Path(__file__).parents[1] / "docs" / "grafana-dashboard.json").read_text()
+    shown = set(re.findall(r"\b(?:sparsemm|vllm):\w+", text))
+    assert {name for name in shown if name.startswith("sparsemm:")} == ours
+    source = inspect.getsource(loggers)
+    assert all(f'"{name}"' in source for name in shown - ours)
+    labels = set(re.findall(r'(\w+)=~?\\"', text))
+    assert labels == {"model_name", "engine", "outcome"}
+    assert {label for s in REGISTRY.collect() for x in s.samples for label in x.labels} >= labels
+    panels = json.loads(text)["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
 
 
 @pytest.fixture(scope="module")
