@@ -251,11 +251,41 @@ def test_mixed_sliding_window_prunes_the_full_layers(tmp_path: Path) -> None:
     from sparsemm_vllm.settings import Settings
     from sparsemm_vllm.support import build_layout, pruned_layers
 
-    kinds = ["sliding_attention", "full_attention"] * 2
-    config = Gemma3TextConfig(**SIZES, sliding_window=64, layer_types=kinds)
-    vllm_config = build(save(tmp_path, config, "Gemma3ForCausalLM"))
+    vllm_config = build(gemma(tmp_path, ["sliding_attention", "full_attention"] * 2))
     assert pruned_layers(vllm_config.model_config) == [1, 3]
     assert len(build_layout(vllm_config, Settings(profile="none")).capacities) == 2
+
+
+def gemma(folder: Path, kinds: list[str]) -> Path:
+    """A Gemma 3 with these kinds of layers."""
+    config = Gemma3TextConfig(**SIZES, sliding_window=64, layer_types=kinds)
+    return save(folder, config, "Gemma3ForCausalLM")
+
+
+def test_mixed_attention_needs_a_group_for_each_kind(tmp_path: Path) -> None:
+    model = gemma(tmp_path, ["sliding_attention", "full_attention"] * 2)
+    with pytest.raises(ValueError, match="drop --disable-hybrid-kv-cache-manager"):
+        build(model, disable_hybrid_kv_cache_manager=True)
+
+
+def test_a_pipeline_stage_without_layers_to_prune(tmp_path: Path) -> None:
+    model = gemma(tmp_path, ["sliding_attention"] * 2 + ["full_attention"] * 2)
+    with pytest.raises(ValueError, match="pipeline stage 0 has no layer that SPARSEMM can prune"):
+        build(model, pipeline_parallel_size=2, **MP)
+
+
+def test_what_takes_hardware_that_is_not_here(llama: Path) -> None:
+    """vLLM refuses these on the CPU before we could."""
+    from sparsemm_vllm.settings import Settings
+    from sparsemm_vllm.support import unsupported
+
+    config = build(llama)
+    config.parallel_config.enable_dbo = True
+    assert any("dual-batch overlap" in reason for reason in unsupported(config, Settings()))
+    config.parallel_config.enable_dbo = False
+    config.model_config.model_arch_config.rswa_window = 64
+    (reason,) = unsupported(config, Settings())
+    assert "reference sliding window attention" in reason
 
 
 def test_encoder_decoder(tmp_path: Path, llama: Path) -> None:

@@ -1,0 +1,120 @@
+"""KV caches that vLLM builds otherwise than SPARSEMM needs them: refused by the worker."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny import KV_HEADS, LAYERS, skewed_profile
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from sparsemm_vllm import layer_spec, model_state
+from sparsemm_vllm.kv_cache import SparseMMSpec
+from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.support import UnsupportedError
+
+P, D = 16, 32
+LAYOUT = CacheLayout.from_scores(skewed_profile().tensor(), KV_HEADS, 40, 8)
+SHAPE = {"block_size": P, "num_kv_heads": KV_HEADS, "head_size": D, "dtype": torch.float32}
+SPEC = SparseMMSpec(**SHAPE, layout=LAYOUT)
+
+
+def make_config(caches: list[torch.Tensor], pruned: list[int] | None = None) -> Any:
+    """A configuration whose layers have these caches."""
+    kinds = [
+        "full_attention" if pruned is None or i in pruned else "sliding" for i in range(LAYERS)
+    ]
+    layers = {f"layers.{i}": SimpleNamespace(kv_cache=cache) for i, cache in enumerate(caches)}
+    return SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context=layers),
+        cache_config=SimpleNamespace(cache_dtype="auto", num_gpu_blocks=None),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        model_config=SimpleNamespace(
+            get_total_num_hidden_layers=lambda: LAYERS,
+            get_total_num_kv_heads=lambda: KV_HEADS,
+            hf_text_config=SimpleNamespace(layer_types=kinds),
+        ),
+    )
+
+
+def caches(page_size: int = P) -> list[torch.Tensor]:
+    """Of all layers, at equal distances in one allocation."""
+    return list(torch.zeros(LAYERS, 5, KV_HEADS, page_size, 2 * D))
+
+
+def attach(config: Any, *specs: Any, monkeypatch: pytest.MonkeyPatch) -> model_state.PrunedCache:
+    """What the worker makes of its caches, in groups of these specs; the first has all layers."""
+    monkeypatch.setattr(model_state.DefaultModelState, "initialize_kv_cache", lambda *_: None)
+    state: Any = object.__new__(model_state.SparseMMModelState)
+    state.vllm_config, state.device = config, torch.device("cpu")
+    state._state = SimpleNamespace(heads=SimpleNamespace(L=LAYERS))
+    state._state.attach = lambda cache: setattr(state._state, "cache", cache)
+    names = list(config.compilation_config.static_forward_context)
+    groups = [SimpleNamespace(kv_cache_spec=spec, layer_names=names) for spec in specs]
+    state.initialize_kv_cache(SimpleNamespace(kv_cache_groups=groups, num_blocks=5), None)
+    return state._state.cache
+
+
+def test_equal_distances_are_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = caches()
+    cache = attach(make_config(own), SPEC, monkeypatch=monkeypatch)
+    own[2][1, 3, 4] = 7
+    assert cache.tensor.shape == (LAYERS, *own[0].shape)
+    assert cache.tensor[2, 1, 3, 4, 0] == 7
+
+
+SEVERAL = [torch.zeros(5, KV_HEADS, P, 2 * D) for _ in range(LAYERS)]
+
+
+@pytest.mark.parametrize(
+    ("made", "specs", "reason"),
+    [
+        (SEVERAL, [SPEC], "head pages cannot be striped over them"),
+        (caches(2 * P), [SPEC], "start vLLM with --block-size 32"),
+        (caches()[:3], [SPEC], "this rank has 3 layers to prune, the layout expects 4"),
+        (caches(), [SPEC, SPEC], "into 2 KV cache groups, not into one"),
+        (caches(), [FullAttentionSpec(**SHAPE)], "into 0 KV cache groups, not into one"),
+    ],
+    ids=["allocations", "page size", "layers missing", "two groups", "no group"],
+)
+def test_caches(
+    made: list[torch.Tensor], specs: list[Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UnsupportedError, match=reason):
+        attach(make_config(made), *specs, monkeypatch=monkeypatch)
+
+
+def test_layers_of_one_allocation_at_unequal_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = torch.zeros(LAYERS + 1, 5, KV_HEADS, P, 2 * D)
+    with pytest.raises(UnsupportedError, match="at equal distances into one allocation"):
+        attach(make_config([every[i] for i in (0, 1, 3, 4)]), SPEC, monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("pruned", "kv_heads", "sharing", "reason"),
+    [
+        ([0, 2], KV_HEADS, None, r"the model's configuration does not say so \(layer_types\)"),
+        (None, 2, None, "each KV head must lie on exactly one rank"),
+        (None, KV_HEADS, "layers.1", "layers layers.3 share the KV cache of layers.1"),
+    ],
+    ids=["kinds of layers", "heads on several ranks", "shared caches"],
+)
+def test_layers(pruned: Any, kv_heads: int, sharing: str | None, reason: str) -> None:
+    config = make_config(caches(), pruned)
+    context = config.compilation_config.static_forward_context
+    layer = SimpleNamespace(layer_name="layers.1")
+    layer_spec._check_layer(layer, SPEC, make_config(caches()))
+    context["layers.3"].kv_sharing_target_layer_name = sharing
+    spec = FullAttentionSpec(**SHAPE | {"num_kv_heads": kv_heads})
+    with pytest.raises(UnsupportedError, match=reason):
+        layer_spec._check_layer(layer, spec, config)
+
+
+def test_models_with_a_state_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OtherState:
+        pass
+
+    monkeypatch.setattr(model_state, "uses_sparsemm", lambda config: config == "ours")
+    assert model_state.sparse_model_state(OtherState, "theirs") is OtherState  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="this model needs OtherState"):
+        model_state.sparse_model_state(OtherState, "ours")  # type: ignore[arg-type]
