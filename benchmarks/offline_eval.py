@@ -222,9 +222,16 @@ def read(name: str, what: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def as_text(document: dict[str, Any]) -> str:
+    """JSON with a record on each line."""
+    records = ",\n".join(f"  {json.dumps(record)}" for record in document.get("records", []))
+    rest = json.dumps({k: v for k, v in document.items() if k != "records"}, indent=1)
+    return f'{rest[:-2]},\n "records": [\n{records}\n ]\n}}\n' if records else rest + "\n"
+
+
 def write(name: str, what: str, document: dict[str, Any]) -> None:
     path = RESULTS / f"offline-{name}-{what}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    path.write_text(as_text(document))
     console.print(f"wrote {path.relative_to(ROOT)}")
 
 
