@@ -21,14 +21,21 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.request import Request
 
 from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.request_settings import LEFT_DENSE, leave_dense, request_layout
 from sparsemm_vllm.request_stats import Outcome, RequestStats
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseMMSpec(FullAttentionSpec):
-    """Full attention whose prompts are pruned: equal for all pruned layers of all ranks."""
+    """Full attention whose prompts are pruned: equal for all pruned layers of all ranks.
+
+    Args:
+        layout: the server's budgets.
+        prune_when_free_below: see `Settings`.
+    """
 
     layout: CacheLayout
+    prune_when_free_below: float | None = None
 
     @classmethod
     def merge(cls, specs: list["SparseMMSpec"]) -> "SparseMMSpec":
@@ -52,11 +59,25 @@ class SparseMMSpec(FullAttentionSpec):
         return super().max_memory_usage_bytes(vllm_config) + compact * self.page_size_bytes
 
 
-@dataclass(frozen=True)
-class _Prompt:
+@dataclass(slots=True)
+class Prompt:
+    """What the scheduler knows of a request's prompt, until the request gives its blocks back.
+
+    Attributes:
+        tokens: `n`.
+        layout: by the request's own budget.
+        outcome: why it is pruned or not.
+        compact_blocks: `C`.
+        freed_blocks: prompt blocks that go back to the pool.
+        is_complete: whether the step that ends it has been processed, and these blocks are free.
+    """
+
     tokens: int
+    layout: CacheLayout
+    outcome: Outcome
     compact_blocks: int
     freed_blocks: int
+    is_complete: bool = False
 
 
 class SparseMMManager(FullAttentionManager):
@@ -68,20 +89,48 @@ class SparseMMManager(FullAttentionManager):
         patches.require_installed()
         super().__init__(kv_cache_spec, **kwargs)
         self.layout = kv_cache_spec.layout
-        self._prompts: dict[str, _Prompt] = {}
+        self.prune_when_free_below = kv_cache_spec.prune_when_free_below
+        self.prompts: dict[str, Prompt] = {}
         self.stats = RequestStats()
 
-    def register(self, request_id: str, prompt_tokens: int) -> None:
-        """Learn a request's prompt length, before it is admitted and when it is resumed."""
-        self._prompts[request_id] = _Prompt(
-            prompt_tokens,
-            self.layout.compact_blocks(prompt_tokens, self.block_size),
-            self.layout.freed_blocks(prompt_tokens, self.block_size),
+    def register(self, request: Request) -> Prompt:
+        """Learn a request's prompt and settings, before it is admitted and when it is resumed.
+
+        Until it is admitted first, a request whose prompt could stay whole is looked at anew.
+        """
+        n = request.num_prompt_tokens
+        if self.prune_when_free_below is not None and not request.num_preemptions:
+            params = leave_dense(request.sampling_params, False)
+            would_prune = request_layout(self.layout, params.extra_args).is_pruned(n)
+            request.sampling_params = leave_dense(params, would_prune and self._has_room_for(n))
+        layout = request_layout(self.layout, request.sampling_params.extra_args)
+        prompt = Prompt(
+            n,
+            layout,
+            self._outcome(request, layout),
+            layout.compact_blocks(n, self.block_size),
+            layout.freed_blocks(n, self.block_size),
         )
+        self.prompts[request.request_id] = prompt
+        return prompt
+
+    def _has_room_for(self, prompt_tokens: int) -> bool:
+        """Whether a whole prompt would leave enough blocks free."""
+        free = self.block_pool.get_num_free_blocks() - cdiv(prompt_tokens, self.block_size)
+        assert self.prune_when_free_below is not None
+        return free >= self.prune_when_free_below * self.block_pool.num_gpu_blocks
+
+    @staticmethod
+    def _outcome(request: Request, layout: CacheLayout) -> Outcome:
+        if layout.is_pruned(request.num_prompt_tokens):
+            return Outcome.PRUNED
+        if (request.sampling_params.extra_args or {}).get(LEFT_DENSE):
+            return Outcome.POOL_AMPLE
+        return Outcome.TOO_SHORT if layout.rules.prunes else Outcome.OPTED_OUT
 
     def _with_compact(self, request_id: str, num_tokens: int) -> int:
         """Tokens to allocate for, so that the compact blocks are among the blocks."""
-        prompt = self._prompts[request_id]
+        prompt = self.prompts[request_id]
         if num_tokens < prompt.tokens:
             return num_tokens
         return num_tokens + prompt.compact_blocks * self.block_size
@@ -97,18 +146,12 @@ class SparseMMManager(FullAttentionManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> Any:
         """As vLLM's, the compact blocks between the prompt's and the growth blocks."""
-        if num_tokens >= self._prompts[request_id].tokens and not self.stats.knows(request_id):
-            self._count(request_id)
+        prompt = self.prompts[request_id]
+        if num_tokens >= prompt.tokens and not self.stats.knows(request_id):
+            kept = prompt.layout.mean_kept(prompt.tokens)
+            self.stats.complete(request_id, prompt.outcome, prompt.tokens, kept)
         padded = self._with_compact(request_id, num_tokens)
         return super().allocate_new_blocks(request_id, padded, num_tokens_main_model)
-
-    def _count(self, request_id: str) -> None:
-        n = self._prompts[request_id].tokens
-        if self.layout.is_pruned(n):
-            outcome = Outcome.PRUNED
-        else:
-            outcome = Outcome.TOO_SHORT if self.layout.rules.prunes else Outcome.OPTED_OUT
-        self.stats.complete(request_id, outcome, n, self.layout.mean_kept(n))
 
     def cache_blocks(
         self,
@@ -122,7 +165,7 @@ class SparseMMManager(FullAttentionManager):
 
         Tokens generated from a pruned cache have other keys and values than a prefill would give.
         """
-        if self._prompts[request.request_id].compact_blocks:
+        if self.prompts[request.request_id].compact_blocks:
             num_tokens = min(num_tokens, request.num_prompt_tokens)
         super().cache_blocks(
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
@@ -132,13 +175,14 @@ class SparseMMManager(FullAttentionManager):
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Free the older prompt blocks of a request whose prune step has been processed."""
-        prompt = self._prompts[request_id]
-        if processed_computed_tokens >= prompt.tokens:
+        prompt = self.prompts[request_id]
+        if processed_computed_tokens >= prompt.tokens and not prompt.is_complete:
+            prompt.is_complete = True
             self._remove_blocks_in_range(request_id, 0, prompt.freed_blocks)
             self.stats.free(request_id, prompt.freed_blocks, prompt.compact_blocks)
 
     def pop_blocks_for_free(self, request_id: str) -> Any:
         """Forget a request that finished, was aborted or preempted, and return its blocks."""
-        self._prompts.pop(request_id, None)
+        self.prompts.pop(request_id, None)
         self.stats.release(request_id)
         return super().pop_blocks_for_free(request_id)

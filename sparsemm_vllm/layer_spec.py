@@ -32,7 +32,12 @@ def sparse_spec(
         return spec
     _check_layer(layer, spec, vllm_config)
     settings = Settings.from_additional_config(vllm_config.additional_config)
-    return replace_as(spec, SparseMMSpec, layout=build_layout(vllm_config, settings))
+    return replace_as(
+        spec,
+        SparseMMSpec,
+        layout=build_layout(vllm_config, settings),
+        prune_when_free_below=settings.prune_when_free_below,
+    )
 
 
 def _check_layer(layer: Any, spec: FullAttentionSpec, vllm_config: VllmConfig) -> None:

@@ -8,7 +8,7 @@ Knows nothing of vLLM.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -19,6 +19,7 @@ from sparsemm_vllm.methods import METHODS, Budget, Method, redistribute
 
 GRID = 64  # prompt lengths looked at for the most blocks that any needs
 REMEMBERED = 4096  # prompt lengths whose blocks are not counted again
+BUDGETS = 64  # of requests, whose layouts are not made again
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -42,6 +43,9 @@ class CacheLayout:
         tensor_parallel: ranks that share the KV heads of each layer.
         method: one of `METHODS`.
         redistribute: give what heads cannot use of a short prompt to the others.
+        scores: visual scores ``[L][Hq]``, for requests with a budget of their own.
+        rho: share of any budget that is spread evenly.
+        largest_budget: that a request may have, window included; 0 if all have the same.
 
     Raises:
         ValueError: if the heads do not divide among the ranks, or must not be divided, or a stage
@@ -57,6 +61,9 @@ class CacheLayout:
     tensor_parallel: int = 1
     method: str = "sparsemm"
     redistribute: bool = False
+    scores: tuple[tuple[float, ...], ...] = ()
+    rho: float = 0.1
+    largest_budget: int = 0
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -96,8 +103,33 @@ class CacheLayout:
             window=window,
             base=share.base,
             method=method,
+            scores=tuple(map(tuple, scores.tolist())),
+            rho=rho,
             **options,
         )
+
+    @cached_property
+    def dense(self) -> "CacheLayout":
+        """The same model, of a request whose prompt stays whole."""
+        return replace(self, method="full")
+
+    def of_budget(self, tokens: int) -> "CacheLayout":
+        """The layout of a request with a budget of its own, window included, from the same scores.
+
+        Raises:
+            ValueError: for a budget not larger than the window.
+        """
+        return self if tokens == self.window + self.base else self._of_budget(tokens)
+
+    @cached_property
+    def _of_budget(self) -> Callable[[int], "CacheLayout"]:
+        return lru_cache(BUDGETS)(self._make_of_budget)
+
+    def _make_of_budget(self, tokens: int) -> "CacheLayout":
+        scores = torch.tensor(self.scores, dtype=torch.float64)
+        share = Budget(scores, len(self.capacities[0]), tokens, self.window, self.rho)
+        capacities = self.rules.capacities(share).tolist()
+        return replace(self, capacities=tuple(map(tuple, capacities)), base=share.base)
 
     def __getstate__(self) -> dict[str, Any]:
         """The arguments; what is remembered stays behind."""
@@ -203,6 +235,15 @@ class CacheLayout:
         return max(needs)
 
     def most_compact_blocks(self, longest: int, block_size: int) -> int:
+        """Compact blocks that suffice for every prompt of up to `longest` tokens and any budget."""
+        most = self._most_of_this_budget(longest, block_size)
+        prunable = self.rules.prunes and longest > max(self.window, self.min_prompt_tokens - 1)
+        if self.largest_budget and prunable:
+            largest = self.of_budget(self.largest_budget)
+            most = max(most, largest._most_of_smaller_budgets(longest, block_size))
+        return most
+
+    def _most_of_this_budget(self, longest: int, block_size: int) -> int:
         """Compact blocks that suffice for every prompt of up to `longest` tokens.
 
         Where capacities depend on the prompt, a longer one may need fewer, so lengths on a grid are
@@ -219,6 +260,25 @@ class CacheLayout:
             for n in range(first, last + 1, step)
         ]
         return max(needs, default=0)
+
+    def _most_of_smaller_budgets(self, longest: int, block_size: int) -> int:
+        """Compact blocks that suffice for every such prompt with a budget of at most this one.
+
+        A smaller budget gives no head, or of AdaKV no layer, more than this one does, whether or
+        not this one would prune the prompt. Where heads' tokens depend on the prompt only their
+        total does not, and pages, less than full, spread it over `P - 1` tokens more per head.
+        """
+        older, (L, heads) = longest - self.window, self._table.shape
+        if self.rules.split is not None:
+            return _ceil_div(self.layer_pages(longest, block_size), heads)
+        if self.rules.shorten is None and not self.redistribute:
+            return self._blocks_of(self._table.clip(max=older), block_size)
+        total = int(self._table.sum())
+        if self.rules.shorten is not None:  # by half a layer at most above the base: steps round
+            total = (self.base + L) * L * heads
+        fewest = min(end - first for first, end in self.stages) * heads // self.tensor_parallel
+        kept = min(total, fewest * older)
+        return max(1, _ceil_div(kept + fewest * (block_size - 1), fewest * block_size))
 
     def freed_blocks(self, prompt_tokens: int, block_size: int) -> int:
         """Prompt blocks, counted from the first, that go back to the pool after pruning."""

@@ -22,6 +22,7 @@ from sparsemm_vllm.layer_spec import uses_sparsemm
 from sparsemm_vllm.masked_heads import mask_layers
 from sparsemm_vllm.patches import install_in_worker
 from sparsemm_vllm.recording import KeptRecorder
+from sparsemm_vllm.request_settings import request_layout
 from sparsemm_vllm.settings import Settings
 from sparsemm_vllm.startup_log import describe_serving
 from sparsemm_vllm.step import (
@@ -98,19 +99,14 @@ class SparseMMModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Enter a request that starts, or resumes after preemption."""
         super().add_request(req_index, new_req_data)
-        seed = request_seed(new_req_data) if self._state.layout.rules.token_scores else 0
-        self._state.add(req_index, new_req_data.prompt_len, new_req_data.req_id, seed)
-        if self._state.attention is not None:
-            params = new_req_data.sampling_params
-            generates = params.max_tokens != 1
-            pruned = self._state.layout.is_pruned(new_req_data.prompt_len)
-            self._state.attention.add(
-                req_index,
-                new_req_data.prompt_len,
-                params.extra_args,
-                dense=not (generates and pruned),
-            )
-            self._state.knockouts.add(req_index, new_req_data.prompt_len, params.extra_args)
+        state, n, params = self._state, new_req_data.prompt_len, new_req_data.sampling_params
+        layout = request_layout(state.layout, params.extra_args)
+        seed = request_seed(new_req_data) if layout.rules.token_scores else 0
+        state.add(req_index, n, new_req_data.req_id, seed, layout)
+        if state.attention is not None:
+            dense = params.max_tokens == 1 or not layout.is_pruned(n)
+            state.attention.add(req_index, n, params.extra_args, dense)
+            state.knockouts.add(req_index, n, params.extra_args)
 
     def read_attention(self, rows: int) -> tuple[list[int], int, int, bytes]:
         """What was recorded of this rank's heads, for `read_attention` of the profiler.

@@ -124,16 +124,36 @@ def _chunk_end(original: Callable[..., Any]) -> Callable[..., Any]:
     return _reserve_prefill_lookahead
 
 
-def _streaming_input(original: Callable[..., Any]) -> Callable[..., Any]:
-    from sparsemm_vllm.layer_spec import uses_sparsemm
+def _request_check(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm.exceptions import VLLMValidationError
 
-    def process_inputs(self: Any, *args: Any, resumable: bool = False, **kwargs: Any) -> Any:
-        if resumable and uses_sparsemm(self.vllm_config):
-            raise ValueError(
-                "SPARSEMM does not serve streaming input: it prunes a prompt when the prompt is "
-                "complete, and a streamed one never is"
-            )
-        return original(self, *args, resumable=resumable, **kwargs)
+    from sparsemm_vllm.layer_spec import uses_sparsemm
+    from sparsemm_vllm.request_settings import RequestError, asks_for_us, check_request
+    from sparsemm_vllm.settings import Settings
+
+    def process_inputs(
+        self: Any,
+        request_id: str,
+        prompt: Any,
+        params: Any,
+        *args: Any,
+        resumable: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if uses_sparsemm(self.vllm_config):
+            if resumable:
+                raise VLLMValidationError(
+                    "SPARSEMM does not serve streaming input: it prunes a prompt when the prompt "
+                    "is complete, and a streamed one never is"
+                )
+            extra_args = getattr(params, "extra_args", None) or {}  # pooling: vLLM refuses it
+            if asks_for_us(extra_args):
+                settings = Settings.from_additional_config(self.vllm_config.additional_config)
+                try:
+                    check_request(extra_args, settings)
+                except RequestError as error:  # HTTP 400: of other errors vLLM makes a 500
+                    raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+        return original(self, request_id, prompt, params, *args, resumable=resumable, **kwargs)
 
     return process_inputs
 
@@ -206,9 +226,13 @@ WRAPPED = (
         _chunk_end,
     ),
     Wrap(
-        Symbol("vllm.v1.engine.input_processor:InputProcessor.process_inputs", ("resumable",)),
-        "streaming input extends a prompt after its prefill",
-        _streaming_input,
+        Symbol(
+            "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+            ("request_id", "prompt", "params", "resumable"),
+        ),
+        "streaming input extends a prompt after its prefill, and what a request must not ask for "
+        "has to be refused before the engine sees it",
+        _request_check,
     ),
     Wrap(
         Symbol(
@@ -262,6 +286,7 @@ RELIED_ON = (
         "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register",
         ("kvcache_spec_cls", "manager_class", "uniform_type_base_spec"),
     ),
+    Symbol("vllm.exceptions:VLLMValidationError", ("message", "parameter")),
     Symbol(f"{_MODEL_STATE}.add_request", ("req_index", "new_req_data")),
     Symbol(f"{_MODEL_STATE}.initialize_kv_cache", ("kv_cache_config", "block_tables")),
     Symbol(

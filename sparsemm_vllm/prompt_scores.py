@@ -43,7 +43,7 @@ def score_at_random(
 
 
 def split_layer(
-    layout: CacheLayout,
+    layouts: Sequence[CacheLayout],
     layer: int,
     prompts: Prompts,
     workspace: PruneWorkspace,
@@ -56,15 +56,16 @@ def split_layer(
     split may need.
 
     Args:
-        layout: of a method with `split`.
+        layouts: of all requests, of a method with `split`.
         layer: of this rank's, whose tokens to divide.
         prompts: the prompts of this launch, all of them pruned.
         workspace: scores, in.
         pages: the prompts' lengths and first pages of this layer are written.
         page_size: `P`, in tokens.
     """
-    assert layout.rules.split is not None
     for _, request, _, n, offset in prompts.entries:
+        layout = layouts[request]
+        assert layout.rules.split is not None
         scores = workspace.scores[:, offset : offset + n - layout.window]
         lengths = layout.rules.split(scores, layout.base)
         head_pages = (lengths + page_size - 1) // page_size

@@ -3,6 +3,7 @@
 from typing import Any
 
 from sparsemm_vllm.kv_cache import SparseMMManager
+from sparsemm_vllm.request_stats import Outcome
 
 
 class _HitLimited:
@@ -23,7 +24,7 @@ def find_manager(kv_cache_manager: Any) -> SparseMMManager | None:
 
 
 def limit_prefix_hit(kv_cache_manager: Any, request: Any) -> Any:
-    """Tell the manager the request's prompt length; let a hit reach `n - W` tokens at most.
+    """Tell the manager the request's prompt and settings; let a hit reach `n - W` tokens at most.
 
     For a request that is resumed after preemption too: another chat may have cached its prompt and
     answer, but its own answer was computed from a pruned prompt and must be again.
@@ -31,11 +32,10 @@ def limit_prefix_hit(kv_cache_manager: Any, request: Any) -> Any:
     manager = find_manager(kv_cache_manager)
     if manager is None:
         return request
-    prompt_tokens = request.num_prompt_tokens
-    manager.register(request.request_id, prompt_tokens)
-    if not manager.layout.is_pruned(prompt_tokens):
+    prompt = manager.register(request)
+    if prompt.outcome is not Outcome.PRUNED:
         return request
-    hit_limit = prompt_tokens - manager.layout.last_chunk
+    hit_limit = prompt.tokens - prompt.layout.last_chunk
     return _HitLimited(request, min(request.num_tokens, hit_limit + 1))
 
 
@@ -53,14 +53,19 @@ def shape_chunk(
     Returns:
         At most `num_new_tokens`; 0 if the step has no room for the window.
     """
-    manager = find_manager(kv_cache_manager)
     n = request.num_prompt_tokens
-    if manager is None or num_computed_tokens >= n or not manager.layout.is_pruned(n):
+    if num_computed_tokens >= n:
+        return num_new_tokens
+    manager = find_manager(kv_cache_manager)
+    if manager is None:
+        return num_new_tokens
+    prompt = manager.prompts[request.request_id]
+    if prompt.outcome is not Outcome.PRUNED:
         return num_new_tokens
     end = num_computed_tokens + num_new_tokens
     if end > n:
         return n - num_computed_tokens
-    last_chunk_start = n - manager.layout.last_chunk
+    last_chunk_start = n - prompt.layout.last_chunk
     if last_chunk_start < end < n:
         return max(0, last_chunk_start - num_computed_tokens)
     return num_new_tokens

@@ -36,6 +36,10 @@ class Settings(BaseModel):
         redistribute: give what heads cannot use of a short prompt to the others.
         pool_kernel: width in tokens of the average pooling of the scores, odd.
         min_prompt_tokens: shorter prompts are never pruned.
+        prune_when_free_below: leave a prompt whole if, with all of it in the pool, at least this
+            share of the pool's blocks is free, 0 to 1. Everything is pruned if not given.
+        max_request_budget: largest budget that a request may ask for; memory for it is set aside.
+            Twice the budget if not given.
         mask_heads: query heads whose output is zero, ``[layer, head]`` each: for ablations.
         record_kept: folder into which workers write which tokens each head kept; slows them down.
         record_attention: queries whose attention workers can record, for `sparsemm profile`.
@@ -51,6 +55,8 @@ class Settings(BaseModel):
     redistribute: bool = False
     pool_kernel: int = Field(default=5, ge=1)
     min_prompt_tokens: int = Field(default=0, ge=0)
+    prune_when_free_below: float | None = Field(default=None, gt=0.0, le=1.0)
+    max_request_budget: int | None = Field(default=None, lt=2**31)
     mask_heads: list[list[int]] = Field(default_factory=list)
     record_kept: str | None = None
     record_attention: int = Field(default=0, ge=0)
@@ -80,9 +86,19 @@ class Settings(BaseModel):
             raise ValueError(
                 f"budget ({self.budget} tokens) must be larger than window ({self.window} tokens)"
             )
+        if self.max_request_budget is not None and self.max_request_budget < self.budget:
+            raise ValueError(
+                f"max_request_budget ({self.max_request_budget} tokens) must not be smaller than "
+                f"budget ({self.budget} tokens)"
+            )
         if self.pool_kernel % 2 == 0:
             raise ValueError(f"pool_kernel ({self.pool_kernel}) must be odd")
         return self
+
+    @property
+    def largest_budget(self) -> int:
+        """Most tokens per KV head on average, window included, that a request may ask for."""
+        return self.max_request_budget or min(2 * self.budget, 2**31 - 1)
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> "Settings":

@@ -79,7 +79,7 @@ class SparseState:
     request keeps its index, by which the kernels find its head pages.
 
     Args:
-        layout: budgets of the whole model.
+        layout: budgets of the whole model; of requests that have no budget of their own.
         own: the layers and heads of the layout that this rank owns.
         heads: of this rank.
         cache_dtype: of the KV cache.
@@ -113,6 +113,7 @@ class SparseState:
         self.max_decode_queries = max(DECODE_QUERIES, max_decode_queries)
         self.ops = choose_ops(device)
         self.prune_timer = PruneTimer(device)
+        self.layouts = [layout] * max_requests
         self.request_ids = [""] * max_requests
         self.prompt_tokens = np.zeros(max_requests, dtype=np.int64)
         self.compact_blocks = np.zeros(max_requests, dtype=np.int64)
@@ -151,15 +152,32 @@ class SparseState:
         """Tokens of a block, `P`."""
         return self.cache.tensor.shape[3]
 
-    def add(self, index: int, prompt_tokens: int, request_id: str = "", seed: int = 0) -> None:
-        """Enter a request, with a seed for random scores; overwrites what had the index before."""
-        lengths = self.layout.kept_tokens(prompt_tokens)[self.own]
+    def add(
+        self,
+        index: int,
+        prompt_tokens: int,
+        request_id: str = "",
+        seed: int = 0,
+        layout: CacheLayout | None = None,
+    ) -> None:
+        """Enter a request; overwrites what had the index before.
+
+        Args:
+            index: of the request.
+            prompt_tokens: `n`.
+            request_id: for the recorder.
+            seed: for random scores.
+            layout: by the request's own budget, if it has one.
+        """
+        layout = layout or self.layout
+        lengths = layout.kept_tokens(prompt_tokens)[self.own]
         head_pages = -(-lengths // self.page_size)
         first_pages = head_pages.cumsum().reshape(head_pages.shape) - head_pages
+        self.layouts[index] = layout
         self.request_ids[index] = request_id
         self.prompt_tokens[index] = prompt_tokens
-        self.compact_blocks[index] = self.layout.compact_blocks(prompt_tokens, self.page_size)
-        self.max_kept[index] = self.layout.most_kept(prompt_tokens, self.own)
+        self.compact_blocks[index] = layout.compact_blocks(prompt_tokens, self.page_size)
+        self.max_kept[index] = layout.most_kept(prompt_tokens, self.own)
         self.seeds[index] = seed
         self.pages.prompt_tokens[index] = prompt_tokens
         self.pages.compact_blocks[index] = int(self.compact_blocks[index])
@@ -217,7 +235,7 @@ class SparseState:
                 k_scale,
             )
         if layout.rules.split is not None:
-            split_layer(layout, layer, prompts, workspace, self.pages, self.page_size)
+            split_layer(self.layouts, layer, prompts, workspace, self.pages, self.page_size)
         self.ops.select_tokens(prompts, workspace, self.pages.lengths[:, layer], layout.window)
         if self.recorder is not None:
             self._record(self.recorder, layer, prompts)

@@ -200,6 +200,7 @@ def build_layout(vllm_config: VllmConfig, settings: Settings) -> CacheLayout:
             redistribute=settings.redistribute,
             pool_kernel=settings.pool_kernel,
             min_prompt_tokens=settings.min_prompt_tokens,
+            largest_budget=settings.largest_budget,
             stages=tuple(stages),
             tensor_parallel=parallel.tensor_parallel_size,
         )

@@ -116,6 +116,7 @@ class Engine:
         chunk: int | None = None,
         watch: Callable[[], None] | None = None,
         options: Sequence[dict[str, Any]] | None = None,
+        extra_args: dict[str, Any] | list[dict[str, Any] | None] | None = None,
     ) -> list[Answer]:
         """Answer all prompts at once.
 
@@ -125,10 +126,17 @@ class Engine:
             chunk: tokens a step may compute, for this call.
             watch: called after every step.
             options: of each request, for `LLMEngine.add_request`.
+            extra_args: of the sampling parameters, of all prompts or of each.
         """
         from vllm import SamplingParams
 
-        params = SamplingParams(max_tokens=max_tokens, temperature=0, logprobs=2, ignore_eos=True)
+        each = extra_args if isinstance(extra_args, list) else [extra_args] * len(prompts)
+        params = [
+            SamplingParams(
+                max_tokens=max_tokens, temperature=0, logprobs=2, ignore_eos=True, extra_args=asked
+            )
+            for asked in each
+        ]
         engine, scheduler = self.llm.llm_engine, self.scheduler
         usual = scheduler.max_num_scheduled_tokens
         scheduler.max_num_scheduled_tokens = chunk or usual
@@ -137,10 +145,10 @@ class Engine:
         ids = [f"request-{first + i}" for i in range(len(prompts))]
         outputs: dict[str, Any] = {}
         try:
-            for request_id, prompt, own in zip(
-                ids, prompts, options or [{}] * len(prompts), strict=True
+            for request_id, prompt, own, rest in zip(
+                ids, prompts, params, options or [{}] * len(prompts), strict=True
             ):
-                engine.add_request(request_id, prompt, params, **own)
+                engine.add_request(request_id, prompt, own, **rest)
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     outputs[output.request_id] = output

@@ -236,4 +236,4 @@ def test_abort_frees_everything(sparse: Engine) -> None:
     engine.abort_request([f"abort-{i}" for i in range(3)])
     engine.step()
     assert sparse.all_free()
-    assert not sparse.manager._prompts
+    assert not sparse.manager.prompts

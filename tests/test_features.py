@@ -18,6 +18,7 @@ PACKAGE = Path(sparsemm_vllm.__file__).parent
 TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs" / "features.md").read_text()
 REFUSE = "UnsupportedError("
+ERRORS = "UnsupportedError", "ValueError", "VLLMValidationError"
 ALSO_REFUSE = "patches.py", "layout.py"
 
 
@@ -47,7 +48,7 @@ def reasons(source: str) -> Iterator[str]:
                 yield from (literal(check.elts[1]) for check in checks)  # type: ignore[attr-defined]
             case ast.Assign(targets=[ast.Name("variants")], value=ast.Dict(names)):
                 yield from map(literal, names)
-            case ast.Raise(exc=ast.Call(ast.Name("UnsupportedError" | "ValueError"), [text])):
+            case ast.Raise(exc=ast.Call(ast.Name(error), [text])) if error in ERRORS:
                 yield literal(text)
 
 

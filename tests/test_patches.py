@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -191,18 +193,18 @@ def test_a_manager_refuses_to_run_half_installed(monkeypatch, missing):
 
 def test_streaming_input_is_refused(monkeypatch):
     calls = []
-    process = patches._streaming_input(lambda self, *args, **kwargs: calls.append(kwargs))
+    process = patches._request_check(lambda self, *args, **kwargs: calls.append(kwargs))
     backend = SimpleNamespace(name="SPARSEMM")
 
     def processor(backend):
         attention = SimpleNamespace(backend=backend, backend_per_kind={})
         return SimpleNamespace(vllm_config=SimpleNamespace(attention_config=attention))
 
-    with pytest.raises(ValueError, match="does not serve streaming input"):
-        process(processor(backend), "prompt", resumable=True)
+    with pytest.raises(VLLMValidationError, match="does not serve streaming input"):
+        process(processor(backend), "id", "prompt", SamplingParams(), resumable=True)
     assert not calls
-    process(processor(backend), "prompt")
-    process(processor(None), "prompt", resumable=True)
+    process(processor(backend), "id", "prompt", SamplingParams())
+    process(processor(None), "id", "prompt", SamplingParams(), resumable=True)
     assert [call["resumable"] for call in calls] == [False, True]
 
 

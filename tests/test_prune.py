@@ -196,7 +196,7 @@ def test_prompts_of_a_launch_are_split_one_by_one():
     prompts = Prompts.pack([(0, 3, 0, 60), (1, 0, 0, 33), (2, 1, 0, 90)], 9, DEVICE)
     state.workspace.scores.copy_(torch.rand_like(state.workspace.scores) ** 8)
     before = state.pages.lengths.clone()
-    split_layer(layout, 1, prompts, state.workspace, state.pages, 4)
+    split_layer([layout] * 8, 1, prompts, state.workspace, state.pages, 4)
     for _, index, _, n, offset in prompts.entries:
         own = state.workspace.scores[:, offset : offset + n - 4]
         split = layout.rules.split(own, 9)

@@ -67,12 +67,13 @@ def blocks_in_use(server: Server) -> float:
     return _metric(httpx.get(f"{server.url}/metrics").text, "vllm:kv_cache_usage_perc")
 
 
-def ask(client: openai.OpenAI, max_tokens: int = 8) -> str | None:
+def ask(client: openai.OpenAI, max_tokens: int = 8, **extra_body: Any) -> str | None:
     answer = client.chat.completions.create(
         model="tiny",
         messages=messages("what does it say?", data_url(picture(1))),
         temperature=0,
         max_tokens=max_tokens,
+        extra_body=extra_body,
     )
     assert answer.usage is not None
     assert answer.usage.prompt_tokens > 64 + WINDOW
@@ -129,6 +130,35 @@ def test_bad_requests_get_vllms_own_errors(
         client.chat.completions.create(model="tiny", messages=request_messages, max_tokens=4)
     assert ask(client)
     assert blocks_in_use(server) == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "what"),
+    [
+        ({"sparsemm": 5}, "sparsemm: Input should be less than or equal to 1"),
+        ({"sparsemm_budget": 81}, "sparsemm_budget: 81 tokens; this server takes 9 to 80"),
+        ({"sparsemm_budget": "many"}, "sparsemm_budget: Input should be a valid integer"),
+        ({"sparsemm_bugdet": 40}, "did you mean 'sparsemm_budget'"),
+    ],
+)
+def test_request_settings_that_cannot_be_are_refused(
+    server: Server, client: openai.OpenAI, asked: dict[str, Any], what: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=what):
+        client.chat.completions.create(
+            model="tiny", messages=messages("what?"), extra_body={"vllm_xargs": asked}
+        )
+    assert ask(client)
+    assert blocks_in_use(server) == 0
+
+
+def test_requests_have_settings_of_their_own(client: openai.OpenAI) -> None:
+    """Three answers to the same question, by what is kept of it."""
+    answers = {
+        ask(client, max_tokens=24, vllm_xargs=asked)
+        for asked in ({}, {"sparsemm": False}, {"sparsemm_budget": 60})
+    }
+    assert len(answers) == 3
 
 
 def test_disconnect_frees_the_blocks(server: Server, client: openai.OpenAI) -> None:

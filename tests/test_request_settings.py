@@ -1,0 +1,203 @@
+"""What a request may ask for: refused with a line that names the key, or a layout of its own."""
+
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+
+from sparsemm_vllm import patches
+from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.methods import METHODS, random_scores
+from sparsemm_vllm.request_settings import (
+    RequestError,
+    asks_for_us,
+    check_request,
+    request_layout,
+)
+from sparsemm_vllm.settings import Settings
+
+W = 8
+SERVER = Settings(budget=40, window=W)
+LAYOUT = CacheLayout.from_scores(
+    tiny.skewed_profile().tensor(), tiny.KV_HEADS, 40, W, largest_budget=80
+)
+
+
+@pytest.mark.parametrize(
+    "extra_args",
+    [
+        {"sparsemm": 0},
+        {"sparsemm": 1},
+        {"sparsemm": False},  # from Python; HTTP makes it 0
+        {"sparsemm_budget": W + 1},
+        {"sparsemm_budget": 80},
+        {"sparsemm": 1, "sparsemm_budget": 40, "another_plugin": "x"},
+    ],
+)
+def test_what_a_request_may_ask_for(extra_args):
+    check_request(extra_args, SERVER)
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "message"),
+    [
+        ({"sparsemm": 2}, "sparsemm: Input should be less than or equal to 1"),
+        ({"sparsemm": -1}, "sparsemm: Input should be greater than or equal to 0"),
+        ({"sparsemm": "0"}, "sparsemm: Input should be a valid integer"),
+        ({"sparsemm": 0.0}, "sparsemm: Input should be a valid integer"),
+        ({"sparsemm": None}, "sparsemm: Input should be a valid integer"),
+        ({"sparsemm_budget": "512"}, "sparsemm_budget: Input should be a valid integer"),
+        ({"sparsemm_budget": 50.5}, "sparsemm_budget: Input should be a valid integer"),
+        ({"sparsemm_budget": True}, "sparsemm_budget: Input should be a valid integer"),
+        ({"sparsemm_budget": W}, "sparsemm_budget: 8 tokens; this server takes 9 to 80 "),
+        ({"sparsemm_budget": 81}, "sparsemm_budget: 81 tokens; this server takes 9 to 80 "),
+        ({"sparsemm_budget": 2**63}, "this server takes 9 to 80 "),
+        ({"sparsemm": 0, "sparsemm_budget": 40}, "sparsemm_budget: 'sparsemm' is 0"),
+        ({"sparsemm_buget": 40}, "'sparsemm_buget'; did you mean 'sparsemm_budget'?"),
+        ({"SparseMM": 0}, "'SparseMM'; did you mean 'sparsemm'?"),
+        ({"sparsemm_left_dense": 1}, "unknown request setting 'sparsemm_left_dense'"),
+        ({"sparsemm\n\u202e": 1}, r"unknown request setting 'sparsemm\n\u202e'"),
+        ({"sparsemm_record": [0, 1]}, "sparsemm_record: this server records no attention"),
+        ({"sparsemm_knockout": [0, 0, 9]}, "sparsemm_knockout: this server records no"),
+    ],
+)
+def test_what_is_refused_by_name(extra_args, message):
+    with pytest.raises(RequestError) as error:
+        check_request(extra_args, SERVER)
+    assert message in str(error.value)
+    assert str(error.value).isprintable(), "one line"
+
+
+def test_a_budget_where_nothing_is_pruned_is_refused():
+    with pytest.raises(RequestError, match="sparsemm_budget: this server prunes nothing"):
+        check_request({"sparsemm_budget": 40}, Settings(budget=40, window=W, method="full"))
+
+
+def test_engines_that_record_attention_let_the_profiler_ask():
+    recording = Settings(budget=40, window=W, record_attention=4)
+    check_request({"sparsemm_record": [0, 1], "sparsemm_knockout": [0, 0, 9]}, recording)
+
+
+def test_the_largest_budget_of_a_server():
+    assert Settings(budget=300).largest_budget == 600
+    assert Settings(budget=300, max_request_budget=300).largest_budget == 300
+    assert Settings(budget=2**31 - 1).largest_budget == 2**31 - 1
+    with pytest.raises(ValueError, match=r"max_request_budget \(299 tokens\) must not be smaller"):
+        Settings(budget=300, max_request_budget=299)
+
+
+def test_only_our_keys_are_looked_at():
+    assert not asks_for_us(None)
+    assert not asks_for_us({"other": 1, "sparse": 2})
+    assert asks_for_us({"other": 1, "SPARSEMM_x": 2})
+
+
+@pytest.mark.parametrize(("backend", "refused"), [("SPARSEMM", True), (None, False)])
+def test_the_front_end_refuses_before_the_engine_sees_it(backend, refused):
+    seen = []
+    process = patches._request_check(lambda self, *args, **kwargs: seen.append(args))
+    attention = SimpleNamespace(
+        backend=backend and SimpleNamespace(name=backend), backend_per_kind={}
+    )
+    config = SimpleNamespace(attention_config=attention, additional_config={})
+    params = SamplingParams(extra_args={"sparsemm_budget": 1})
+    arguments = SimpleNamespace(vllm_config=config), "id", "prompt", params
+    if refused:
+        with pytest.raises(VLLMValidationError, match="sparsemm_budget: 1 tokens"):
+            process(*arguments)
+    else:
+        process(*arguments)
+    assert bool(seen) != refused
+
+
+# Layouts
+
+
+def test_a_request_without_settings_has_the_servers_layout():
+    for extra_args in (None, {}, {"other": 3}, {"sparsemm": 1}, {"sparsemm_budget": 40}):
+        assert request_layout(LAYOUT, extra_args) is LAYOUT
+
+
+def test_a_dense_request_holds_its_prompt():
+    dense = request_layout(LAYOUT, {"sparsemm": 0})
+    assert not dense.is_pruned(10_000)
+    assert dense.compact_blocks(10_000, 16) == dense.freed_blocks(10_000, 16) == 0
+    assert LAYOUT.is_pruned(10_000)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].prunes])
+def test_a_budget_of_its_own_is_that_of_a_server_with_this_budget(method):
+    scores = tiny.skewed_profile().tensor()
+    options = {"method": method, "largest_budget": 80, "redistribute": method == "snapkv"}
+    server = CacheLayout.from_scores(scores, tiny.KV_HEADS, 40, W, **options)
+    other = CacheLayout.from_scores(scores, tiny.KV_HEADS, 64, W, **options)
+    own = request_layout(server, {"sparsemm_budget": 64})
+    assert own == other
+    assert own != server
+    np.testing.assert_array_equal(own.kept_tokens(300), other.kept_tokens(300))
+    # The worker's copy came through a pickle.
+    worker = request_layout(pickle.loads(pickle.dumps(server)), {"sparsemm_budget": 64})
+    assert worker == own
+
+
+def test_a_budgets_layout_is_made_once():
+    assert LAYOUT.of_budget(50) is LAYOUT.of_budget(50)
+    assert LAYOUT.dense is LAYOUT.dense
+
+
+@st.composite
+def servers(draw):
+    """Any method, budgets and spread over ranks; few heads have most of the score."""
+    L, Hkv, G = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 4])), draw(st.integers(1, 2))
+    name = draw(st.sampled_from([m for m in METHODS if METHODS[m].prunes]))
+    cut = draw(st.integers(0, L - 1))
+    ranks = [r for r in (1, 2, 4) if Hkv % r == 0 and (r == 1 or not METHODS[name].split)]
+    scores = random_scores(draw(st.integers(0, 99)), 0, range(L), Hkv * G) ** 8 + 1e-9
+    budget = W + draw(st.integers(1, 60))
+    return CacheLayout.from_scores(
+        scores,
+        Hkv,
+        budget,
+        W,
+        draw(st.sampled_from([0.0, 0.1, 1.0])),
+        name,
+        redistribute=draw(st.booleans()),
+        stages=((0, cut), (cut, L)) if cut else (),
+        tensor_parallel=draw(st.sampled_from(ranks)),
+        largest_budget=budget + draw(st.integers(0, 60)),
+    )
+
+
+@hypothesis_settings(max_examples=60)
+@given(servers(), st.integers(1, 200), st.sampled_from([1, 4, 16]), st.data())
+def test_no_budget_needs_more_than_what_is_set_aside(layout, longest, block_size, data):
+    """The block table's row and the memory for one request are made for this many."""
+    most = layout.most_compact_blocks(longest, block_size)
+    for budget in data.draw(st.sets(st.integers(W + 1, layout.largest_budget), max_size=8)):
+        own = layout.of_budget(budget)
+        assert max(own.compact_blocks(n, block_size) for n in range(1, longest + 1)) <= most
+
+
+@given(servers(), st.data())
+def test_a_larger_budget_gives_no_head_less(layout, data):
+    """What the bound above counts on, of methods whose capacities do not depend on the prompt."""
+    a, b = sorted(data.draw(st.integers(W + 1, layout.largest_budget)) for _ in range(2))
+    if layout.rules.shorten is None:
+        smaller, larger = (torch.tensor(layout.of_budget(x).capacities) for x in (a, b))
+        assert (smaller <= larger).all()
+
+
+def test_little_is_set_aside_for_larger_budgets():
+    """Not a second copy of the longest prompt: even heads at twice the budget, 448 tokens more."""
+    layout = CacheLayout.from_scores(torch.ones(32, 32), 32, 256, largest_budget=512)
+    assert layout.most_compact_blocks(32_768, 16) == (512 - 32) // 16
+    assert layout.most_compact_blocks(100, 16) == -(-(100 - 32) // 16)
+    assert layout.most_compact_blocks(32, 16) == 0
