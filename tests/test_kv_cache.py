@@ -7,6 +7,7 @@ hypothesis can think of, with output of earlier steps outstanding as with async 
 import pickle
 from collections import Counter
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
+    initialize,
     invariant,
     precondition,
     rule,
@@ -30,12 +32,18 @@ from vllm.v1.request import Request
 from sparsemm_vllm import patches
 from sparsemm_vllm.kv_cache import SparseMMManager, SparseMMSpec
 from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.request_settings import request_layout
+from sparsemm_vllm.request_stats import Outcome
 from sparsemm_vllm.scheduling import shape_chunk
 
 P, W, BASE = 4, 3, 5
 FIRST_PRUNED = W + BASE
 # Unequal, with an empty head, one of a page and one that no prompt here fills.
 LAYOUT = CacheLayout(((0, 11), (P, 500), (1, 2)), window=W, base=BASE)
+# With scores, so that a request may have a budget of its own: 0 to 23 tokens, up to 170.
+SCORES = torch.tensor([[0.0, 11.0], [P, 60.0], [1.0, 2.0]])
+SCORED = CacheLayout.from_scores(SCORES, 2, W + BASE, W, rho=0.0, largest_budget=40)
+ASKED = [None] * 3 + [{"sparsemm": 0}] + [{"sparsemm_budget": b} for b in (W + 1, 20, 40)]
 # The same, of methods whose blocks follow from more than one table of capacities.
 METHOD_LAYOUTS = [
     LAYOUT,
@@ -75,11 +83,11 @@ def make_manager(blocks, layout=LAYOUT, caching=True):
     )
 
 
-def make_request(name, prompt):
+def make_request(name, prompt, extra_args=None):
     return Request(
         request_id=name,
         prompt_token_ids=list(prompt),
-        sampling_params=SamplingParams(max_tokens=100),
+        sampling_params=SamplingParams(max_tokens=100, extra_args=extra_args),
         pooling_params=None,
         block_hasher=get_request_block_hasher(P, sha256),
     )
@@ -92,7 +100,8 @@ class Chats:
         self.manager = make_manager(blocks, layout, caching)
         self.layout, self.total = layout, blocks
         self.waiting, self.running = [], []
-        self.outstanding = {}  # steps not processed yet: their tokens, and whether they sample
+        self.layouts = {}  # of each request that has been admitted once
+        self.outstanding = {}  # steps not processed yet: tokens, drafts, and whether they sample
         self.allocated = {}  # tokens that a request has slots for
         self.pruned = set()  # requests whose older prompt blocks have been freed
         self.count = 0
@@ -110,41 +119,67 @@ class Chats:
     def row(self, request):
         return self.sparse.req_to_blocks[request.request_id]
 
-    def add(self, prompt):
-        request = make_request(f"chat-{self.count}", prompt)
+    def add(self, prompt, extra_args=None):
+        request = make_request(f"chat-{self.count}", prompt, extra_args)
         self.count += 1
         self.waiting.append(request)
         return request
 
     def admit(self, request, tokens=1000, lookahead=0):
         """First chunk of a new or a preempted request; whether it fits."""
-        n = request.num_prompt_tokens
+        n, layout = request.num_prompt_tokens, self._expected_layout(request)
         hit, num_hit, _ = self.manager.get_computed_blocks(request)
+        assert self.sparse.prompts[request.request_id].layout == layout
+        assert request_layout(self.layout, request.sampling_params.extra_args) == layout
         assert num_hit < request.num_tokens
-        if self.layout.is_pruned(n):
+        if layout.is_pruned(n):
             assert num_hit <= n - W, "the window queries must be computed"
         assert all(b.block_hash for b in hit.blocks[0])
         if not self._allocate(request, tokens, lookahead, num_hit, hit):
             return False
+        self.layouts[request.request_id] = layout
         self.waiting.remove(request)
         self.running.append(request)
         return True
 
-    def step(self, request, tokens=1000, lookahead=0):
-        """A later chunk, or a decode step. Whether there was anything to do and it fits."""
-        return self._allocate(request, tokens, lookahead)
+    def _expected_layout(self, request):
+        """By what the request asks, and by the pool when it is admitted first."""
+        if request.request_id in self.layouts:
+            return self.layouts[request.request_id]
+        asked, share = request.sampling_params.extra_args or {}, self.sparse.prune_when_free_below
+        budget = asked.get("sparsemm_budget", self.layout.base + W)
+        layout = self.layout.of_budget(budget) if asked.get("sparsemm", 1) else self.layout.dense
+        if share is not None and layout.is_pruned(n := request.num_prompt_tokens):
+            left = self.pool.get_num_free_blocks() - -(-n // P)
+            layout = self.layout.dense if left >= share * self.total else layout
+        return layout
 
-    def _allocate(self, request, tokens, lookahead, num_hit=0, hit=None):
+    def layout_of(self, request):
+        return self.sparse.prompts[request.request_id].layout
+
+    def step(self, request, tokens=1000, lookahead=0, drafts=0):
+        """A later chunk, or a decode step. Whether there was anything to do and it fits."""
+        return self._allocate(request, tokens, lookahead, drafts=drafts)
+
+    def _allocate(self, request, tokens, lookahead, num_hit=0, hit=None, drafts=0):
         name, n = request.request_id, request.num_prompt_tokens
         computed = request.num_computed_tokens + num_hit
         left = request.num_tokens + request.num_output_placeholders - computed
+        drafts = drafts if left == 1 and computed >= n else 0
+        left, tokens = left + drafts, max(tokens, 1 + drafts)
         new = shape_chunk(self.manager, request, computed, min(tokens, left))
         if new == 0:
             return False
         processed = computed - request.num_in_flight_tokens
         if hit is None:
             self.manager.remove_skipped_blocks(name, processed, n)
-            self._assert_private(request, computed, new)
+        before = [] if hit is None else hit.blocks[0]
+        written = self._written(request, computed, new)
+        for entry in written & set(range(len(before or self.row(request)))):
+            block = (before or self.row(request))[entry]
+            assert not block.is_null
+            assert block.ref_cnt == 1, "a shared block would be written"
+            assert block.block_hash is None, "a hashed block would be written"
         free = self.pool.get_num_free_blocks()
         needed = self._needed(request, computed, computed + new + lookahead, num_hit, hit)
         everything = self._needed(request, computed, request.num_tokens, num_hit, hit)
@@ -161,17 +196,17 @@ class Chats:
         assert free - self.pool.get_num_free_blocks() == (needed if fits else 0)
         if not fits:
             return False
+        assert all(self.row(request)[entry].ref_cnt == 1 for entry in written)
         request.num_computed_tokens = computed + new
         request.num_in_flight_tokens += new
         slots = computed + new + lookahead
         self.allocated[name] = max(self.allocated.get(name, 0), slots)
-        if processed >= n and self.layout.is_pruned(n):
+        if processed >= n and self.layout_of(request).is_pruned(n):
             self.pruned.add(name)
-        samples = (
-            request.num_computed_tokens == request.num_tokens + request.num_output_placeholders
-        )
-        request.num_output_placeholders += samples
-        self.outstanding.setdefault(name, []).append((new, samples))
+        known = request.num_tokens + request.num_output_placeholders
+        samples = request.num_computed_tokens == known + drafts
+        request.num_output_placeholders += samples * (1 + drafts)
+        self.outstanding.setdefault(name, []).append((new, drafts, samples))
         return True
 
     def _needed(self, request, computed, tokens, num_hit, hit):
@@ -186,24 +221,22 @@ class Chats:
             num_tokens_main_model=tokens,
         )
 
-    def _assert_private(self, request, computed, new):
-        """The blocks that this step writes tokens to are this request's alone."""
-        row, n = self.row(request), request.num_prompt_tokens
-        N, C = -(-n // P), self.layout.compact_blocks(n, P)
-        for token in range(computed, computed + new):
-            entry = token // P
-            entry += C if entry >= N else 0
-            if entry < len(row):
-                assert not row[entry].is_null
-                assert row[entry].ref_cnt == 1
-                assert row[entry].block_hash is None
+    def _written(self, request, computed, new):
+        """Row entries that a step writes to: of its tokens and, if it prunes, the compact ones."""
+        n = request.num_prompt_tokens
+        N, C = -(-n // P), self.layout_of(request).compact_blocks(n, P)
+        entries = {t // P + (C if t // P >= N else 0) for t in range(computed, computed + new)}
+        return entries | set(range(N, N + C)) if computed < n <= computed + new else entries
 
-    def process(self, request, steps=1):
-        """The output of the oldest steps arrives."""
+    def process(self, request, steps=1, accepted=0):
+        """The output of the oldest steps arrives, with so many of their drafts accepted."""
         for _ in range(steps):
-            new, samples = self.outstanding[request.request_id].pop(0)
+            new, drafts, samples = self.outstanding[request.request_id].pop(0)
             request.num_in_flight_tokens -= new
-            if samples:
+            rejected = max(0, drafts - accepted)
+            request.num_computed_tokens -= rejected
+            request.num_output_placeholders -= rejected
+            for _ in range(1 + drafts - rejected if samples else 0):
                 request.num_output_placeholders -= 1
                 request.append_output_token_ids(1000 + request.num_tokens)
             if self.manager.enable_caching:
@@ -225,6 +258,7 @@ class Chats:
         self._forget(request)
         request.num_computed_tokens = request.num_in_flight_tokens = 0
         request.num_output_placeholders = 0
+        request.num_preemptions += 1
         self.waiting.append(request)
 
     def finish(self, request):
@@ -233,6 +267,7 @@ class Chats:
     def _forget(self, request):
         (self.running if request in self.running else self.waiting).remove(request)
         self.manager.free(request)
+        assert request.request_id not in self.sparse.prompts
         for record in (self.outstanding, self.allocated):
             record.pop(request.request_id, None)
         self.pruned.discard(request.request_id)
@@ -240,8 +275,9 @@ class Chats:
     def expected_row(self, request):
         """Entries of the row, and how many of them are null."""
         n, slots = request.num_prompt_tokens, self.allocated[request.request_id]
-        compact = self.layout.compact_blocks(n, P) if slots >= n else 0
-        gone = self.layout.freed_blocks(n, P) if request.request_id in self.pruned else 0
+        layout = self.layouts[request.request_id]
+        compact = layout.compact_blocks(n, P) if slots >= n else 0
+        gone = layout.freed_blocks(n, P) if request.request_id in self.pruned else 0
         return -(-slots // P) + compact, gone
 
     def check(self):
@@ -254,12 +290,12 @@ class Chats:
             held = [b.block_id for b in row if not b.is_null]
             assert len(held) == len(set(held))
             owners.update(held)
-            n = request.num_prompt_tokens
+            n, layout = request.num_prompt_tokens, self.layouts[request.request_id]
             if request.request_id in self.pruned and self.allocated[request.request_id] <= (
                 request.num_computed_tokens
             ):
-                assert len(held) == self.layout.held_blocks(n, request.num_computed_tokens, P)
-            if self.layout.is_pruned(n):
+                assert len(held) == layout.held_blocks(n, request.num_computed_tokens, P)
+            if layout.is_pruned(n):
                 private = row[n // P :]  # partly filled, compact and growth blocks
                 assert not any(b.block_hash for b in private)
                 assert all(b.ref_cnt == 1 for b in private)
@@ -276,7 +312,7 @@ class Chats:
         for request in self.running + self.waiting:
             self.finish(request)
         assert self.pool.get_num_free_blocks() == self.total - 1
-        assert not self.sparse._prompts, "state of requests that are gone"
+        assert not self.sparse.prompts, "state of requests that are gone"
         assert not {k: v for k, v in self.sparse.req_to_blocks.items() if v}
 
 
@@ -286,68 +322,104 @@ LENGTHS = [1, P - 1, P, P + 1, FIRST_PRUNED - 1, FIRST_PRUNED, FIRST_PRUNED + 1,
 
 class Engine(RuleBasedStateMachine):
     caching = True
+    seen: ClassVar[Counter] = Counter()
 
     def __init__(self):
         super().__init__()
         # Room for two or three of the longest requests: most histories run out of blocks.
-        self.chats = Chats(blocks=48, caching=self.caching)
+        self.chats = Chats(blocks=48, layout=SCORED, caching=self.caching)
 
-    @rule(family=st.integers(0, 1), shared=st.integers(0, 30), n=st.sampled_from(LENGTHS))
-    def add(self, family, shared, n):
+    def one_of(self, data, requests):
+        return data.draw(st.sampled_from(requests))
+
+    @initialize(share=st.sampled_from([None, 0.3, 0.7]))
+    def choose_policy(self, share):
+        self.chats.sparse.prune_when_free_below = share
+
+    @precondition(lambda self: len(self.chats.waiting) < 5)
+    @rule(
+        family=st.integers(0, 1),
+        shared=st.integers(0, 30),
+        n=st.sampled_from(LENGTHS),
+        asked=st.sampled_from(ASKED),
+    )
+    def add(self, family, shared, n, asked):
         prefix = [100 * family + i for i in range(min(shared, n))]
         tail = [5000 + 100 * self.chats.count + i for i in range(n - len(prefix))]
-        self.chats.add(prefix + tail)
+        self.chats.add(prefix + tail, asked)
 
-    @precondition(lambda self: self.chats.running)
-    @rule(data=st.data(), extra=st.integers(1, 9))
-    def add_next_turn(self, data, extra):
-        earlier = data.draw(st.sampled_from(self.chats.running))
-        self.chats.add([*earlier.all_token_ids, *range(9000, 9000 + extra)][:60])
+    @precondition(lambda self: self.chats.running and len(self.chats.waiting) < 5)
+    @rule(data=st.data(), extra=st.integers(1, 9), asked=st.sampled_from(ASKED))
+    def add_next_turn(self, data, extra, asked):
+        earlier = self.one_of(data, self.chats.running)
+        self.chats.add([*earlier.all_token_ids, *range(9000, 9000 + extra)][:60], asked)
 
     @precondition(lambda self: self.chats.waiting)
     @rule(data=st.data(), tokens=st.integers(1, 60), lookahead=st.integers(0, 5))
     def admit(self, data, tokens, lookahead):
-        self.chats.admit(data.draw(st.sampled_from(self.chats.waiting)), tokens, lookahead)
+        request = self.one_of(data, self.chats.waiting)
+        resumed = request.request_id in self.chats.layouts
+        if self.chats.admit(request, tokens, lookahead):
+            self.seen["resumed" if resumed else "admitted"] += 1
+            self.seen["hits"] += request.num_computed_tokens > request.num_in_flight_tokens
+            self.seen[self.chats.sparse.prompts[request.request_id].outcome] += 1
 
     @precondition(lambda self: self.chats.running)
-    @rule(data=st.data(), tokens=st.integers(1, 60), lookahead=st.integers(0, 5))
-    def step(self, data, tokens, lookahead):
-        self.chats.step(data.draw(st.sampled_from(self.chats.running)), tokens, lookahead)
+    @rule(
+        data=st.data(),
+        tokens=st.integers(1, 60),
+        lookahead=st.integers(0, 5),
+        drafts=st.integers(0, 4),
+    )
+    def step(self, data, tokens, lookahead, drafts):
+        self.chats.step(self.one_of(data, self.chats.running), tokens, lookahead, drafts)
 
     @precondition(lambda self: self.chats.running)
-    @rule(data=st.data())
-    def process(self, data):
-        request = data.draw(st.sampled_from(self.chats.running))
-        if self.chats.outstanding.get(request.request_id):
-            self.chats.process(request)
+    @rule(data=st.data(), accepted=st.integers(0, 4))
+    def process(self, data, accepted):
+        request = self.one_of(data, self.chats.running)
+        if outstanding := self.chats.outstanding.get(request.request_id):
+            self.seen["rejected"] += outstanding[0][1] > accepted
+            self.chats.process(request, accepted=accepted)
 
     @precondition(lambda self: self.chats.running)
-    @rule(data=st.data(), steps=st.integers(1, 3 * P), tokens=st.integers(W, 60))
-    def run(self, data, steps, tokens):
-        request = data.draw(st.sampled_from(self.chats.running))
+    @rule(
+        data=st.data(),
+        steps=st.integers(1, 3 * P),
+        tokens=st.integers(W, 60),
+        drafts=st.integers(0, 3),
+        accepted=st.integers(0, 3),
+    )
+    def run(self, data, steps, tokens, drafts, accepted):
+        request = self.one_of(data, self.chats.running)
         self.chats.process(request, len(self.chats.outstanding[request.request_id]))
         for _ in range(steps):
-            if self.chats.step(request, tokens):
-                self.chats.process(request)
+            if self.chats.step(request, tokens, drafts=drafts):
+                self.seen["rejected"] += self.chats.outstanding[request.request_id][0][1] > accepted
+                self.chats.process(request, accepted=accepted)
                 self.chats.check()
 
     @precondition(lambda self: self.chats.running)
     @rule(data=st.data())
     def preempt(self, data):
-        self.chats.preempt(data.draw(st.sampled_from(self.chats.running)))
+        request = self.one_of(data, self.chats.running)
+        self.seen["preempted in flight"] += request.num_in_flight_tokens > 0
+        self.chats.preempt(request)
 
     @precondition(lambda self: self.chats.running)
     @rule(data=st.data())
     def finish(self, data):
-        self.chats.finish(data.draw(st.sampled_from(self.chats.running)))
+        self.chats.finish(self.one_of(data, self.chats.running))
 
     @precondition(lambda self: self.chats.waiting)
     @rule(data=st.data())
     def abort_while_waiting(self, data):
-        self.chats.finish(data.draw(st.sampled_from(self.chats.waiting)))
+        self.chats.finish(self.one_of(data, self.chats.waiting))
 
     @invariant()
     def holds(self):
+        self.seen["steps"] += 1
+        self.seen["pruned and freed"] += bool(self.chats.pruned)
         self.chats.check()
 
     def teardown(self):
@@ -358,16 +430,37 @@ class EngineWithoutCaching(Engine):
     caching = False
 
 
-@pytest.mark.parametrize("machine", [Engine, EngineWithoutCaching])
-def test_any_history(machine):
+def run_histories(machine, examples, steps):
+    """Steps of all kinds, as many as asked for; not all examples run to their end."""
+    Engine.seen.clear()
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=120,
-            stateful_step_count=40,
+            max_examples=examples,
+            stateful_step_count=steps,
             suppress_health_check=list(HealthCheck),
         ),
     )
+    return Engine.seen
+
+
+# Without these the histories would prove little.
+KINDS = ["admitted", "resumed", "rejected", "preempted in flight", "pruned and freed", *Outcome]
+
+
+@pytest.mark.parametrize("machine", [Engine, EngineWithoutCaching])
+def test_any_history(machine):
+    seen = run_histories(machine, examples=220, steps=60)
+    assert seen["steps"] >= 10_000
+    assert min(seen[kind] for kind in KINDS) > 20, seen
+    assert (seen["hits"] > 20) == machine.caching
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
+@pytest.mark.parametrize("machine", [Engine, EngineWithoutCaching])
+def test_a_million_steps_of_any_history(machine):
+    assert run_histories(machine, examples=9_000, steps=60)["steps"] >= 500_000
 
 
 @pytest.mark.parametrize("n", [n for n in LENGTHS if n >= FIRST_PRUNED])
