@@ -69,6 +69,11 @@ def notes(vllm_config: Any, settings: Settings, layout: CacheLayout) -> list[str
             "min_prompt_tokens.",
         ),
         (
+            settings.prune_when_free_below is not None,
+            "Prompts that leave so much of the pool free stay dense: prune_when_free_below "
+            f"{settings.prune_when_free_below}.",
+        ),
+        (
             vllm_config.cache_config.enable_prefix_caching and layout.rules.prunes,
             "Prefix caching is off for answers to pruned prompts: they were computed from what "
             "was kept.",

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from engines import HELLO, WINDOW, Engine, ask, settings
 from prometheus_client import REGISTRY
@@ -168,6 +169,22 @@ def test_the_dense_equivalent_is_what_dense_holds(engine: Engine) -> None:
     )
     n = answer.prompt_tokens
     assert seen[-2] == -(-(n + 3) // 16), "all but the last token has its keys"
+
+
+@pytest.mark.engine
+def test_requests_with_settings_of_their_own(engine: Engine) -> None:
+    def counted(outcome: str) -> list[float]:
+        names = ("requests_total", "prompt_tokens_total", "kept_tokens_total")
+        return [sample(name, outcome=outcome) for name in names]
+
+    before = {outcome: counted(outcome) for outcome in ("opted_out", "pruned")}
+    (answer,) = engine.generate(ask(HELLO, 6), max_tokens=2, extra_args={"sparsemm": 0})
+    n = answer.prompt_tokens
+    assert np.subtract(counted("opted_out"), before["opted_out"]).tolist() == [1, n, n]
+    engine.generate(ask(HELLO, 6), max_tokens=2, extra_args={"sparsemm_budget": 24})
+    kept = engine.layout.of_budget(24).mean_kept(n)
+    assert kept < engine.layout.mean_kept(n)
+    assert np.subtract(counted("pruned"), before["pruned"]) == pytest.approx([1, n, kept])
 
 
 @pytest.mark.engine

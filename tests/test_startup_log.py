@@ -46,12 +46,14 @@ def test_a_typical_prompt_and_the_longest() -> None:
 
 def test_what_is_off_and_why() -> None:
     plain = describe_serving(config(200), LAYOUT, 101, 1000)
-    made = config(200, 6, True, min_prompt_tokens=99, mask_heads=[[0, 1]], record_kept="folder")
+    off = {"min_prompt_tokens": 99, "mask_heads": [[0, 1]], "record_kept": "folder"}
+    made = config(200, 6, True, prune_when_free_below=0.25, **off)
     made.cache_config.enable_prefix_caching = True
     text = describe_serving(made, LAYOUT, 101, 1000)
     for note in (
         "4 of 6 layers stay dense: they have a sliding window.",
         "Prompts of less than 99 tokens stay dense: min_prompt_tokens.",
+        "stay dense: prune_when_free_below 0.25.",
         "Prefix caching is off for answers to pruned prompts",
         "CUDA graphs are off: --enforce-eager.",
         "1 query heads are off: mask_heads.",
