@@ -114,12 +114,17 @@ def _computed_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _chunk_end(original: Callable[..., Any]) -> Callable[..., Any]:
     from sparsemm_vllm.scheduling import shape_chunk
+    from sparsemm_vllm.window_pictures import make_room_for_window
 
     def _reserve_prefill_lookahead(
         self: Any, request: Any, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
+        end = num_computed_tokens + num_new_tokens
         num_new_tokens = original(self, request, num_computed_tokens, num_new_tokens)
-        return shape_chunk(self.kv_cache_manager, request, num_computed_tokens, num_new_tokens)
+        tokens = shape_chunk(self.kv_cache_manager, request, num_computed_tokens, num_new_tokens)
+        if tokens == 0 < num_new_tokens and request.has_encoder_inputs:
+            make_room_for_window(self, request, num_computed_tokens, end)
+        return tokens
 
     return _reserve_prefill_lookahead
 
@@ -276,6 +281,10 @@ RELIED_ON = (
         ("request_id", "processed_computed_tokens", "num_prompt_tokens"),
     ),
     Symbol(f"{_MANAGER}.pop_blocks_for_free", ("request_id",)),
+    Symbol(
+        "vllm.v1.core.encoder_cache_manager:EncoderCacheManager.get_cached_input_ids", ("request",)
+    ),
+    Symbol("vllm.v1.request:Request.get_num_encoder_embeds", ("input_id",)),
     Symbol(f"{_MANAGER}._remove_blocks_in_range", ("request_id", "first_block", "last_block")),
     Symbol(
         "vllm.v1.kv_cache_interface:FullAttentionSpec.max_num_blocks_per_req",
