@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engines import BLOCK, Answer, Engine, settings
+from engines import Answer, Engine, settings
 from oracle import Oracle
 from PIL import Image
 from tiny import make_qwen2_vl, picture
@@ -14,8 +14,8 @@ pytestmark = pytest.mark.engine
 
 WINDOW = 64
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-# 127 tokens: the large picture lies from 43 to 107, the window begins at 63, the small one at 109.
-TEXT = "<s>some text before the picture, and so on. " + 2 * IMAGE + "?"
+# 128 tokens: the large picture lies from 43 to 107, the window begins at 64, the small one at 109.
+TEXT = "<s>some text before the picture, and so on. " + 2 * IMAGE + "??"
 TOKENS = 6
 MOST_STEPS = 200
 
@@ -76,7 +76,7 @@ def test_the_second_picture_gets_room(
     size = engine.scheduler.encoder_cache_manager.cache_size
     assert size < 64 + 16, "the cache holds both pictures: this shows nothing"
     (ours,) = ask(1, engine=engine)
-    assert ours.prompt_tokens == 127
+    assert ours.prompt_tokens == 2 * WINDOW
     assert ours.tokens == answer[0]
     np.testing.assert_allclose(ours.logprobs, answer[1], atol=1e-4)
     assert engine.scheduler.encoder_cache_manager.cache_size == 64 + 16
@@ -88,7 +88,7 @@ def test_a_prefix_hit_needs_both_at_once(
     ask(1, engine=engine, tokens=1)
     engine.llm.llm_engine.reset_encoder_cache()
     (ours,) = ask(1, engine=engine)
-    assert ours.cached_tokens == 63 // BLOCK * BLOCK > 43
+    assert ours.cached_tokens == WINDOW, "the hit should end where the window begins"
     assert ours.tokens == answer[0]
 
 
