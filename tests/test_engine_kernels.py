@@ -42,7 +42,7 @@ def start(model: Path, folder: Path, kernels: bool, **options: Any) -> Engine:
 def same(model: Path, folder: Path, **options: Any) -> tuple[list[Answer], list[Answer]]:
     """Answers of the kernels and of the twins, all prompts in one batch, chunked."""
     engines = [start(model, folder / str(x), kernels=x, **options) for x in (True, False)]
-    ours, theirs = (engine.generate(*PROMPTS, max_tokens=12, chunk=60) for engine in engines)
+    ours, theirs = (engine.generate(*PROMPTS, max_tokens=6, chunk=60) for engine in engines)
     for a, b in zip(ours[:2], theirs[:2], strict=True):  # the third prompt is not pruned
         assert_same_kept(engines[0].kept(a), engines[1].kept(b))
     assert all(engine.all_free() for engine in engines)
@@ -55,7 +55,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Group of 2 and a head size of 32 in the tiny model; a page of 16, and of 32 tokens.
-@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("block_size", [16, pytest.param(32, marks=pytest.mark.slow)])
 def test_kernels_serve_as_their_twins_do(model: Path, tmp_path: Path, block_size: int) -> None:
     for ours, theirs in zip(*same(model, tmp_path, block_size=block_size), strict=True):
         assert_same(ours, theirs)
@@ -80,10 +80,10 @@ def test_kernels_verify_drafts(
         sparse_decode(*args)
 
     plain = start(model, tmp_path / "plain", kernels=False)
-    expected = plain.generate(*PROMPTS, max_tokens=30)
+    expected = plain.generate(*PROMPTS, max_tokens=12)
     drafting = start(model, tmp_path / "drafts", kernels=True, speculative_config=config)
     monkeypatch.setattr(triton_ops, "sparse_decode", watch)
-    for ours, theirs in zip(drafting.generate(*PROMPTS, max_tokens=30), expected, strict=True):
+    for ours, theirs in zip(drafting.generate(*PROMPTS, max_tokens=12), expected, strict=True):
         assert_same(ours, theirs)
     assert 4 in queries, "no drafts were verified: the test shows nothing"
     assert drafting.all_free()
@@ -92,14 +92,15 @@ def test_kernels_verify_drafts(
 @pytest.mark.parametrize(
     "options",
     [
-        {"kv_cache_dtype": "fp8"},  # a difference of 1e-7 may round a cached number differently
-        {"dtype": "float16"},  # the kernels round the weights before the values are multiplied
+        # A difference of 1e-7 may round a cached number differently.
+        pytest.param({"kv_cache_dtype": "fp8"}, id="fp8"),
+        # The kernels round the weights before the values are multiplied.
+        pytest.param({"dtype": "float16"}, id="float16", marks=pytest.mark.slow),
     ],
-    ids=["fp8", "float16"],
 )
 def test_rounded_caches(model: Path, tmp_path: Path, options: dict[str, str]) -> None:
     ours, theirs = same(model, tmp_path, **options)
     for a, b in zip(ours, theirs, strict=True):
         assert_close(a, b)
-    (exact,) = start(model, tmp_path / "exact", kernels=False).generate(PROMPTS[1], max_tokens=12)
+    (exact,) = start(model, tmp_path / "exact", kernels=False).generate(PROMPTS[1], max_tokens=6)
     assert exact.logprobs != theirs[1].logprobs, "this cache is not rounded"
