@@ -122,7 +122,8 @@ def make_scheduler(vllm_config: Any, blocks: int, layout: CacheLayout | None) ->
         kv_cache_tensors=[],
         kv_cache_groups=[KVCacheGroupSpec(names, spec)],
     )
-    return Scheduler(vllm_config, config, StructuredOutputManager(vllm_config), block_size=P)
+    structured = StructuredOutputManager(vllm_config)
+    return Scheduler(vllm_config, config, structured, block_size=P, log_stats=True)
 
 
 class Simulation:
