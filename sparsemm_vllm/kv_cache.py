@@ -128,30 +128,26 @@ class SparseMMManager(FullAttentionManager):
             return Outcome.POOL_AMPLE
         return Outcome.TOO_SHORT if layout.rules.prunes else Outcome.OPTED_OUT
 
-    def _with_compact(self, request_id: str, num_tokens: int) -> int:
-        """Tokens to allocate for, so that the compact blocks are among the blocks."""
-        prompt = self.prompts[request_id]
-        if num_tokens < prompt.tokens:
-            return num_tokens
-        return num_tokens + prompt.compact_blocks * self.block_size
-
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> int:
         """As vLLM's, the compact blocks counted once the prompt is complete."""
-        padded = self._with_compact(request_id, num_tokens)
-        return super().get_num_blocks_to_allocate(request_id, padded, *args, **kwargs)
+        prompt = self.prompts[request_id]
+        if num_tokens >= prompt.tokens:
+            num_tokens += prompt.compact_blocks * self.block_size
+        return super().get_num_blocks_to_allocate(request_id, num_tokens, *args, **kwargs)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> Any:
         """As vLLM's, the compact blocks between the prompt's and the growth blocks."""
         prompt = self.prompts[request_id]
-        if num_tokens >= prompt.tokens and not self.stats.knows(request_id):
-            kept = prompt.layout.mean_kept(prompt.tokens)
-            self.stats.complete(request_id, prompt.outcome, prompt.tokens, kept)
-        padded = self._with_compact(request_id, num_tokens)
-        return super().allocate_new_blocks(request_id, padded, num_tokens_main_model)
+        if num_tokens >= prompt.tokens:
+            num_tokens += prompt.compact_blocks * self.block_size
+            if not prompt.is_complete and not self.stats.knows(request_id):
+                kept = prompt.layout.mean_kept(prompt.tokens)
+                self.stats.complete(request_id, prompt.outcome, prompt.tokens, kept)
+        return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
 
     def cache_blocks(
         self,
