@@ -66,7 +66,8 @@ def _idle(engine: Engine) -> Iterator[None]:
 
 
 def test_settings_reach_the_scheduler_and_the_worker(engine: Engine) -> None:
-    assert engine.layout == engine.state.layout == make_layout(method="adakv")
+    expected = make_layout(method="adakv", largest_budget=2 * BUDGET)
+    assert engine.layout == engine.state.layout == expected
 
 
 @pytest.mark.parametrize("name", METHODS)
