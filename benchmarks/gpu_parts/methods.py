@@ -39,7 +39,7 @@ def run(
                 seeds = [2**63 + i for i in range(len(lengths))]
                 score_at_random(layout, own, layer, prompts, seeds, workspace)
             if layout.rules.split is not None:
-                split_layer(layout, layer, prompts, workspace, pages, P)
+                split_layer([layout] * len(lengths), layer, prompts, workspace, pages, P)
     finally:
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
