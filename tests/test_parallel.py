@@ -128,7 +128,8 @@ def test_ranks_agree_with_the_scheduler(single: Served) -> None:
 
     from sparsemm_vllm.layout import CacheLayout
 
-    layout = CacheLayout.from_scores(skewed_profile().tensor(), KV_HEADS, 40, WINDOW)
+    scores = skewed_profile().tensor()
+    layout = CacheLayout.from_scores(scores, KV_HEADS, 40, WINDOW, largest_budget=80)
     (rank,) = single.ranks
     assert rank["layout"] == repr(layout)
     for n, compact, freed in rank["served"]:

@@ -348,7 +348,12 @@ def test_every_method_has_its_layout(llama: Path, method: str) -> None:
     config = build(llama, settings | {"profile": profile.model_dump(mode="json")})
     layout = build_layout(config, Settings.from_additional_config(config.additional_config))
     assert layout == CacheLayout.from_scores(
-        profile.tensor(), profile.num_kv_heads, 100, method=method, redistribute=True
+        profile.tensor(),
+        profile.num_kv_heads,
+        100,
+        method=method,
+        redistribute=True,
+        largest_budget=200,
     )
 
 
