@@ -167,7 +167,7 @@ class CacheLayout:
         """Tokens in each head's pages, the window not among them: int64 ``[L, Hkv]``.
 
         All zero for a prompt that is not pruned: its tokens stay where they are. Of a method that
-        splits layers by scores, the even split.
+        splits layers by scores, what heads of equal scores get.
         """
         if not self.is_pruned(prompt_tokens):
             return np.zeros_like(self._table)
@@ -177,6 +177,8 @@ class CacheLayout:
             wanted = shorten(wanted, self.base, older)
         if self.redistribute:
             wanted = redistribute(wanted, prompt_tokens, self.window)
+        if (total := self.rules.split_total) is not None:
+            wanted = wanted.clamp(max=total(1, self.base))
         return wanted.clamp(max=older).long().numpy()
 
     def mean_kept(self, prompt_tokens: int) -> float:
@@ -250,7 +252,8 @@ class CacheLayout:
         looked at. With a token more in the prompt no head keeps more than a token more: that covers
         what lies between.
         """
-        if self.rules.shorten is None and not self.redistribute:
+        fixed = self.rules.shorten is None and not self.redistribute
+        if fixed or self.rules.split is not None:
             return self.compact_blocks(longest, block_size)
         first = max(self.window + self.base, self.min_prompt_tokens)
         last = min(longest, max(first, self.window + int(self._table.max())))  # then all is given

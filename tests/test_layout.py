@@ -215,7 +215,11 @@ def method_layouts(draw):
     )
 
 
+ONE_HEAD = CacheLayout(((173,),), window=W, base=173, method="adakv")  # it keeps 172
+
+
 @given(method_layouts(), st.integers(1, 1500), st.sampled_from([1, 16, 32]))
+@example(ONE_HEAD, W + 173, 1)
 def test_blocks_of_every_method_as_placed(layout, n, block_size):
     """All ranks' slices are placed; their lengths are those of the whole model."""
     kept = layout.kept_tokens(n)
@@ -231,7 +235,10 @@ def test_blocks_of_every_method_as_placed(layout, n, block_size):
     if layout.rules.split is None:
         assert blocks == simulate(layout, n, block_size, kept)
     total = np.minimum(layout.capacities, n - W).sum()
-    if layout.redistribute and layout.method != "pyramidkv":
+    if layout.rules.split is not None:
+        even = layout.rules.split(torch.ones(kept.shape[1], n - W), layout.base)
+        assert (kept == even.numpy()).all()
+    elif layout.redistribute and layout.method != "pyramidkv":
         assert kept.sum() == min(np.sum(layout.capacities), (n - W) * kept.size)
     elif layout.method != "pyramidkv":
         assert kept.sum() == total

