@@ -12,11 +12,8 @@ line is JSON; the exit status is 1 if anything was wrong.
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
 import random
-import re
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -27,9 +24,9 @@ import httpx
 import openai
 import psutil
 import typer
-from PIL import Image
 from rich.console import Console
 
+from sparsemm_vllm.client import data_url, metric
 from sparsemm_vllm.pictures import EVAL_SEEDS, Sample, make_sample
 
 PROBE_EVERY = 20  # requests
@@ -231,19 +228,6 @@ class Soak:
         server = psutil.Process(self.pid)
         family = [server, *server.children(recursive=True)]
         return round(sum(process.memory_info().rss for process in family) / 2**20, 1)
-
-
-def metric(text: str, name: str) -> float:
-    """Sum of a metric's samples in Prometheus' text format."""
-    values = re.findall(rf"^{re.escape(name)}(?:\{{.*?\}})? (\S+)$", text, re.MULTILINE)
-    return sum(map(float, values))
-
-
-def data_url(image: Image.Image) -> str:
-    """The picture as a URL that holds it."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 @app.command()

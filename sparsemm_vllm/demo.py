@@ -1,8 +1,6 @@
 """`sparsemm demo`: the bundled model reads a new picture from a pruned KV cache."""
 
-import base64
 import difflib
-import io
 import json
 import platform
 import random
@@ -26,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsemm_vllm.bundled_model import READER, reader_folder
+from sparsemm_vllm.client import data_url, metric, samples
 from sparsemm_vllm.environment import has_gpu
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.pictures import DEMO_SEEDS, Sample, make_demo_sample
@@ -171,21 +170,14 @@ class _BlockWatch(threading.Thread):
                     metrics = client.get(self._url).text
                 except httpx.TransportError:  # the server is gone; whoever asks it will say so
                     return
-                total = int(_metric(metrics, "vllm:cache_config_info", label="num_gpu_blocks")) - 1
-                self.blocks.append(round(_metric(metrics, "vllm:kv_cache_usage_perc") * total))
+                (config,) = samples(metrics, "vllm:cache_config_info")
+                total = int(config.labels["num_gpu_blocks"]) - 1  # one holds nothing
+                self.blocks.append(round(metric(metrics, "vllm:kv_cache_usage_perc") * total))
                 self._done.wait(0.005)
 
     def stop(self) -> None:
         self._done.set()
         self.join()
-
-
-def _metric(metrics: str, name: str, label: str | None = None) -> float:
-    """Value of the first metric of that name, or of one of its labels."""
-    line = next(line for line in metrics.splitlines() if line.startswith(name))
-    if label is not None:
-        return float(line.partition(f'{label}="')[2].partition('"')[0])
-    return float(line.rpartition(" ")[2])
 
 
 def _ask(server: Server, sample: Sample, console: Console) -> Outcome:
@@ -229,11 +221,8 @@ def _ask(server: Server, sample: Sample, console: Console) -> Outcome:
 
 
 def _messages(sample: Sample) -> Any:
-    buffer = io.BytesIO()
-    sample.image.save(buffer, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     content = [
-        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "image_url", "image_url": {"url": data_url(sample.image)}},
         {"type": "text", "text": sample.question},
     ]
     return [{"role": "user", "content": content}]

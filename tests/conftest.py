@@ -42,6 +42,14 @@ def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaVA with random weights; some files have models of their own."""
+    from tiny import make_llava
+
+    return make_llava(tmp_path_factory.mktemp("model") / "llava")
+
+
+@pytest.fixture(scope="session")
 def published() -> tuple[torch.Tensor, Any]:
     """The published head scores of LLaVA-NeXT-Vicuna-7B ``[32, 32]``, and budgets made of them."""
     golden = Path(__file__).parents[1].parent / "shared" / "golden"

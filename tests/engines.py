@@ -1,5 +1,6 @@
 """vLLM engines in this process, shared between tests, and a way to watch one step by step."""
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -93,9 +94,8 @@ class Engine:
 
     def use(self, layout: CacheLayout) -> None:
         """Prune by other budgets from now on, while no request is running."""
-        assert self.all_free()
+        self.rest()
         self.manager.layout = self.state.layout = layout
-        self.forget()
 
     def all_free(self) -> bool:
         """Whether every block but the null block is in the pool."""
@@ -108,6 +108,11 @@ class Engine:
     def forget(self) -> None:
         """Empty the prefix cache."""
         assert self.llm.reset_prefix_cache()
+
+    def rest(self) -> None:
+        """Check that no request left a block behind, and forget all of them."""
+        assert self.all_free(), "the engine is idle but holds blocks"
+        self.forget()
 
     def generate(
         self,
@@ -189,6 +194,27 @@ def settings(budget: int, folder: Path | None = None, **options: Any) -> dict[st
     if folder is not None:
         values["record_kept"] = str(folder)
     return values | options
+
+
+def serve_options(settings: dict[str, Any], **changes: str) -> list[str]:
+    """Arguments of `vllm serve` for a tiny model.
+
+    Args:
+        settings: SPARSEMM's.
+        changes: further options, or other values, by their names with underscores.
+    """
+    options = {
+        "attention_backend": "SPARSEMM",
+        "served_model_name": "tiny",
+        "dtype": "float32",
+        "max_model_len": "512",
+        "max_num_seqs": "4",
+        "kv_cache_memory_bytes": str(64 << 20),
+        "additional_config": json.dumps({"sparsemm": settings}),
+    }
+    pairs = (options | changes).items()
+    words = [word for name, value in pairs for word in (f"--{name.replace('_', '-')}", value)]
+    return [*words, "--enforce-eager"]
 
 
 def assert_same(a: Answer, b: Answer, tolerance: float = 1e-4) -> None:

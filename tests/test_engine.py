@@ -25,11 +25,6 @@ BUDGET = 40  # of prompts of 98 and 178 tokens
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_llava(tmp_path_factory.mktemp("llava"))
-
-
-@pytest.fixture(scope="module")
 def dense(model: Path) -> Engine:
     return Engine(model, None, limit_mm_per_prompt={"image": 2})
 
@@ -45,9 +40,7 @@ def _idle(request: pytest.FixtureRequest):
     """Every test starts with an empty prefix cache and leaves every block free."""
     yield
     for name in {"dense", "sparse"} & set(request.fixturenames):
-        engine = request.getfixturevalue(name)
-        assert engine.all_free(), f"{name} engine is idle but holds blocks"
-        engine.forget()
+        request.getfixturevalue(name).rest()
 
 
 @pytest.fixture(scope="module")

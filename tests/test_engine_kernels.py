@@ -19,7 +19,6 @@ from engines import (
     assert_same_kept,
     settings,
 )
-from tiny import make_llava
 
 from sparsemm_vllm import step
 from sparsemm_vllm.triton_kernels import triton_ops
@@ -47,11 +46,6 @@ def same(model: Path, folder: Path, **options: Any) -> tuple[list[Answer], list[
         assert_same_kept(engines[0].kept(a), engines[1].kept(b))
     assert all(engine.all_free() for engine in engines)
     return ours, theirs
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_llava(tmp_path_factory.mktemp("llava"))
 
 
 # Group of 2 and a head size of 32 in the tiny model; a page of 16, and of 32 tokens.

@@ -18,7 +18,7 @@ from engines import (
     settings,
 )
 from oracle import Oracle
-from tiny import KV_HEADS, make_llava, picture, skewed_profile
+from tiny import KV_HEADS, picture, skewed_profile
 
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.step import choose_ops
@@ -41,11 +41,6 @@ def make_layout(**options: Any) -> CacheLayout:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_llava(tmp_path_factory.mktemp("llava"))
-
-
-@pytest.fixture(scope="module")
 def engine(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     folder = tmp_path_factory.mktemp("kept")
     options = {"limit_mm_per_prompt": {"image": 2}, "max_model_len": 448}
@@ -61,8 +56,7 @@ def oracle(model: Path) -> Oracle:
 def _idle(engine: Engine) -> Iterator[None]:
     yield
     engine.state.ops = choose_ops(engine.state.workspace.scores.device)
-    assert engine.all_free(), "the engine is idle but holds blocks"
-    engine.forget()
+    engine.rest()
 
 
 def test_settings_reach_the_scheduler_and_the_worker(engine: Engine) -> None:

@@ -18,7 +18,7 @@ from engines import (
     settings,
 )
 from oracle import Oracle
-from tiny import make_llava, picture
+from tiny import picture
 from vllm.exceptions import VLLMValidationError
 
 from sparsemm_vllm.request_stats import Outcome
@@ -28,11 +28,6 @@ pytestmark = pytest.mark.engine
 BUDGET, OWN = 40, 72  # of a prompt of 178 tokens
 DENSE = {"sparsemm": 0}
 PROMPT = ask(DIGITS, 1, 2)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_llava(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +45,7 @@ def engine(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
 @pytest.fixture(autouse=True)
 def _idle(engine: Engine) -> Iterator[None]:
     yield
-    assert engine.all_free(), "the engine is idle but holds blocks"
-    engine.forget()
+    engine.rest()
 
 
 @pytest.fixture(scope="module")

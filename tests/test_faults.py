@@ -10,7 +10,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from engines import settings
+from engines import serve_options, settings
 from tiny import make_llama, skewed_profile
 
 from sparsemm_vllm.server import Server, ServerError
@@ -40,16 +40,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
     profile = folder / "profile.json"
     profile.write_text(json.dumps(skewed_profile().model_dump(mode="json")))
-    arguments = {
-        "--attention-backend": "SPARSEMM",
-        "--served-model-name": "tiny",
-        "--dtype": "float32",
-        "--max-model-len": "512",
-        "--max-num-seqs": "4",
-        "--kv-cache-memory-bytes": str(32 << 20),
-        "--additional-config": json.dumps({"sparsemm": settings(40, profile=str(profile))}),
-    }
-    options = [word for pair in arguments.items() for word in pair] + ["--enforce-eager"]
+    options = serve_options(settings(40, profile=str(profile)))
     model = make_llama(folder / "model")
     with Server(str(model), options, folder / "log") as server:
         server.wait_until_ready()

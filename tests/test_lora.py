@@ -11,7 +11,7 @@ import torch
 from engines import DIGITS, HELLO, Engine, ask, assert_same, assert_same_kept, settings
 from oracle import Oracle
 from safetensors.torch import save_file
-from tiny import HEAD_SIZE, KV_HEADS, LAYERS, QUERY_HEADS, make_llava, picture
+from tiny import HEAD_SIZE, KV_HEADS, LAYERS, QUERY_HEADS, picture
 
 pytestmark = pytest.mark.engine
 
@@ -44,11 +44,6 @@ def make_adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_llava(tmp_path_factory.mktemp("llava"))
-
-
-@pytest.fixture(scope="module")
 def engine(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return Engine(
         model,
@@ -66,8 +61,7 @@ def engine(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
 @pytest.fixture(autouse=True)
 def _idle(engine: Engine) -> Iterator[None]:
     yield
-    assert engine.all_free(), "the engine is idle but holds blocks"
-    engine.forget()
+    engine.rest()
 
 
 def test_adapter_on_text_layers(model: Path, engine: Engine, tmp_path: Path) -> None:

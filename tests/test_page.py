@@ -1,4 +1,7 @@
-"""The page and the metrics of a server with two API servers, looked at as an operator does."""
+"""The page and the metrics of a server with two API servers, looked at as an operator does.
+
+CI looks at those of one API server: test_serve.py.
+"""
 
 import asyncio
 import json
@@ -12,10 +15,10 @@ from typing import Any
 
 import httpx
 import pytest
-from engines import settings
+from engines import serve_options, settings
 from fastapi import FastAPI
 from starlette.testclient import TestClient
-from tiny import KV_HEADS, make_llava
+from tiny import KV_HEADS
 
 from sparsemm_vllm.endpoint import SparseMMPage
 from sparsemm_vllm.request_stats import Outcome
@@ -30,18 +33,15 @@ OPTIONS = [
 ]  # fmt: skip
 
 
+def of_a_server(test: Any) -> Any:
+    return pytest.mark.engine(pytest.mark.slow(test))
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("page")
-    words = [
-        "--attention-backend", "SPARSEMM", "--served-model-name", "tiny", "--dtype", "float32",
-        "--max-model-len", "512", "--max-num-seqs", "4", "--enforce-eager",
-        "--kv-cache-memory-bytes", str(64 << 20), "--api-server-count", "2",
-        "--additional-config", json.dumps({"sparsemm": settings(BUDGET)}),
-    ]  # fmt: skip
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    words = serve_options(settings(BUDGET), api_server_count="2")
     listed = {"VLLM_PLUGINS": "sparsemm,sparsemm_page"}
-    model = str(make_llava(folder / "model"))
-    with Server(model, words, folder / "log", listed) as running:
+    with Server(str(model), words, tmp_path_factory.mktemp("page") / "log", listed) as running:
         running.wait_until_ready()
         for text, requests in ((SECRET * 6, 6), ("hi", 2)):
             for _ in range(requests):
@@ -59,7 +59,7 @@ def stats(server: Server) -> dict[str, Any]:
     return httpx.get(f"{server.url}/sparsemm/stats.json").raise_for_status().json()
 
 
-@pytest.mark.engine
+@of_a_server
 def test_every_api_server_says_the_same(server: Server) -> None:
     answers = [stats(server) for _ in range(8)]
     for answer in answers:
@@ -79,7 +79,7 @@ def test_every_api_server_says_the_same(server: Server) -> None:
     assert all(record["finished"] for record in told["recent"])
 
 
-@pytest.mark.engine
+@of_a_server
 def test_metrics_add_up_over_api_servers(server: Server) -> None:
     for _ in range(4):
         page = httpx.get(f"{server.url}/metrics").text
@@ -91,7 +91,7 @@ def test_metrics_add_up_over_api_servers(server: Server) -> None:
         assert page.count("\nsparsemm:held_blocks{") == 1
 
 
-@pytest.mark.engine
+@of_a_server
 def test_no_prompt_and_nothing_from_elsewhere(server: Server) -> None:
     page = httpx.get(f"{server.url}/sparsemm")
     assert "default-src 'none'" in page.headers["content-security-policy"]
@@ -100,7 +100,7 @@ def test_no_prompt_and_nothing_from_elsewhere(server: Server) -> None:
     assert SECRET not in page.text + json.dumps(stats(server))
 
 
-@pytest.mark.engine
+@of_a_server
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_page_in_a_browser(server: Server, tmp_path: Path) -> None:
     assert CHROMIUM is not None

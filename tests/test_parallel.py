@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx
 import pytest
-from tiny import make_llava
 
 pytestmark = pytest.mark.engine
 
@@ -80,11 +79,6 @@ def serve(model: Path, kept: Path, options: dict[str, Any]) -> Served:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_llava(tmp_path_factory.mktemp("parallel") / "model")
-
-
-@pytest.fixture(scope="module")
 def single(model: Path) -> Served:
     return serve(model, model.parent / "single", {})
 
@@ -149,21 +143,11 @@ def test_heads_that_do_not_divide_are_refused_by_vllm(model: Path) -> None:
 def test_data_parallel_engines_serve_alike(model: Path, tmp_path: Path) -> None:
     """`vllm serve --data-parallel-size 2`: both engines answer, and answer the same."""
     import openai
-    from engines import settings
+    from engines import serve_options, settings
 
     from sparsemm_vllm.server import Server
 
-    arguments = {
-        "--attention-backend": "SPARSEMM",
-        "--served-model-name": "tiny",
-        "--dtype": "float32",
-        "--max-model-len": "512",
-        "--max-num-seqs": "4",
-        "--kv-cache-memory-bytes": str(32 << 20),
-        "--data-parallel-size": "2",
-        "--additional-config": json.dumps({"sparsemm": settings(40)}),
-    }
-    words = [word for pair in arguments.items() for word in pair] + ["--enforce-eager"]
+    words = serve_options(settings(40), data_parallel_size="2")
     with Server(str(model), words, tmp_path / "log", NOT_BOUND) as server:
         server.wait_until_ready()
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)

@@ -19,11 +19,6 @@ TOKENS = 12
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_llava(tmp_path_factory.mktemp("llava"))
-
-
-@pytest.fixture(scope="module")
 def engine(model: Path) -> Engine:
     return Engine(model, settings(BUDGET), limit_mm_per_prompt={"image": 2}, max_logprobs=200)
 
@@ -31,8 +26,7 @@ def engine(model: Path) -> Engine:
 @pytest.fixture(autouse=True)
 def _idle(engine: Engine) -> Iterator[None]:
     yield
-    assert engine.all_free(), "the engine is idle but holds blocks"
-    engine.forget()
+    engine.rest()
 
 
 def generate(engine: Engine, prompts: Any, params: Any) -> list[Any]:

@@ -1,12 +1,12 @@
 """The served reader under many clients that do everything clients do; see benchmarks/soak.py."""
 
 import asyncio
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from engines import serve_options
 
 from sparsemm_vllm.bundled_model import READER, reader_folder
 from sparsemm_vllm.server import Server
@@ -31,18 +31,15 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    arguments = {
-        "--attention-backend": "SPARSEMM",
-        "--served-model-name": READER,
-        "--dtype": "float32",
-        "--max-model-len": "1024",
-        "--max-num-seqs": "16",
-        "--kv-cache-memory-bytes": str(32 << 20),
-        "--mm-processor-cache-gb": "0",  # it would go on growing to its 4 GB
-        "--additional-config": json.dumps({"sparsemm": {"budget": 96, "window": 16}}),
-    }
-    words = [word for pair in arguments.items() for word in pair] + ["--enforce-eager"]
-    with Server(str(reader_folder()), words, tmp_path_factory.mktemp("soak") / "log") as running:
+    options = serve_options(
+        {"budget": 96, "window": 16},
+        served_model_name=READER,
+        max_model_len="1024",
+        max_num_seqs="16",
+        kv_cache_memory_bytes=str(32 << 20),
+        mm_processor_cache_gb="0",  # it would go on growing to its 4 GB
+    )
+    with Server(str(reader_folder()), options, tmp_path_factory.mktemp("soak") / "log") as running:
         running.wait_until_ready()
         yield running
 

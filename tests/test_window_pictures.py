@@ -44,8 +44,7 @@ def engine(model: Path) -> Engine:
 @pytest.fixture(autouse=True)
 def _idle(engine: Engine) -> Iterator[None]:
     yield
-    assert engine.all_free()
-    engine.forget()
+    engine.rest()
 
 
 def pictures(seed: int) -> list[Image.Image]:

@@ -1,0 +1,43 @@
+"""What clients of a server need: pictures as URLs, and numbers out of its metrics."""
+
+import base64
+import io
+
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+
+def data_url(image: Image.Image) -> str:
+    """The picture as a URL that holds it, for ``image_url`` in a message."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def samples(page: str, name: str, **labels: str) -> list[Sample]:
+    """The samples of a metric in Prometheus' text format, those with these labels.
+
+    Args:
+        page: what `/metrics` answered.
+        name: of the samples, ``_total`` included.
+        labels: and values that they must have.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    lines = "\n".join(line for line in page.splitlines() if line.startswith(name))
+    found = [
+        sample
+        for family in text_string_to_metric_families(lines)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    ]
+    if not found:
+        raise ValueError(f"the server's metrics have no {name} {labels or ''}".rstrip())
+    return found
+
+
+def metric(page: str, name: str, **labels: str) -> float:
+    """Sum of a metric's `samples`: over engines and over the labels that are not given."""
+    return sum(sample.value for sample in samples(page, name, **labels))
