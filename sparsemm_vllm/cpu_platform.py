@@ -50,8 +50,15 @@ class SparseMMCpuPlatform(CpuPlatform):
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
-        """As vLLM's for the CPU, with its default block size on CUDA and no compiled kernels."""
+        """As vLLM's for the CPU, with its default block size on CUDA and no compiled kernels.
+
+        A single worker runs in the engine's process: one of its own would only be bound to cores,
+        and import vLLM once more, which takes half of a server's start.
+        """
         super().check_and_update_config(vllm_config)
+        parallel_config = vllm_config.parallel_config
+        if parallel_config.world_size_across_dp == 1:
+            parallel_config.distributed_executor_backend = "uni"
         cache_config = vllm_config.cache_config
         if not cache_config.user_specified_block_size:
             cache_config.block_size = BLOCK_SIZE

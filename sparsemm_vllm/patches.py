@@ -17,6 +17,7 @@ from typing import Any
 from packaging.version import Version
 
 SUPPORTED = ("0.32", "0.34")
+SETTINGS = "_sparsemm_settings"  # of a front end's `InputProcessor`
 
 
 class IncompatibleError(RuntimeError):
@@ -136,6 +137,12 @@ def _request_check(original: Callable[..., Any]) -> Callable[..., Any]:
     from sparsemm_vllm.request_settings import RequestError, asks_for_us, check_request
     from sparsemm_vllm.settings import Settings
 
+    def settings_of(processor: Any) -> Settings:
+        if not hasattr(processor, SETTINGS):  # a head profile among them takes a millisecond
+            settings = Settings.from_additional_config(processor.vllm_config.additional_config)
+            setattr(processor, SETTINGS, settings)
+        return getattr(processor, SETTINGS)
+
     def process_inputs(
         self: Any,
         request_id: str,
@@ -153,9 +160,8 @@ def _request_check(original: Callable[..., Any]) -> Callable[..., Any]:
                 )
             extra_args = getattr(params, "extra_args", None) or {}  # pooling: vLLM refuses it
             if asks_for_us(extra_args):
-                settings = Settings.from_additional_config(self.vllm_config.additional_config)
                 try:
-                    check_request(extra_args, settings)
+                    check_request(extra_args, settings_of(self))
                 except RequestError as error:  # HTTP 400: of other errors vLLM makes a 500
                     raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
         return original(self, request_id, prompt, params, *args, resumable=resumable, **kwargs)

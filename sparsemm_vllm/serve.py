@@ -5,7 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from sparsemm_vllm.environment import CPU_VARIABLES, SPARED_WORK, has_gpu
+from sparsemm_vllm.environment import CPU_VARIABLES, has_gpu
 
 
 def vllm_command() -> str:
@@ -36,7 +36,7 @@ def program(name: str, package: str) -> str:
 
 def serve_environment() -> dict[str, str]:
     """The environment of a server: unchanged where there is a GPU."""
-    return dict(os.environ) if has_gpu() else {**os.environ, **CPU_VARIABLES, **SPARED_WORK}
+    return dict(os.environ) if has_gpu() else {**os.environ, **CPU_VARIABLES}
 
 
 def exec_serve(arguments: list[str]) -> None:

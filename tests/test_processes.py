@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from tiny import make_llama
 
-from sparsemm_vllm.environment import CPU_VARIABLES, SPARED_WORK
+from sparsemm_vllm.environment import CPU_VARIABLES
 
 PLAIN = {k: v for k, v in os.environ.items() if k not in CPU_VARIABLES}
 PLAIN["CUDA_VISIBLE_DEVICES"] = ""
-PREPARED = PLAIN | CPU_VARIABLES | SPARED_WORK
+PREPARED = PLAIN | CPU_VARIABLES
 
 
 def python(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -191,18 +191,13 @@ class Evaluated:
             result.answer_tokens.append(len(output.outputs[0].token_ids))
             blocks = self.layout.held_blocks(n, n, self.block_size)
             result.held_bytes.append(blocks * self.block_bytes)
-            result.kept_tokens.append(float(self._kept(n)))
+            result.kept_tokens.append(self.layout.mean_kept(n))
         return result
 
     def _chat(self, questions: list[Question], params: Any) -> list[Any]:
         conversations = [question.conversation() for question in questions]
         template = self._chat_template
         return self.llm.chat(conversations, params, use_tqdm=False, chat_template=template)
-
-    def _kept(self, prompt_tokens: int) -> float:
-        if not self.layout.is_pruned(prompt_tokens):
-            return prompt_tokens
-        return self.layout.kept_tokens(prompt_tokens).mean() + self.layout.window
 
 
 def run(job: Job, on_answer: Callable[[int], None]) -> Result:
