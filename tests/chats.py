@@ -1,4 +1,4 @@
-"""Requests on a real vLLM block pool, moved as vLLM's scheduler does, and what must hold of them."""
+"""Requests on a real vLLM block pool, moved as its scheduler does, and what must hold of them."""
 
 from collections import Counter
 from dataclasses import replace

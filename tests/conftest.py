@@ -14,6 +14,7 @@ import torch
 from sparsemm_vllm import environment
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # vLLM would want a NUMA node for each worker
 if not environment.has_gpu():
     environment.use_cpu()
 

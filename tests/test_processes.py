@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from tiny import make_llama
 
-from sparsemm_vllm.environment import CPU_VARIABLES
+from sparsemm_vllm.environment import CPU_VARIABLES, SPARED
 
 PLAIN = {k: v for k, v in os.environ.items() if k not in CPU_VARIABLES}
-PLAIN["CUDA_VISIBLE_DEVICES"] = ""
+PLAIN |= {"CUDA_VISIBLE_DEVICES": "", SPARED: "1"}
 PREPARED = PLAIN | CPU_VARIABLES
 
 
