@@ -228,6 +228,9 @@ def train(
     text_steps: Annotated[int, typer.Option(help="Steps with text.")] = Settings.text_steps,
     rows: Annotated[int, typer.Option(help="Pictures a step.")] = Settings.rows,
     seed: Annotated[int, typer.Option(help="Seed of the initial weights.")] = Settings.seed,
+    query: Annotated[
+        float, typer.Option(help="Weight of the answers about single lines.")
+    ] = Weights.query,
     threads: Threads = 1,
     resume: Annotated[bool, typer.Option(help="Continue from the saved state.")] = True,
     state: Annotated[Path, typer.Option(help="Where the state is saved.")] = STATE,
@@ -236,7 +239,8 @@ def train(
     """Train the instrument; continues where an interrupted run stopped."""
     torch.set_num_threads(threads)
     keep_freed_memory()
-    settings = Settings(steps=steps, text_steps=text_steps, rows=rows, seed=seed)
+    weights = Weights(query=query)
+    settings = Settings(steps=steps, text_steps=text_steps, rows=rows, seed=seed, weights=weights)
     run(InstrumentTrainer(settings), state, resume, every, console)
 
 

@@ -47,6 +47,16 @@ class Results:
                 raise SystemExit(f"{file} holds other measurements; give another --out")
             self.data["cells"] = found["cells"]
 
+    @classmethod
+    def of(
+        cls, model: str, benchmark: str, asked: dict[str, Any], cpu: bool, file: Path | None
+    ) -> Results:
+        """In the file given, or in today's folder of this device."""
+        if file is None:
+            folder = results_folder("cpu" if cpu else machine(cpu)["device"])
+            file = folder / f"{benchmark}-{model}.json"
+        return cls(file, asked, cpu)
+
     @property
     def cells(self) -> dict[str, Any]:
         return self.data["cells"]

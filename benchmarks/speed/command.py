@@ -1,0 +1,68 @@
+"""What the commands of speed benchmarks have in common; and where there is no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gpu_parts.records import ROOT
+
+from sparsemm_vllm.environment import has_gpu, quieten_vllm, use_cpu
+from speed.results import Results
+from speed.subject import Subject, full_size, reader
+
+UNFINISHED = 3  # exit status
+MODELS = ROOT / ".cache" / "models"
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Options of all of them."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="of benchmarks/models; without one the bundled model")
+    parser.add_argument("--models", type=Path, default=MODELS, help="folder where they are made")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--seconds", type=float, default=450, help="after which no cell is begun")
+    parser.add_argument("--no-inductor", action="store_true", help="CUDA graphs, no compilation")
+    return parser
+
+
+def prepare(given: argparse.Namespace) -> tuple[Subject, dict[str, Any]]:
+    """The model, and options of `vllm.LLM` for it; before vLLM is imported."""
+    if not has_gpu():
+        use_cpu()
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # saves a start of Python and vLLM
+    quieten_vllm()
+    subject = full_size(given.model, given.models) if given.model else reader()
+    options: dict[str, Any] = {"load_format": "dummy"} if given.model else {}
+    if not has_gpu():
+        return subject, options | {"enforce_eager": True, "dtype": "float32"}
+    options |= {"dtype": "bfloat16", "gpu_memory_utilization": 0.15}  # pools are sized in bytes
+    if given.no_inductor:
+        options["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    return subject, options
+
+
+def measure_cells(
+    results: Results, cells: dict[str, Callable[[], dict[str, Any]]], over: Callable[[], bool]
+) -> bool:
+    """Measure what is missing, until the time is over; whether nothing is left."""
+    for name, cell in cells.items():
+        if name in results.cells:
+            continue
+        if over():
+            return False
+        results.save(name, cell())
+        print(f"{name}: measured", flush=True)
+    return True
+
+
+def finish(results: Results, table: str, done: bool) -> None:
+    """Print what there is, and end with the status that tells whether it is all."""
+    print(table)
+    print(f"{results.file}: {'all cells' if done else 'cells are left; run it again'}")
+    raise SystemExit(0 if done else UNFINISHED)

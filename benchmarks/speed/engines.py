@@ -1,0 +1,153 @@
+"""vLLM engines side by side on one device, asked in turn and timed from outside.
+
+What is timed is what a client of `vllm.LLM` sees: with a GPU the engine runs in a process of its
+own, with asynchronous scheduling and CUDA graphs, as vLLM does unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+from sparsemm_vllm.environment import has_gpu
+
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of prompts that were asked at once.
+
+    Attributes:
+        first_token_s: until the first token of the last of them.
+        step_ms: between two tokens of every request, while all of them are decoding; the median.
+        held_blocks: KV blocks in use in the last step in which all of them decode.
+    """
+
+    first_token_s: float
+    step_ms: float
+    held_blocks: int
+
+
+class Engine:
+    """A `vllm.LLM` that is timed.
+
+    Args:
+        model: folder.
+        backend: of its attention.
+        settings: SPARSEMM's; none with another backend.
+        options: of `vllm.LLM`.
+    """
+
+    def __init__(
+        self, model: str, backend: str, settings: dict[str, Any] | None, **options: Any
+    ) -> None:
+        from vllm import LLM
+
+        if settings is not None:
+            options["additional_config"] = {"sparsemm": settings}
+        self.llm = LLM(
+            model=model,
+            attention_backend=backend,
+            block_size=BLOCK_SIZE,
+            disable_log_stats=False,
+            skip_tokenizer_init=True,
+            seed=0,
+            **options,
+        )
+        self._engine: Any = self.llm.llm_engine
+        self._asked = 0
+        self._usage = 0.0  # share of the pool, in the latest step
+        self._watch_statistics()
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the pool; one of vLLM's holds nothing."""
+        return self._engine.vllm_config.cache_config.num_gpu_blocks - 1
+
+    def _watch_statistics(self) -> None:
+        """Look at the statistics that come with every step's tokens."""
+        core = self._engine.engine_core
+        get_output = core.get_output
+
+        def watched() -> Any:
+            outputs = get_output()
+            if (stats := outputs.scheduler_stats) is not None:
+                self._usage = stats.kv_cache_usage
+            return outputs
+
+        core.get_output = watched
+
+    def ask(
+        self, prompts: Sequence[list[int]], tokens: int, extra_args: dict[str, Any] | None = None
+    ) -> Timing:
+        """Answer prompts of token ids at once, greedily, with so many tokens each.
+
+        Raises:
+            RuntimeError: if there is no step in which all of them decode.
+        """
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=tokens,
+            temperature=0,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=extra_args,
+        )
+        engine, names = self._engine, []
+        begin = time.perf_counter()
+        for prompt in prompts:
+            names.append(str(self._asked))
+            self._asked += 1
+            engine.add_request(names[-1], {"prompt_token_ids": prompt}, params)
+        counts = dict.fromkeys(names, 0)
+        first_token, marks, usage = 0.0, [], 0.0
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+            now = time.perf_counter()
+            for output in outputs:
+                counts[output.request_id] = len(output.outputs[0].token_ids)
+            if not first_token and min(counts.values()):
+                first_token = now - begin
+            elif first_token and outputs and max(counts.values()) < tokens:
+                marks.append((now, sum(counts.values())))
+                usage = self._usage
+        if tokens > 1 and len(marks) < 2:
+            raise RuntimeError(f"{len(prompts)} requests of {tokens} tokens never decode together")
+        return Timing(
+            first_token_s=first_token,
+            step_ms=_step_ms(marks, len(prompts)),
+            held_blocks=round(usage * self.blocks),
+        )
+
+    def close(self) -> None:
+        """End its process, if it has one of its own."""
+        self._engine.engine_core.shutdown()
+
+
+def _step_ms(marks: list[tuple[float, int]], requests: int) -> float:
+    """Median time for a token of every request."""
+    steps = [
+        1e3 * (end - begin) * requests / (after - before)
+        for (begin, before), (end, after) in pairwise(marks)
+        if after > before
+    ]
+    return median(steps) if steps else 0.0
+
+
+def random_prompts(count: int, tokens: int, vocabulary: int, seed: int) -> list[list[int]]:
+    """Prompts that share no prefix; ids from 100 on, below which special tokens lie."""
+    rng = random.Random(seed)
+    low = 100 if vocabulary > 1000 else 0
+    return [[rng.randrange(low, vocabulary - 10) for _ in range(tokens)] for _ in range(count)]
+
+
+def dense_backend() -> str:
+    """What a user would run otherwise."""
+    return "FLASH_ATTN" if has_gpu() else "CPU_ATTN"

@@ -1,0 +1,102 @@
+"""The model that is measured, and the bytes that a decode step cannot do without."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from sparsemm_vllm.bundled_model import READER, reader_folder
+from sparsemm_vllm.environment import has_gpu
+from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.profile import load_profile
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model.
+
+    Attributes:
+        name: of the table.
+        folder: that vLLM loads.
+        profile: head profile, as the settings take it.
+        window: that it is pruned with.
+        element_size: bytes of a weight, and of a number in the cache.
+        config: of the language model.
+    """
+
+    name: str
+    folder: Path
+    profile: str
+    window: int
+    element_size: int
+    config: Any
+
+    @property
+    def token_bytes(self) -> int:
+        """KV bytes of a token, all layers and heads."""
+        c = self.config
+        heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+        return c.num_hidden_layers * heads * 2 * self._head_size * self.element_size
+
+    @property
+    def weight_bytes(self) -> int:
+        """What a decode step reads of the weights: language model and output layer."""
+        c = self.config
+        heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+        projections = 2 * (c.num_attention_heads + heads) * self._head_size * c.hidden_size
+        layer = projections + 3 * c.hidden_size * c.intermediate_size
+        weights = c.num_hidden_layers * layer + c.vocab_size * c.hidden_size
+        return weights * self.element_size
+
+    @property
+    def _head_size(self) -> int:
+        c = self.config
+        return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+
+    def layout(self, budget: int, method: str) -> CacheLayout:
+        """What a budget leaves of prompts."""
+        profile = load_profile(self.profile)
+        return CacheLayout.from_scores(
+            profile.tensor(), profile.num_kv_heads, budget, self.window, method=method
+        )
+
+
+def reader() -> Subject:
+    """The bundled model, for machines without a GPU."""
+    folder = reader_folder()
+    return Subject(READER, folder, READER, 16, 4, _text_config(folder))
+
+
+def full_size(name: str, models: Path) -> Subject:
+    """A model of benchmarks/models in bfloat16 with random weights, and its synthetic profile."""
+    from models import prepare
+
+    folder = prepare(name, models)
+    return Subject(name, folder, str(folder / "profile.json"), 32, 2, _text_config(folder))
+
+
+def _text_config(folder: Path) -> Any:
+    return AutoConfig.from_pretrained(folder).get_text_config()
+
+
+def copy_bandwidth(repeats: int = 10) -> float:
+    """Bytes that this device reads and writes in a second while it copies, at its best."""
+    cuda = has_gpu()
+    source = torch.zeros(2 * GIB if cuda else GIB // 4, dtype=torch.uint8)
+    source = source.to("cuda" if cuda else "cpu")
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        target.copy_(source)
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return 2 * source.numel() / min(seconds)
