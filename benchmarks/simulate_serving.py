@@ -8,7 +8,8 @@ Admission, chunks, preemption and blocks are the real ones; the time of a step i
 follows from the floor of an H200 (bytes over bandwidth, FLOP over peak) for a model of the size of
 Vicuna-7B, so the makespan tells what the freed blocks are worth, not what kernels achieve. The CPU
 time of the scheduler is measured. The heads' scores are synthetic, with the concentration that the
-published scores of LLaVA-NeXT have: the top 5 % of the heads hold 55 % of the mass.
+published scores of LLaVA-NeXT have: the top 5 % of the heads hold 55 % of the mass, the top 10 %
+77 %.
 """
 
 from __future__ import annotations

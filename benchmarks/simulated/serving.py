@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from models.head_scores import synthetic_profile
 from transformers import LlamaConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
@@ -28,29 +29,14 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from sparsemm_vllm.kv_cache import SparseMMSpec
 from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.profile import HeadProfile
 from sparsemm_vllm.settings import Settings
 from sparsemm_vllm.support import build_layout
 
 L, H, D, P = 32, 32, 128, 16  # as many KV heads as query heads
 MAX_LEN, MAX_SEQS, STEP_TOKENS = 16_896, 256, 8_192
-TOP_HEADS, TOP_MASS = 0.05, 0.55  # of the published scores
 WEIGHT_BYTES, PARAMETERS = 13.5e9, 6.74e9
 BANDWIDTH, FLOPS = 4.3e12, 790e12  # of an H200, as measured: bytes and FLOP in a second
 TOKEN_BYTES = L * H * 2 * D * 2
-
-
-def concentrated_scores(seed: int) -> torch.Tensor:
-    """Scores ``[L, H]`` by a power law, in random order, whose top heads hold the given mass."""
-    rank = np.arange(1, L * H + 1)
-    top = round(TOP_HEADS * rank.size)
-    low, high = 0.0, 5.0
-    for _ in range(60):
-        power = (low + high) / 2
-        scores = rank**-power
-        low, high = (power, high) if scores[:top].sum() < TOP_MASS * scores.sum() else (low, power)
-    shuffled = np.random.default_rng(seed).permutation(scores / scores.sum())
-    return torch.from_numpy(shuffled.reshape(L, H))
 
 
 @dataclass(frozen=True)
@@ -84,14 +70,7 @@ def make_config(folder: Path, budget: int, seed: int, max_seqs: int = MAX_SEQS) 
     )
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
-    profile = HeadProfile(
-        model_id="synthetic",
-        num_layers=L,
-        num_query_heads=H,
-        num_kv_heads=H,
-        provenance={"method": "power law", "seed": seed},
-        scores=tuple(map(tuple, concentrated_scores(seed).tolist())),
-    )
+    profile = synthetic_profile("a model of the size of Vicuna-7B", L, H, H, seed)
     load_general_plugins()
     init_none_hash(sha256)
     settings = {"budget": budget, "profile": profile.model_dump(mode="json")}
