@@ -96,21 +96,29 @@ class Pair:
         blocks = batch * -(-(n + self.plan.tokens) // BLOCK_SIZE)
         if (missing := blocks - self.dense.blocks) > 0:
             return {"dense_lacks_gib": round(missing * self._block_bytes / GIB, 3)}
-        prompts = random_prompts(batch, n, self.subject.config.vocab_size, seed=n * 100 + batch)
-        asked: dict[str, Any] = {"dense": (self.dense, None)}
-        for budget in self.plan.budgets:
-            asked[f"{self.method}-{budget}"] = (self.pruned, {"sparsemm_budget": budget})
-        timings: dict[str, list[Timing]] = {name: [] for name in asked}
+        timings: dict[str, list[Timing]] = {variant: [] for variant in self.variants}
         for _ in range(self.plan.rounds):
-            for name, (engine, extra_args) in asked.items():
-                timings[name].append(engine.ask(prompts, self.plan.tokens, extra_args))
-        return {name: self._figures(name, n, batch, timings[name]) for name in asked}
+            for variant, found in timings.items():
+                found.append(self.ask(variant, n, batch))
+        return {variant: self.figures(variant, n, batch, timings[variant]) for variant in timings}
 
-    def _figures(self, name: str, n: int, batch: int, timings: list[Timing]) -> dict[str, float]:
+    @property
+    def variants(self) -> list[str]:
+        """``dense``, and the method with each budget."""
+        return ["dense", *(f"{self.method}-{budget}" for budget in self.plan.budgets)]
+
+    def ask(self, variant: str, n: int, batch: int) -> Timing:
+        """Prompts of `n` tokens at once; for all variants the same ones."""
+        prompts = random_prompts(batch, n, self.subject.config.vocab_size, seed=n * 100 + batch)
+        if variant == "dense":
+            return self.dense.ask(prompts, self.plan.tokens)
+        return self.pruned.ask(prompts, self.plan.tokens, {"sparsemm_budget": _budget(variant)})
+
+    def figures(self, variant: str, n: int, batch: int, timings: list[Timing]) -> dict[str, float]:
+        """What a cell says of a variant."""
         kept = float(n)
-        if name != "dense":
-            budget = int(name.rpartition("-")[2])
-            kept = self.subject.layout(budget, self.method).mean_kept(n)
+        if variant != "dense":
+            kept = self.subject.layout(_budget(variant), self.method).mean_kept(n)
         ideal = batch * (kept + self.plan.tokens / 2) * self.subject.token_bytes
         floor = 1e3 * (self.subject.weight_bytes + ideal) / self.bandwidth
         steps = [timing.step_ms for timing in timings]
@@ -132,6 +140,10 @@ class Pair:
         """End their processes."""
         self.dense.close()
         self.pruned.close()
+
+
+def _budget(variant: str) -> int:
+    return int(variant.rpartition("-")[2])
 
 
 def _engine(
@@ -203,7 +215,7 @@ def main() -> None:
     parser.add_argument("--dense-gib", type=float, help="pool of the dense engine")
     parser.add_argument("--pruned-gib", type=float, help="pool of the other")
     given = parser.parse_args()
-    subject, options = prepare(given)
+    subject, options = prepare(given.model, given.models, given.no_inductor)
     changes = {field.name: getattr(given, field.name) for field in fields(Plan)}
     changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items() if v}
     plan = replace(Plan() if has_gpu() else SMALL, **changes)

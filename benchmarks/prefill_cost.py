@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", help="prompt tokens")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="pairs of each length")
     given = parser.parse_args()
-    subject, options = prepare(given)
+    subject, options = prepare(given.model, given.models, given.no_inductor)
     lengths = tuple(given.lengths or (LENGTHS if has_gpu() else SMALL_LENGTHS))
     asked = {"model": subject.name, "rounds": given.rounds, "options": options}
     results = Results.of(subject.name, "prefill-cost", asked, not has_gpu(), given.out)

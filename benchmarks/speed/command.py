@@ -31,18 +31,26 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def prepare(given: argparse.Namespace) -> tuple[Subject, dict[str, Any]]:
-    """The model, and options of `vllm.LLM` for it; before vLLM is imported."""
+def prepare(
+    model: str | None, models: Path = MODELS, no_inductor: bool = False
+) -> tuple[Subject, dict[str, Any]]:
+    """The model, and options of `vllm.LLM` for it; before vLLM is imported.
+
+    Args:
+        model: of benchmarks/models, or none for the bundled one.
+        models: folder where they are made.
+        no_inductor: capture CUDA graphs of what is not compiled.
+    """
     if not has_gpu():
         use_cpu()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # saves a start of Python and vLLM
     quieten_vllm()
-    subject = full_size(given.model, given.models) if given.model else reader()
-    options: dict[str, Any] = {"load_format": "dummy"} if given.model else {}
+    subject = full_size(model, models) if model else reader()
+    options: dict[str, Any] = {"load_format": "dummy"} if model else {}
     if not has_gpu():
         return subject, options | {"enforce_eager": True, "dtype": "float32"}
     options |= {"dtype": "bfloat16", "gpu_memory_utilization": 0.15}  # pools are sized in bytes
-    if given.no_inductor:
+    if no_inductor:
         options["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     return subject, options
 
