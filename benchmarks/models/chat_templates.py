@@ -1,65 +1,50 @@
-"""Chats in the formats that the models were trained with: pictures first, then the text."""
+"""Chats in the formats that the models were trained with: pictures first, then the text.
 
-# A message's pictures, or its text, whether its content is a list of parts or plain text.
-_PARTS = """
-{%- macro media(content, kind, token) -%}
-{%- if content is not string -%}
-{%- for part in content if part['type'] == kind %}{{ token }}{% endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{%- macro text(content) -%}
-{%- if content is string %}{{ content }}{% else -%}
-{%- for part in content if part['type'] == 'text' %}{{ part['text'] }}{% endfor -%}
-{%- endif -%}
-{%- endmacro -%}
+They spell out their loops over a message's content, since vLLM looks for those to tell that a
+template takes lists of parts.
 """
 
-VICUNA = (
-    _PARTS
-    + """
-{%- for message in messages -%}
-{%- set images = media(message['content'], 'image', '<image>\n') -%}
-{%- if message['role'] == 'user' -%}
-{{ 'USER: ' + images + text(message['content']) + ' ' }}
-{%- elif message['role'] == 'assistant' -%}
-{{ 'ASSISTANT: ' + text(message['content']) + '</s>' }}
-{%- else -%}
-{{ text(message['content']) + ' ' }}
+_CONTENT = """
+{%- if message['content'] is string %}{{ message['content'] }}{% else -%}
+{%- for part in message['content'] if part['type'] == 'image' %}{{ image }}{% endfor -%}
+{%- for part in message['content'] if part['type'] == 'video' %}{{ video }}{% endfor -%}
+{%- for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor -%}
 {%- endif -%}
+"""
+
+_VICUNA = r"""
+{%- set image, video = '<image>\n', '' -%}
+{%- for message in messages -%}
+{%- if message['role'] != 'system' %}{{ message['role'] | upper + ': ' }}{% endif -%}
+CONTENT
+{{- '</s>' if message['role'] == 'assistant' else ' ' }}
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif -%}
 """
-)
 
-MISTRAL = (
-    _PARTS
-    + """
+_MISTRAL = r"""
+{%- set image, video = '<image>\n', '' -%}
+{%- set start = {'user': '[INST] ', 'assistant': ' ', 'system': '<<SYS>>\n'} -%}
+{%- set end = {'user': ' [/INST]', 'assistant': '</s>', 'system': '\n<</SYS>>\n\n'} -%}
 {%- for message in messages -%}
-{%- set images = media(message['content'], 'image', '<image>\n') -%}
-{%- if message['role'] == 'user' -%}
-{{ '[INST] ' + images + text(message['content']) + ' [/INST]' }}
-{%- elif message['role'] == 'assistant' -%}
-{{ ' ' + text(message['content']) + '</s>' }}
-{%- else -%}
-{{ '<<SYS>>\n' + text(message['content']) + '\n<</SYS>>\n\n' }}
-{%- endif -%}
+{{- start[message['role']] }}
+CONTENT
+{{- end[message['role']] }}
 {%- endfor -%}
 """
-)
 
-QWEN = (
-    _PARTS
-    + """
+_QWEN = r"""
+{%- set image = '<|vision_start|><|image_pad|><|vision_end|>' -%}
+{%- set video = '<|vision_start|><|video_pad|><|vision_end|>' -%}
 {%- if messages[0]['role'] != 'system' -%}
 {{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}
 {%- endif -%}
 {%- for message in messages -%}
-{%- set content = message['content'] -%}
-{{ '<|im_start|>' + message['role'] + '\n' }}
-{{- media(content, 'image', '<|vision_start|><|image_pad|><|vision_end|>') }}
-{{- media(content, 'video', '<|vision_start|><|video_pad|><|vision_end|>') }}
-{{- text(content) + '<|im_end|>\n' }}
+{{- '<|im_start|>' + message['role'] + '\n' }}
+CONTENT
+{{- '<|im_end|>\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif -%}
 """
-)
+
+VICUNA, MISTRAL, QWEN = (t.replace("CONTENT", _CONTENT) for t in (_VICUNA, _MISTRAL, _QWEN))
