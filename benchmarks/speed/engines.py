@@ -142,7 +142,7 @@ def _step_ms(marks: list[tuple[float, int]], requests: int) -> float:
 
 
 def random_prompts(count: int, tokens: int, vocabulary: int, seed: int) -> list[list[int]]:
-    """Prompts that share no prefix; ids from 100 on, below which special tokens lie."""
+    """Prompts that share no block, of ids that are no special tokens."""
     rng = random.Random(seed)
     low = 100 if vocabulary > 1000 else 0
     return [[rng.randrange(low, vocabulary - 10) for _ in range(tokens)] for _ in range(count)]
