@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import decode_latency
 import prefill_cost
+import report
 from decode_latency import Pair, Plan
 from speed.command import measure_cells
 from speed.engines import Engine, Timing, _step_ms, random_prompts
@@ -215,3 +216,27 @@ def test_prompts_differ():
     prompts = random_prompts(50, 4, 500, seed=1) + random_prompts(50, 4, 500, seed=2)
     assert len({tuple(prompt) for prompt in prompts}) == 100
     assert all(0 <= token < 490 for prompt in prompts for token in prompt)
+
+
+# What is shown
+
+
+def test_the_readmes_tables_are_the_results():
+    text = (Path(report.ROOT) / "README.md").read_text()
+    assert report.with_tables(text) == text, "run benchmarks/report.py readme"
+    with pytest.raises(ValueError, match="markers of the table accounting are missing"):
+        report.with_tables("# A README\n")
+
+
+def test_decode_curves(pair, tmp_path):
+    results = Results(tmp_path / "r.json", ASKED, cpu=True)
+    times = {"dense": 20.0, "sparsemm-64": 9.0}
+    cells = {v: pair.figures(v, 640, 2, [Timing(0.1, ms, 50)]) for v, ms in times.items()}
+    results.save("sparsemm n=640 batch=2", cells)
+    results.save("snapkv n=640 batch=2", {"dense": cells["dense"] | {"step_ms": 99.0}})
+    results.save("snapkv n=1280 batch=2", {"dense_lacks_gib": 1.0})
+    points = report.decode_points(results.data)
+    assert [step for _, step, _ in points[2]["dense"]] == [20.0], "dense is drawn once"
+    assert points.keys() == {2}
+    report.draw_decode(results.data, tmp_path / "r.png")
+    assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"

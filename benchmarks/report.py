@@ -1,0 +1,147 @@
+"""Pictures and the README's tables from the JSON that the benchmarks wrote: no number is typed.
+
+    python benchmarks/report.py curves benchmarks/results/*/*/decode-latency-*.json
+    python benchmarks/report.py readme
+
+`curves` draws a PNG beside each file: time of a decode step over the prompt's length, a panel for
+each batch, and the floors. `readme` writes the tables between the README's markers anew.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib.pyplot as plt
+import typer
+from rich.console import Console
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+END = "<!-- end -->\n"
+SHOWN = (3072, 8192, 32768)  # prompt tokens
+COLOURS = {"dense": "#444444", "sparsemm": "#0072b2", "snapkv": "#d55e00"}
+
+app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+console = Console()
+
+
+@app.command()
+def curves(files: Annotated[list[Path], typer.Argument(help="Of decode_latency.py.")]) -> None:
+    """Draw decode latency."""
+    for file in files:
+        picture = file.with_suffix(".png")
+        draw_decode(json.loads(file.read_text()), picture)
+        console.print(str(picture), soft_wrap=True)
+
+
+def decode_points(document: dict[str, Any]) -> dict[int, dict[str, list[tuple[int, float, float]]]]:
+    """By batch and variant: prompt tokens, ms a step, and its floor. Dense is taken once."""
+    points: dict[int, dict[str, list[tuple[int, float, float]]]] = {}
+    for name, cell in document["cells"].items():
+        n, batch = (int(part.partition("=")[2]) for part in name.split()[1:])
+        for variant, r in cell.items():
+            if not isinstance(r, dict):
+                continue
+            line = points.setdefault(batch, {}).setdefault(variant, [])
+            if all(n != other for other, *_ in line):
+                line.append((n, r["step_ms"], r["floor_ms"]))
+    return {batch: points[batch] for batch in sorted(points)}
+
+
+def draw_decode(document: dict[str, Any], picture: Path) -> None:
+    """A panel for each batch."""
+    points = decode_points(document)
+    figure, axes = plt.subplots(
+        1, len(points), figsize=(1.5 + 3.5 * len(points), 3.8), squeeze=False, layout="constrained"
+    )
+    for panel, (batch, variants) in zip(axes[0], points.items(), strict=True):
+        for i, (variant, line) in enumerate(variants.items()):
+            n, step, floor = zip(*sorted(line), strict=True)
+            colour = COLOURS[variant.partition("-")[0]]
+            mark = "osD^v"[i % 5]
+            panel.plot(n, step, marker=mark, color=colour, label=variant, linewidth=1.6)
+            panel.plot(n, floor, color=colour, linestyle=":", linewidth=1)
+        panel.set(title=f"batch {batch}", xlabel="prompt tokens", xscale="log")
+        panel.set_xticks(n, [f"{tokens:,}" for tokens in n], minor=False, fontsize=8)
+        panel.set_xticks([], minor=True)
+        panel.set_ylim(bottom=0)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", alpha=0.3)
+    axes[0][0].set_ylabel("ms a decode step")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    machine, asked = document["machine"], document["asked"]
+    figure.suptitle(f"{asked['model']} on {machine['device']} (dotted: floor)", fontsize=11)
+    figure.savefig(picture, dpi=130)
+    plt.close(figure)
+
+
+@app.command()
+def readme(
+    file: Annotated[Path, typer.Option(help="Markdown file with the markers.")] = ROOT
+    / "README.md",
+) -> None:
+    """Write the tables between their markers."""
+    try:
+        file.write_text(with_tables(file.read_text()))
+    except ValueError as error:
+        console.print(f"[red]{file}: {error}[/]", soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def with_tables(text: str) -> str:
+    """The text, with today's tables.
+
+    Raises:
+        ValueError: if a table's markers are missing.
+    """
+    for name, table in TABLES.items():
+        before, begin, rest = text.partition(f"<!-- table {name}, by benchmarks/report.py -->\n")
+        _, end, after = rest.partition(END)
+        if not begin or not end:
+            raise ValueError(f"the markers of the table {name} are missing")
+        text = before + begin + "\n".join(table()) + "\n" + end + after
+    return text
+
+
+def accounting() -> list[str]:
+    """KV bytes of a request; LLaVA-1.5 has the language model of LLaVA-NeXT-Vicuna."""
+    rows = json.loads((RESULTS / "kv-accounting.json").read_text())
+    lines = [
+        "| model | prompt tokens | dense | SPARSEMM | times less | above ideal |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        if r["budget"] != 256 or r["prompt_tokens"] not in SHOWN or "1.5" in r["model"]:
+            continue
+        lines.append(
+            f"| {r['model']} | {r['prompt_tokens']:,} | {r['dense_bytes'] / 1e6:,.0f} MB | "
+            f"{r['held_bytes'] / 1e6:,.1f} MB | {r['times_less']:.1f} | "
+            f"{r['times_ideal'] - 1:.0%} |"
+        )
+    return lines
+
+
+def simulation() -> list[str]:
+    """The scheduler's figures, dense beside pruned."""
+    found = json.loads((RESULTS / "simulated-serving.json").read_text())
+    dense, sparse, cpu = found["dense"], found["sparsemm"], found["decode_step_cpu"]
+    return [
+        "| | dense | SPARSEMM |",
+        "| --- | --- | --- |",
+        f"| requests running, mean and most | {dense['mean_running']:g}, {dense['most_running']} | "
+        f"{sparse['mean_running']:g}, {sparse['most_running']} |",
+        f"| preemptions | {dense['preemptions']} | {sparse['preemptions']} |",
+        f"| scheduler's CPU time a step, {found['max_num_seqs']} requests running | "
+        f"{cpu['dense']['median_ms']:.1f} ms | {cpu['sparsemm']['median_ms']:.1f} ms "
+        f"({cpu['ratio']:.2f} times) |",
+        f"| all finished after, modelled | {dense['makespan_s']:.0f} s | "
+        f"{sparse['makespan_s']:.0f} s |",
+    ]
+
+
+TABLES = {"accounting": accounting, "simulation": simulation}
+
+if __name__ == "__main__":
+    app()
