@@ -1,0 +1,264 @@
+"""A load on a server, by vLLM's own client, and what the server's metrics say meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import threading
+import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from sparsemm_vllm.client import metric, samples
+from sparsemm_vllm.serve import serve_environment
+from speed.scenarios import SEED, Load, Scenario
+
+SERVED = "served"  # name of every model
+POLL_SECONDS = 0.25
+# Of vLLM's result: what is kept, under which name.
+KEPT = {
+    "duration": "seconds",
+    "request_throughput": "requests_per_second",
+    "output_throughput": "output_tokens_per_second",
+    "total_token_throughput": "total_tokens_per_second",
+    "p50_ttft_ms": "ttft_p50_ms",
+    "p99_ttft_ms": "ttft_p99_ms",
+    "p50_tpot_ms": "tpot_p50_ms",
+    "p99_tpot_ms": "tpot_p99_ms",
+}
+
+
+class LoadError(RuntimeError):
+    """The load was not done as asked, so there is nothing to report."""
+
+
+class Bench:
+    """`vllm bench serve` in a process that stays: importing vLLM takes longer than a small load.
+
+    Nothing else differs from the command: its parser, its data sets, its client and its results.
+
+    Args:
+        log: file for what it prints.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        spawning = multiprocessing.get_context("spawn")  # a fork would inherit our threads
+        self._ours, theirs = spawning.Pipe()
+        arguments = (theirs, log, serve_environment())
+        self._process = spawning.Process(target=_answer, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()  # so that its end is seen when it dies
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def run(self, arguments: Sequence[str], timeout: float) -> None:
+        """Do what ``vllm bench serve *arguments`` does.
+
+        Args:
+            arguments: of the command.
+            timeout: in seconds.
+
+        Raises:
+            LoadError: if it fails, dies, or is not done in time.
+        """
+        try:
+            self._ours.send(list(arguments))
+            if not self._ours.poll(timeout):
+                raise LoadError(f"vllm bench serve was not done after {timeout:.0f} s: {self.log}")
+            error = self._ours.recv()
+        except (EOFError, OSError) as died:
+            raise LoadError(f"vllm bench serve died: {self.log}") from died
+        if error is not None:
+            raise LoadError(f"vllm bench serve failed:\n{error}")
+
+
+def _answer(theirs: Connection, log: Path, environment: dict[str, str]) -> None:
+    """In the other process: arguments come, errors or None go back."""
+    os.environ.update(environment)  # before vLLM is imported
+    with log.open("w") as output, contextlib.redirect_stdout(output):
+        os.dup2(output.fileno(), 2)
+        from vllm.benchmarks.serve import add_cli_args, main
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        while True:
+            arguments = theirs.recv()
+            try:
+                parser = FlexibleArgumentParser()
+                add_cli_args(parser)
+                main(parser.parse_args(arguments))
+            except (Exception, SystemExit):  # argparse exits
+                theirs.send(traceback.format_exc())
+            else:
+                theirs.send(None)
+
+
+class Watch:
+    """Reads a server's `/metrics` while a load runs on it.
+
+    Attributes:
+        peak_running: most requests that ran at once.
+        mean_running: requests that ran, on average over the readings in which any did.
+        peak_usage: largest share of the KV blocks that were in use.
+    """
+
+    def __init__(self, url: str, seconds: float = POLL_SECONDS) -> None:
+        self.peak_running, self.peak_usage = 0, 0.0
+        self._url, self._seconds = f"{url}/metrics", seconds
+        self._running: list[float] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._poll)
+        self._error: Exception | None = None
+        self._client = httpx.Client(timeout=60)
+
+    def __enter__(self) -> Watch:
+        self._before = self._read()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        if error is None:
+            if self._error is not None:
+                raise self._error
+            self._after = self._read()
+        self._client.close()
+
+    def _read(self) -> str:
+        return self._client.get(self._url).raise_for_status().text
+
+    def _poll(self) -> None:
+        try:
+            while not self._over.wait(self._seconds):
+                page = self._read()
+                running = metric(page, "vllm:num_requests_running")
+                self._running += [running] if running else []
+                self.peak_running = max(self.peak_running, int(running))
+                self.peak_usage = max(self.peak_usage, metric(page, "vllm:kv_cache_usage_perc"))
+        except Exception as error:  # whoever leaves the `with` block is told
+            self._error = error
+
+    @property
+    def mean_running(self) -> float:
+        return sum(self._running) / max(1, len(self._running))
+
+    def counted(self, name: str, **labels: str) -> int:
+        """By how much a counter grew."""
+        before, after = (metric(page, name, **labels) for page in (self._before, self._after))
+        return int(after - before)
+
+    @property
+    def pruned(self) -> int:
+        """How many prompts were pruned; a dense server has no such counter."""
+        name = "sparsemm:requests_total"
+        return self.counted(name, outcome="pruned") if name in self._after else 0
+
+    @property
+    def blocks(self) -> int:
+        """KV blocks of the server's pool."""
+        (sample,) = samples(self._after, "vllm:cache_config_info")
+        return int(sample.labels["num_gpu_blocks"])
+
+
+def arguments(
+    url: str, tokenizer: Path, requests: Path, scenario: Scenario, load: Load, result: Path
+) -> list[str]:
+    """Of `vllm bench serve`.
+
+    The data set is ``custom_image``, not ``random-mm``: we say which requests share a picture, and
+    both servers are asked the same. There are no warm-up requests of its own, since it takes the
+    first of the measured ones for that, which would then be cached.
+    """
+    options = {
+        "backend": "openai-chat",
+        "base-url": url,
+        "endpoint": "/v1/chat/completions",
+        "model": str(tokenizer),
+        "served-model-name": SERVED,
+        "dataset-name": "custom_image",
+        "dataset-path": str(requests),
+        "custom-output-len": str(scenario.output_tokens),
+        "num-prompts": str(load.requests),
+        "request-rate": str(load.rate),
+        "seed": str(SEED),
+        "temperature": "0",
+        "percentile-metrics": "ttft,tpot",
+        "metric-percentiles": "50,99",
+        "result-dir": str(result.parent),
+        "result-filename": result.name,
+    }
+    pairs = [word for name, value in options.items() for word in (f"--{name}", value)]
+    switches = ("enable-multimodal-chat", "disable-shuffle", "ignore-eos", "save-result")
+    return [*pairs, *(f"--{name}" for name in (*switches, "disable-tqdm"))]
+
+
+def numbers(result: dict[str, Any], scenario: Scenario, load: Load) -> dict[str, float]:
+    """What is kept of the JSON that `vllm bench serve` saves.
+
+    Raises:
+        LoadError: if a request failed or an answer was shorter than asked.
+    """
+    if result["failed"] or result["completed"] != load.requests:
+        raise LoadError(f"{result['failed']} of {load.requests} requests failed")
+    asked = load.requests * scenario.output_tokens
+    if result["total_output_tokens"] != asked:
+        raise LoadError(f"{result['total_output_tokens']} tokens were answered, not {asked}")
+    kept = {name: round(float(result[key]), 4) for key, name in KEPT.items()}
+    prompt = round(result["total_input_tokens"] / load.requests, 1)
+    sizes = {"requests": load.requests, "output_tokens": scenario.output_tokens}
+    return {"prompt_tokens_mean": prompt, **sizes, **kept}
+
+
+def put_load(
+    bench: Bench, url: str, tokenizer: Path, requests: Path, scenario: Scenario, load: Load
+) -> dict[str, float]:
+    """Put a load on a server whose caches are empty.
+
+    Args:
+        bench: that asks.
+        url: of the server.
+        tokenizer: folder of the model.
+        requests: from `write_requests`; the result goes to the same folder.
+
+    Returns:
+        A cell: numbers, with their units in their names.
+
+    Raises:
+        LoadError: if it was not done as asked.
+    """
+    result = requests.with_name("result.json")
+    words = arguments(url, tokenizer, requests, scenario, load, result)
+    with Watch(url) as watch:
+        bench.run(words, timeout=1800)
+    return numbers(json.loads(result.read_text()), scenario, load) | {
+        "running_requests_peak": watch.peak_running,
+        "running_requests_mean": round(watch.mean_running, 2),
+        "kv_usage_peak_share": round(watch.peak_usage, 4),
+        "kv_blocks": watch.blocks,
+        "preemptions": watch.counted("vllm:num_preemptions_total"),
+        "prefix_hit_tokens": watch.counted("vllm:prefix_cache_hits_total"),
+        "pruned_requests": watch.pruned,
+    }
