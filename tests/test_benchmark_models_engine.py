@@ -4,10 +4,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from engines import WINDOW, Engine
 from PIL import Image
 from transformers import AutoProcessor
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -15,6 +19,8 @@ import models
 from models.head_scores import synthetic_profile
 
 from sparsemm_vllm.recording import load_kept
+from sparsemm_vllm.settings import Settings
+from sparsemm_vllm.support import build_layout
 
 pytestmark = pytest.mark.engine
 
@@ -51,7 +57,30 @@ QWEN = {
     "vision_config": {"depth": 2, "num_heads": 2, "embed_dim": 64, "hidden_size": 224},
 }
 BUDGET = 64
+LONGEST = 40_000
 QUESTION = "What is this, \u00e9?"
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_vllm_takes_the_full_size_and_its_profile(name: str, tmp_path: Path) -> None:
+    """And prompts beyond the published positions, if these are overridden."""
+    folder = models.prepare(name, tmp_path)
+    profile = str(folder / "profile.json")
+    load_general_plugins()
+    config = EngineArgs(
+        model=str(folder),
+        load_format="dummy",
+        attention_backend="SPARSEMM",
+        additional_config={"sparsemm": {"budget": BUDGET, "profile": profile}},
+        max_model_len=LONGEST,
+        hf_overrides={"text_config": {"max_position_embeddings": LONGEST}},
+    ).create_engine_config()
+    layout = build_layout(config, Settings.from_additional_config(config.additional_config))
+    text = config.model_config.hf_text_config
+    assert text.max_position_embeddings == LONGEST
+    capacities = np.array(layout.capacities)
+    assert capacities.shape == (text.num_hidden_layers, text.num_key_value_heads)
+    assert capacities.max() > 5 * np.median(capacities)
 
 
 @pytest.mark.parametrize(
@@ -62,8 +91,6 @@ def test_a_chat_is_answered(
     name: str, overrides: dict[str, Any], image_tokens: int, tmp_path: Path
 ) -> None:
     """With text in every token, and pruned."""
-    from vllm import SamplingParams
-
     folder, text = models.prepare(name, tmp_path), overrides["text_config"]
     L, Hq, Hkv = (
         text[f"num_{of}"] for of in ("hidden_layers", "attention_heads", "key_value_heads")

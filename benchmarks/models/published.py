@@ -2,7 +2,8 @@
 
 Where transformers' defaults are a model's own, they are not repeated here; the tests compare what
 follows from all of them. All are bfloat16, so that they can be laid side by side. The Vicunas end
-at 4,096 positions: benchmarks with longer prompts override ``max_position_embeddings``.
+at 4,096 positions: for longer prompts give vLLM the ``hf_overrides``
+``{"text_config": {"max_position_embeddings": tokens}}``.
 """
 
 from __future__ import annotations
