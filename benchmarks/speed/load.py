@@ -21,7 +21,7 @@ from sparsemm_vllm.serve import serve_environment
 from speed.scenarios import SEED, Load, Scenario
 
 SERVED = "served"  # name of every model
-POLL_SECONDS = 0.25
+POLL_SECONDS = 0.1
 # Of vLLM's result: what is kept, under which name.
 KEPT = {
     "duration": "seconds",
@@ -111,7 +111,7 @@ def _answer(theirs: Connection, log: Path, environment: dict[str, str]) -> None:
 
 
 class Watch:
-    """Reads a server's `/metrics` while a load runs on it.
+    """Reads a server's `/metrics` while a load runs on it; what passes between two readings is missed.
 
     Attributes:
         peak_running: most requests that ran at once.

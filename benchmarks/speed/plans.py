@@ -104,7 +104,6 @@ GPU = (
 # holds four such prompts dense, but not their answers. A block is lost to vLLM's null block.
 PAIR = ((224, 224),) * 2
 POOL = 115 * 96 << 10  # bytes
-SATURATED = Scenario("unique-48", "more than fits", PAIR, None, 48, (Load(0.2, 3), Load("inf", 12)))
 READERS = Plan(
     model=READER,
     options=_options(
@@ -113,8 +112,22 @@ READERS = Plan(
     dense=(),
     sparsemm={"budget": 64, "window": 16},
     scenarios=(
-        SATURATED,
-        Scenario("shared-48", "2 pairs of pictures shared", PAIR, 2, 48, (Load("inf", 12),)),
+        Scenario(
+            "unique-48",
+            "from light load to more than fits",
+            PAIR,
+            None,
+            48,
+            (Load(0.2, 3), Load("inf", 12)),
+        ),
+        Scenario(
+            "shared-48",
+            "2 prompts of pictures: dense requests share blocks",
+            PAIR,
+            2,
+            48,
+            (Load("inf", 12),),
+        ),
         Scenario("short-4", "ample memory, short answers", PAIR[:1], None, 4, (Load("inf", 4),)),
     ),
     chats=Chats(PAIR[:1], 48, 2),
