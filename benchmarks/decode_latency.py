@@ -95,7 +95,7 @@ class Pair:
         """A cell: of each variant its time, floor and bytes."""
         blocks = batch * -(-(n + self.plan.tokens) // BLOCK_SIZE)
         if (missing := blocks - self.dense.blocks) > 0:
-            return {"dense_lacks_gib": round(missing * self._block_bytes / GIB, 3)}
+            return {"dense_lacks_bytes": missing * self._block_bytes}
         timings: dict[str, list[Timing]] = {variant: [] for variant in self.variants}
         for _ in range(self.plan.rounds):
             for variant, found in timings.items():
@@ -189,8 +189,8 @@ def table(results: Results) -> str:
     for name, cell in results.cells.items():
         method, n, batch = (part.rpartition("=")[2] for part in name.split())
         start = f"{n:>7} {batch:>5}  "
-        if "dense_lacks_gib" in cell:
-            lines.append(f"{start}{method:14} dense KV needs {cell['dense_lacks_gib']} GiB more")
+        if (lacks := cell.get("dense_lacks_bytes")) is not None:
+            lines.append(f"{start}{method:14} dense KV needs {lacks / (1 << 20):,.1f} MiB more")
             continue
         for variant, r in cell.items():
             if variant == "commit":

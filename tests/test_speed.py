@@ -159,7 +159,7 @@ def test_figures_of_a_cell(pair):
 def test_a_cell_that_dense_attention_cannot_hold_is_skipped(pair):
     """101 blocks of 16 tokens, and 100 in the pool."""
     cell = pair.measure(16 * 101 - 8, 1)
-    assert cell["dense_lacks_gib"] == round(16 * pair.subject.token_bytes / 2**30, 3)
+    assert cell == {"dense_lacks_bytes": 16 * pair.subject.token_bytes}
 
 
 def test_both_methods_are_measured_in_pieces(tmp_path, monkeypatch):
@@ -193,11 +193,11 @@ def test_tables(pair, tmp_path):
     timings = [Timing(0.1, 20.0, 50)]
     cell = {v: pair.figures(v, 640, 2, timings) for v in pair.variants}
     results.save("sparsemm n=640 batch=2", cell)
-    results.save("snapkv n=32768 batch=32", {"dense_lacks_gib": 444.0})
+    results.save("snapkv n=32768 batch=32", {"dense_lacks_bytes": 444 << 20})
     lines = decode_latency.table(results).splitlines()
     assert lines[2].split()[:5] == ["640", "2", "sparsemm-64", "20.000", "1.00"]
     assert lines[3].split()[:3] == ["32768", "32", "snapkv"]
-    assert lines[3].endswith("dense KV needs 444.0 GiB more")
+    assert lines[3].endswith("dense KV needs 444.0 MiB more")
     shares = Results(tmp_path / "p.json", ASKED, cpu=True)
     shares.save("n=640", {"dense_s": 0.2, "pruned_s": 0.21, "prune_share": 0.05, "shares": []})
     assert prefill_cost.table(shares).splitlines()[1].split() == ["640", "0.2000", "0.2100", "5.0%"]
@@ -234,7 +234,7 @@ def test_decode_curves(pair, tmp_path):
     cells = {v: pair.figures(v, 640, 2, [Timing(0.1, ms, 50)]) for v, ms in times.items()}
     results.save("sparsemm n=640 batch=2", cells)
     results.save("snapkv n=640 batch=2", {"dense": cells["dense"] | {"step_ms": 99.0}})
-    results.save("snapkv n=1280 batch=2", {"dense_lacks_gib": 1.0})
+    results.save("snapkv n=1280 batch=2", {"dense_lacks_bytes": 1})
     points = report.decode_points(results.data)
     assert [step for _, step, _ in points[2]["dense"]] == [20.0], "dense is drawn once"
     assert points.keys() == {2}

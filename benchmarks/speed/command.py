@@ -12,8 +12,9 @@ from gpu_parts.records import ROOT
 
 from sparsemm_vllm.environment import has_gpu, quieten_vllm, use_cpu
 from speed.results import Results
-from speed.subject import Subject, full_size, reader
+from speed.subject import NARROW, Subject, full_size, reader, shrunk
 
+LONGEST = 65_536  # tokens of prompt and answer
 UNFINISHED = 3  # exit status
 MODELS = ROOT / ".cache" / "models"
 
@@ -23,7 +24,11 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="of benchmarks/models; without one the bundled model")
+    parser.add_argument(
+        "--model",
+        help="of benchmarks/models; else the bundled one (without a GPU it is shrunk, and shows "
+        "no more than that the command works)",
+    )
     parser.add_argument("--models", type=Path, default=MODELS, help="folder where they are made")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--seconds", type=float, default=450, help="after which no cell is begun")
@@ -45,13 +50,22 @@ def prepare(
         use_cpu()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # saves a start of Python and vLLM
     quieten_vllm()
-    subject = full_size(model, models) if model else reader()
-    options: dict[str, Any] = {"load_format": "dummy"} if model else {}
-    if not has_gpu():
-        return subject, options | {"enforce_eager": True, "dtype": "float32"}
-    options |= {"dtype": "bfloat16", "gpu_memory_utilization": 0.15}  # pools are sized in bytes
-    if no_inductor:
-        options["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    if model is None:
+        return reader(), {"enforce_eager": True, "dtype": "float32"}
+    # Prompts may be longer than the model was made for: nobody reads what it answers.
+    text: dict[str, Any] = {"max_position_embeddings": LONGEST}
+    options: dict[str, Any] = {"load_format": "dummy"}
+    if has_gpu():
+        subject = full_size(model, models)
+        options |= {"dtype": "bfloat16", "gpu_memory_utilization": 0.15}  # pools have sizes
+        if no_inductor:
+            options["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    else:
+        subject = shrunk(model, models)
+        options |= {"dtype": "float32", "enforce_eager": True}
+        text |= NARROW
+        options["hf_overrides"] = {"vision_config": {"num_hidden_layers": 1, "depth": 1}}
+    options.setdefault("hf_overrides", {})["text_config"] = text
     return subject, options
 
 

@@ -56,7 +56,6 @@ class Engine:
             attention_backend=backend,
             block_size=BLOCK_SIZE,
             disable_log_stats=False,
-            skip_tokenizer_init=True,
             seed=0,
             **options,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,14 @@ from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.profile import load_profile
 
 GIB = 1 << 30
+EVEN = "none"  # profile of the settings
+NARROW = {
+    "num_hidden_layers": 2,
+    "hidden_size": 512,  # heads keep their size
+    "intermediate_size": 1024,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -42,15 +51,13 @@ class Subject:
     def token_bytes(self) -> int:
         """KV bytes of a token, all layers and heads."""
         c = self.config
-        heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-        return c.num_hidden_layers * heads * 2 * self._head_size * self.element_size
+        return c.num_hidden_layers * kv_heads(c) * 2 * self._head_size * self.element_size
 
     @property
     def weight_bytes(self) -> int:
         """What a decode step reads of the weights: language model and output layer."""
         c = self.config
-        heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-        projections = 2 * (c.num_attention_heads + heads) * self._head_size * c.hidden_size
+        projections = 2 * (c.num_attention_heads + kv_heads(c)) * self._head_size * c.hidden_size
         layer = projections + 3 * c.hidden_size * c.intermediate_size
         weights = c.num_hidden_layers * layer + c.vocab_size * c.hidden_size
         return weights * self.element_size
@@ -62,10 +69,13 @@ class Subject:
 
     def layout(self, budget: int, method: str) -> CacheLayout:
         """What a budget leaves of prompts."""
-        profile = load_profile(self.profile)
-        return CacheLayout.from_scores(
-            profile.tensor(), profile.num_kv_heads, budget, self.window, method=method
-        )
+        if self.profile == EVEN:
+            c = self.config
+            scores, heads = torch.ones(c.num_hidden_layers, c.num_attention_heads), kv_heads(c)
+        else:
+            profile = load_profile(self.profile)
+            scores, heads = profile.tensor(), profile.num_kv_heads
+        return CacheLayout.from_scores(scores, heads, budget, self.window, method=method)
 
 
 def reader() -> Subject:
@@ -80,6 +90,20 @@ def full_size(name: str, models: Path) -> Subject:
 
     folder = prepare(name, models)
     return Subject(name, folder, str(folder / "profile.json"), 32, 2, _text_config(folder))
+
+
+def shrunk(name: str, models: Path) -> Subject:
+    """The same with two narrow layers and even budgets, to try a command without a GPU."""
+    whole = full_size(name, models)
+    config = copy.deepcopy(whole.config)
+    for key, value in NARROW.items():
+        setattr(config, key, value)
+    return Subject(f"{name} (shrunk)", whole.folder, EVEN, 16, 4, config)
+
+
+def kv_heads(config: Any) -> int:
+    """Of a language model's configuration."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def _text_config(folder: Path) -> Any:
