@@ -111,7 +111,7 @@ def _answer(theirs: Connection, log: Path, environment: dict[str, str]) -> None:
 
 
 class Watch:
-    """Reads a server's `/metrics` while a load runs on it; what passes between two readings is missed.
+    """Reads a server's `/metrics` while a load runs; what passes between two readings is missed.
 
     Attributes:
         peak_running: most requests that ran at once.
