@@ -112,7 +112,7 @@ class FakeServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), FakeHandler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.page = ""
+        self.page, self.reads = "", 0
         self.bodies: list[dict[str, Any]] = []
         self.resets: list[str] = []
         self.busy = 0
@@ -131,6 +131,7 @@ class FakeHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.reply(self.server.page)
+        self.server.reads += 1
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
@@ -178,10 +179,13 @@ def test_a_server_is_watched(server: FakeServer, pruned: int | None) -> None:
     with Watch(server.url, seconds=0.01) as watch:
         for running, usage in ((2, 0.5), (7, 0.25), (4, 0.98), (0, 0.0)):
             server.page = page(running, usage, 5, pruned and pruned + 6)
-            time.sleep(0.2)
-    assert watch.peak_running == 7
-    assert watch.peak_usage == 0.98
-    assert 2 < watch.mean_running < 7, "idle readings do not count"
+            enough = server.reads + 10
+            while server.reads < enough:
+                time.sleep(0.001)
+    found = watch.readings
+    assert (found["running_requests_peak"], found["kv_usage_peak_share"]) == (7, 0.98)
+    assert 3.5 < found["running_requests_mean"] < 5, "idle readings do not count"
+    assert 0.45 < found["kv_usage_mean_share"] < 0.7
     assert watch.counted("vllm:num_preemptions_total") == 2
     assert watch.blocks == 115
     assert watch.pruned == (0 if pruned is None else 6)

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Any
 
@@ -111,18 +112,16 @@ def _answer(theirs: Connection, log: Path, environment: dict[str, str]) -> None:
 
 
 class Watch:
-    """Reads a server's `/metrics` while a load runs; what passes between two readings is missed.
+    """Reads a server's `/metrics` while a load runs on it.
 
-    Attributes:
-        peak_running: most requests that ran at once.
-        mean_running: requests that ran, on average over the readings in which any did.
-        peak_usage: largest share of the KV blocks that were in use.
+    What passes between two readings is missed: the blocks of a prompt that is then pruned show for
+    a single step, so under light load the peak depends on luck.
     """
 
     def __init__(self, url: str, seconds: float = POLL_SECONDS) -> None:
-        self.peak_running, self.peak_usage = 0, 0.0
         self._url, self._seconds = f"{url}/metrics", seconds
-        self._running: list[float] = []
+        self._running: list[float] = []  # of the readings in which any request ran
+        self._usage: list[float] = []
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._poll)
         self._error: Exception | None = None
@@ -154,16 +153,22 @@ class Watch:
         try:
             while not self._over.wait(self._seconds):
                 page = self._read()
-                running = metric(page, "vllm:num_requests_running")
-                self._running += [running] if running else []
-                self.peak_running = max(self.peak_running, int(running))
-                self.peak_usage = max(self.peak_usage, metric(page, "vllm:kv_cache_usage_perc"))
+                if running := metric(page, "vllm:num_requests_running"):
+                    self._running.append(running)
+                    self._usage.append(metric(page, "vllm:kv_cache_usage_perc"))
         except Exception as error:  # whoever leaves the `with` block is told
             self._error = error
 
     @property
-    def mean_running(self) -> float:
-        return sum(self._running) / max(1, len(self._running))
+    def readings(self) -> dict[str, float]:
+        """Requests that ran and the share of KV blocks in use: peaks, and means while any ran."""
+        running, usage = self._running or [0.0], self._usage or [0.0]
+        return {
+            "running_requests_peak": int(max(running)),
+            "running_requests_mean": round(fmean(running), 2),
+            "kv_usage_peak_share": round(max(usage), 4),
+            "kv_usage_mean_share": round(fmean(usage), 4),
+        }
 
     def counted(self, name: str, **labels: str) -> int:
         """By how much a counter grew."""
@@ -254,9 +259,7 @@ def put_load(
     with Watch(url) as watch:
         bench.run(words, timeout=1800)
     return numbers(json.loads(result.read_text()), scenario, load) | {
-        "running_requests_peak": watch.peak_running,
-        "running_requests_mean": round(watch.mean_running, 2),
-        "kv_usage_peak_share": round(watch.peak_usage, 4),
+        **watch.readings,
         "kv_blocks": watch.blocks,
         "preemptions": watch.counted("vllm:num_preemptions_total"),
         "prefix_hit_tokens": watch.counted("vllm:prefix_cache_hits_total"),

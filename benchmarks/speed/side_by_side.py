@@ -18,6 +18,7 @@ ROWS = {
     "running requests, mean": "running_requests_mean",
     "KV blocks": "kv_blocks",
     "KV blocks in use, peak share": "kv_usage_peak_share",
+    "KV blocks in use, mean share": "kv_usage_mean_share",
     "preemptions": "preemptions",
     "prompt tokens from the prefix cache": "prefix_hit_tokens",
     "new picture, first token, ms": "cold_ttft_p50_ms",
