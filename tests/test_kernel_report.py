@@ -91,6 +91,7 @@ def test_every_kernel_is_reported(reduced):
     assert launched == {row["kernel"] for row in reduced}
 
 
+@pytest.mark.slow
 def test_compiled_kernels_are_kept_on_disk(tmp_path):
     def files() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
@@ -157,7 +158,9 @@ def probe(arch: int) -> None:
     print(json.dumps(found))
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize(
+    "arch", [80, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (90, 100))]
+)
 def test_the_report_sees_what_is_wrong(arch):
     done = python(__file__, str(arch))
     assert done.returncode == 0, done.stderr

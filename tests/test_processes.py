@@ -78,7 +78,9 @@ def test_llm_without_a_gpu_names_the_call() -> None:
     assert "sparsemm_vllm.use_cpu()" in done.stderr
 
 
-@pytest.mark.parametrize("installed", ["0.31.2", "0.34.0", "0.32.0+cpu"])
+@pytest.mark.parametrize(
+    "installed", ["0.31.2", pytest.param("0.34.0", marks=pytest.mark.slow), "0.32.0+cpu"]
+)
 def test_unsupported_vllm_works_without_sparsemm(installed: str) -> None:
     code = (
         "import sys\n"

@@ -465,7 +465,9 @@ def test_padded_rows_are_scheduled_to_do_nothing(ops):
 # Warm-up
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)]
+)
 def test_warm_up_launches_every_serving_kernel_and_changes_nothing(monkeypatch, dtype):
     """What vLLM hands over: a null block, tables of zeros."""
     state = make_state()

@@ -251,7 +251,7 @@ def test_any_shape(data):
     ).check()
 
 
-@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize("number", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_published_kept_sets(number):
     case = Case(number)
     Hq, n, D = case.q.shape
