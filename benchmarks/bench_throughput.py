@@ -15,8 +15,11 @@ import pytest
 sys.path.append(str(Path(__file__).parent))
 
 import prefill_cost
+import serving
 from decode_latency import PROFILED, SMALL, Pair, Plan
 from speed.command import prepare
+from speed.plans import plans_for
+from speed.results import Deadline, Results
 
 from sparsemm_vllm.environment import has_gpu
 
@@ -63,3 +66,14 @@ def bench_prefill(benchmark: Any, pair: Pair, asked: dict[str, int]) -> None:
 
     benchmark.pedantic(pair.pruned.ask, setup=prompt, rounds=ROUNDS)
     benchmark.extra_info.update(n=n)
+
+
+def bench_serving(benchmark: Any, tmp_path: Path) -> None:
+    """Two servers in turn, started included; what they did is in the extra information."""
+    plans = plans_for(cpu=not has_gpu(), quick=True)
+    results = Results(tmp_path / "serving.json", {}, cpu=not has_gpu())
+    left = benchmark.pedantic(
+        serving.measure, args=(plans, results, Deadline(1800), tmp_path), rounds=1
+    )
+    assert not left
+    benchmark.extra_info.update(results.cells)
