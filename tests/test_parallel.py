@@ -36,8 +36,8 @@ class Served:
 
     Attributes:
         kept: folder of what each rank kept.
-        answers: to two prompts with pictures.
-        ranks: what each rank knows, see `RankView`.
+        answers: to two prompts with pictures, and to one with a budget of its own.
+        ranks: what each rank knows of the first two, see `RankView`.
     """
 
     kept: Path
@@ -55,8 +55,12 @@ def serve(model: Path, kept: Path, **options: Any) -> Served:
         **options,
     )
     answers = engine.generate(ask(HELLO, 1), ask(DIGITS, 1, 2), max_tokens=16)
+    ranks = engine.llm.collective_rpc("view")
+    answers += engine.generate(ask(HELLO, 3), max_tokens=16, extra_args={"sparsemm_budget": 60})
     engine.rest()
-    return Served(kept, answers, engine.llm.collective_rpc("view"))
+    if options:
+        engine.core.model_executor.shutdown()  # or its processes outlive this one's log
+    return Served(kept, answers, ranks)
 
 
 @pytest.fixture(scope="module")
