@@ -48,7 +48,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.mark.parametrize(
     ("requests", "minutes"),
     [
-        pytest.param(200, 1, id="CI"),
+        pytest.param(500, 3, id="CI"),
         pytest.param(20_000, 30, id="long", marks=pytest.mark.slow),
     ],
 )
