@@ -13,7 +13,7 @@ test: lint
 	$(BIN)/pytest $(PROCESSES) -m "not slow"
 
 slow: $(INSTALLED)
-	$(BIN)/pytest $(PROCESSES)
+	$(BIN)/pytest $(PROCESSES) --hypothesis-profile new
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -52,8 +52,8 @@ class Budget:
         return self.tokens - self.window
 
     def each_layer(self, capacities: list[int]) -> torch.Tensor:
-        """Int32 ``[L, Hkv]`` from one capacity a layer, the same for its heads."""
-        rows = torch.tensor(capacities, dtype=torch.int32)[:, None]
+        """Int32 ``[L, Hkv]`` from a capacity for each layer, the same for its heads."""
+        rows = torch.tensor(capacities).clamp(max=2**31 - 1).to(torch.int32)[:, None]
         return rows.expand(-1, self.num_kv_heads).contiguous()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import skewed_profile
 from typer.testing import CliRunner
@@ -98,6 +98,8 @@ OPTIONS = ("budget", "answer-tokens", "kv-memory", "block-size", "head-size", "w
     options=st.dictionaries(st.sampled_from(OPTIONS), numbers, max_size=3),
     method=st.text(max_size=8) | st.sampled_from(["sparsemm", "adakv", "pyramidkv", "full"]),
 )
+@example(1, {"budget": 2**30 + 1000}, "pyramidkv")  # its first layer gets nearly twice the budget
+@example(2**31 - 1, {"budget": 2**31 - 1}, "pyramidkv")
 def test_options(file: Path, prompt_tokens: Any, options: dict[str, Any], method: str) -> None:
     file.write_text(json.dumps(PROFILE))
     words = [f"--{name}={value}" for name, value in options.items()]
