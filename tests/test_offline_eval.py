@@ -201,6 +201,7 @@ def test_results_become_pictures(tmp_path):
     scores = np.array([[1.0, 0.0], [2.0, 5.0]])
     document = about | {"read": task_heads, "query": task_heads}
     plot_heads(document, scores, scores.T, tmp_path / "heads.png")
-    for name in ("curves.png", "heads.png"):
+    plot_heads(about | {"query": task_heads}, scores, scores.T, tmp_path / "one-task.png")
+    for name in ("curves.png", "heads.png", "one-task.png"):
         with Image.open(tmp_path / name) as image:
             assert image.width > 1000

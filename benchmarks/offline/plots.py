@@ -118,6 +118,8 @@ def _concentration(axis: Axes, scores: np.ndarray, causal: np.ndarray) -> None:
 def _knock_outs(axis: Axes, document: dict[str, Any], scores: np.ndarray) -> None:
     share = 100 * scores / scores.sum()
     for (task, title), colour in zip(TITLES.items(), ("#c0392b", "#2471a3"), strict=True):
+        if task not in document:  # the command was interrupted behind the first
+            continue
         found = document[task]["knock_outs"]
         correlation = found["visual_score_against_loss_rise"]
         axis.scatter(
@@ -142,7 +144,8 @@ def _knock_outs(axis: Axes, document: dict[str, Any], scores: np.ndarray) -> Non
 
 def _silenced(axis: Axes, document: dict[str, Any]) -> None:
     kinds = {"dense": "#7f8c8d", "random": "#27ae60", "visual": "#c0392b"}
-    for place, task in enumerate(TITLES):
+    measured = [task for task in TITLES if task in document]
+    for place, task in enumerate(measured):
         found = document[task]["silenced"]
         for offset, (kind, colour) in zip((-0.27, 0, 0.27), kinds.items(), strict=True):
             bar = axis.bar(
@@ -155,8 +158,8 @@ def _silenced(axis: Axes, document: dict[str, Any]) -> None:
             axis.bar_label(bar, fmt="%.1f", fontsize=8, padding=2)
         each = [100 * one for one in found["each_random"]]
         axis.plot([place] * len(each), each, "_", color="black", markersize=9)
-    count = document["read"]["silenced"]["heads"]
-    axis.set_xticks(range(len(TITLES)), TITLES.values())
+    count = document[measured[0]]["silenced"]["heads"]
+    axis.set_xticks(range(len(measured)), [TITLES[task] for task in measured])
     axis.set(title=f"{count} query heads (5 %) silenced", ylabel="words exactly right (%)")
     axis.set_ylim(0, 112)
     axis.legend(frameon=False, ncols=3, loc="upper center", fontsize=8)
