@@ -188,6 +188,7 @@ def plan(
     """Say how much KV cache a request will hold, and how many requests fit."""
     with _one_line_errors("plan"):
         from sparsemm_vllm import plan
+        from sparsemm_vllm.plan_table import print_plan
         from sparsemm_vllm.profile import load_profile
 
         made = plan.make_plan(
@@ -207,7 +208,7 @@ def plan(
     if as_json:
         print(json.dumps(asdict(made), indent=2))
     else:
-        plan.print_plan(made, Console(), assumed_head_size=head_size is None)
+        print_plan(made, Console(), assumed_head_size=head_size is None)
 
 
 @app.command()

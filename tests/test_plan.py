@@ -17,7 +17,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from sparsemm_vllm.cli import app
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.methods import METHODS
-from sparsemm_vllm.plan import DTYPE_BYTES, PlanError, make_plan, print_plan, readable_bytes
+from sparsemm_vllm.plan import DTYPE_BYTES, PlanError, make_plan, readable_bytes
+from sparsemm_vllm.plan_table import print_plan
 from sparsemm_vllm.profile import HeadProfile, save_profile
 from sparsemm_vllm.settings import SettingsError
 
