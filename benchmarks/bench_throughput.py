@@ -7,6 +7,7 @@ by the scripts beside this file.
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))
 
-import prefill_cost
 import serving
 from decode_latency import PROFILED, SMALL, Pair, Plan
 from speed.command import prepare
+from speed.engines import random_prompts
 from speed.plans import plans_for
 from speed.results import Deadline, Results
 
@@ -58,11 +59,11 @@ def bench_decode(benchmark: Any, pair: Pair, variant: str) -> None:
 @pytest.mark.parametrize("asked", [{"sparsemm": 0}, {}], ids=["dense", "pruned"])
 def bench_prefill(benchmark: Any, pair: Pair, asked: dict[str, int]) -> None:
     """To the first token, of prompts that were never asked."""
-    n, seeds = max(PLAN.lengths), iter(range(100 * len(asked), 10_000))
+    n, seeds = max(PLAN.lengths), count(100 * len(asked))  # the two ask nothing alike
     vocabulary = pair.subject.config.vocab_size
 
     def prompt() -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (prefill_cost.random_prompts(1, n, vocabulary, next(seeds)), 1, asked), {}
+        return (random_prompts(1, n, vocabulary, next(seeds)), 1, asked), {}
 
     benchmark.pedantic(pair.pruned.ask, setup=prompt, rounds=ROUNDS)
     benchmark.extra_info.update(n=n)

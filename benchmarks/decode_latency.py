@@ -10,8 +10,9 @@ bandwidth that copying reaches on this device, and the KV bytes that requests ho
 pool, with what the kept tokens alone would take. A cell whose dense cache exceeds the pool is
 skipped, and the bytes that it lacks are printed.
 
-Results are written after each cell; what is there is not measured again. After `--seconds` the run
-ends behind a cell with status 3, so that a long one can be done in pieces. Needs vLLM only.
+Results are written after each cell; what is there is not measured again. After `--pieces-of`
+seconds the run ends behind a cell with status 3, so that a long one can be done in pieces. Needs
+vLLM only.
 """
 
 from __future__ import annotations
@@ -160,22 +161,21 @@ def _in_own_process(function: Any) -> Any:
 
 
 def measure(
-    subject: Subject, plan: Plan, results: Results, seconds: float, options: dict[str, Any]
+    subject: Subject, plan: Plan, results: Results, deadline: Deadline, options: dict[str, Any]
 ) -> bool:
     """Measure the missing cells; whether none is left."""
-    deadline = Deadline(seconds)
     for method in (PROFILED, EVEN):
         sizes = list(product(plan.lengths, plan.batches))
         names = [f"{method} n={n} batch={batch}" for n, batch in sizes]
         if set(names) <= results.cells.keys():
             continue
-        if deadline.left < 0:
+        if deadline.left <= 0:
             return False
         pair = Pair(subject, method, plan, options)
         try:
             cells = [partial(pair.measure, n, batch) for n, batch in sizes]
             by_name = dict(zip(names, cells, strict=True))
-            if not measure_cells(results, by_name, lambda: deadline.left < 0):
+            if not measure_cells(results, by_name, deadline):
                 return False
         finally:
             pair.close()
@@ -215,14 +215,15 @@ def main() -> None:
     parser.add_argument("--dense-gib", type=float, help="pool of the dense engine")
     parser.add_argument("--pruned-gib", type=float, help="pool of the other")
     given = parser.parse_args()
+    deadline = Deadline(given.pieces_of)
     subject, options = prepare(given.model, given.models, given.no_inductor)
     changes = {field.name: getattr(given, field.name) for field in fields(Plan)}
     changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items() if v}
     plan = replace(Plan() if has_gpu() else SMALL, **changes)
     asked = {"model": subject.name, "budgets": plan.budgets, "tokens": plan.tokens}
     asked |= {"rounds": plan.rounds, "options": options}
-    results = Results.of(subject.name, "decode-latency", asked, not has_gpu(), given.out)
-    done = measure(subject, plan, results, given.seconds, options)
+    results = Results.of(f"decode-latency-{subject.name}", asked, not has_gpu(), given.out)
+    done = measure(subject, plan, results, deadline, options)
     finish(results, table(results), done)
 
 

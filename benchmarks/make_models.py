@@ -1,7 +1,7 @@
 """The 7B models of the benchmarks, all but their weights, from published numbers alone.
 
     python benchmarks/make_models.py                        # all, into .cache/models
-    python benchmarks/make_models.py qwen2-vl-7b --out /tmp/models
+    python benchmarks/make_models.py qwen2-vl-7b --out elsewhere
     sparsemm serve .cache/models/llava-1.5-7b --load-format dummy \\
         --additional-config '{"sparsemm": {"profile": ".cache/models/llava-1.5-7b/profile.json"}}'
 

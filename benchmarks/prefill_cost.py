@@ -84,17 +84,17 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", help="prompt tokens")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="pairs of each length")
     given = parser.parse_args()
+    deadline = Deadline(given.pieces_of)
     subject, options = prepare(given.model, given.models, given.no_inductor)
     lengths = tuple(given.lengths or (LENGTHS if has_gpu() else SMALL_LENGTHS))
     asked = {"model": subject.name, "rounds": given.rounds, "options": options}
-    results = Results.of(subject.name, "prefill-cost", asked, not has_gpu(), given.out)
-    deadline = Deadline(given.seconds)
+    results = Results.of(f"prefill-cost-{subject.name}", asked, not has_gpu(), given.out)
     done = {f"n={n}" for n in lengths} <= results.cells.keys()
     if not done:
         engine = open_engine(subject, lengths, options)
         vocabulary = subject.config.vocab_size
         cells = {f"n={n}": partial(measure, engine, vocabulary, n, given.rounds) for n in lengths}
-        done = measure_cells(results, cells, lambda: deadline.left < 0)
+        done = measure_cells(results, cells, deadline)
         engine.close()
     finish(results, table(results), done)
 

@@ -35,12 +35,12 @@ sys.path.append(str(Path(__file__).parent))
 
 import httpx
 import models
-from gpu_parts.records import ROOT, machine
+from gpu_parts.records import ROOT
 from gpu_suite import TIME_IS_OVER
 from speed.chat import hold_chats, warm_up
 from speed.load import SERVED, Bench, LoadError, put_load
 from speed.plans import plans_for
-from speed.results import Deadline, Results, results_folder
+from speed.results import Deadline, Results
 from speed.scenarios import Chats, Load, Plan, Scenario, write_requests
 from speed.side_by_side import beside
 
@@ -234,10 +234,9 @@ def main() -> int:
     known = {scenario.name for plan in plans for scenario in plan.scenarios} | {"chats"}
     if unknown := set(only) - known:
         parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    name = "serving-quick.json" if args.quick else "serving.json"
-    out = args.out or results_folder(machine(cpu)["device"]) / name
+    benchmark = "serving-quick" if args.quick else "serving"
     asked = {"times": ON_CPU if cpu else ON_GPU, "plans": [asdict(plan) for plan in plans]}
-    results = Results(out, asked, cpu)
+    results = Results.of(benchmark, asked, cpu, args.out)
     try:
         left = measure(plans, results, deadline, args.work.resolve(), only)
     except (LoadError, ServerError, httpx.HTTPError) as error:
@@ -245,7 +244,11 @@ def main() -> int:
         return 1
     finally:
         print_tables(plans, results)
-    print(f"\n{out}: {len(results.cells)} cells", *(f"left: {name}" for name in left), sep="\n")
+    print(
+        f"\n{results.file}: {len(results.cells)} cells",
+        *(f"left: {name}" for name in left),
+        sep="\n",
+    )
     return TIME_IS_OVER if left else 0
 
 

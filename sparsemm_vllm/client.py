@@ -38,6 +38,12 @@ def samples(page: str, name: str, **labels: str) -> list[Sample]:
     return found
 
 
+def pool_blocks(page: str) -> int:
+    """KV blocks of a server with one engine, the one that holds nothing included."""
+    (config,) = samples(page, "vllm:cache_config_info")
+    return int(config.labels["num_gpu_blocks"])
+
+
 def metric(page: str, name: str, **labels: str) -> float:
     """Sum of a metric's `samples`: over engines and over the labels that are not given."""
     return sum(sample.value for sample in samples(page, name, **labels))

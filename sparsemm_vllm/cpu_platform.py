@@ -57,7 +57,8 @@ class SparseMMCpuPlatform(CpuPlatform):
         """
         super().check_and_update_config(vllm_config)
         parallel_config = vllm_config.parallel_config
-        if parallel_config.world_size_across_dp == 1:
+        processes = parallel_config.distributed_executor_backend == "mp"
+        if processes and parallel_config.world_size_across_dp == 1:
             parallel_config.distributed_executor_backend = "uni"
         cache_config = vllm_config.cache_config
         if not cache_config.user_specified_block_size:

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsemm_vllm.bundled_model import READER, reader_folder
-from sparsemm_vllm.client import data_url, metric, samples
+from sparsemm_vllm.client import data_url, metric, pool_blocks
 from sparsemm_vllm.environment import has_gpu
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.pictures import DEMO_SEEDS, Sample, make_demo_sample
@@ -170,8 +170,7 @@ class _BlockWatch(threading.Thread):
                     metrics = client.get(self._url).text
                 except httpx.TransportError:  # the server is gone; whoever asks it will say so
                     return
-                (config,) = samples(metrics, "vllm:cache_config_info")
-                total = int(config.labels["num_gpu_blocks"]) - 1  # one holds nothing
+                total = pool_blocks(metrics) - 1
                 self.blocks.append(round(metric(metrics, "vllm:kv_cache_usage_perc") * total))
                 self._done.wait(0.005)
 

@@ -1,6 +1,7 @@
 """The benchmarks of speed, without engines: arithmetic, tables, and runs in pieces."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import report
 from decode_latency import Pair, Plan
 from speed.command import measure_cells
 from speed.engines import Engine, Timing, _step_ms, random_prompts
-from speed.results import Results
+from speed.results import Deadline, Results
 from speed.subject import Subject, reader
 
 ASKED = {"model": "m", "lengths": (1, 2)}
@@ -49,7 +50,31 @@ def test_bytes_of_the_bundled_model():
     assert 4e6 < own.weight_bytes < 4 * 5e6, "4.8 million parameters, the tower among them"
 
 
+def test_the_commands_need_vllm_only():
+    """The GPU machine has nothing else."""
+    code = (
+        "import sys; from gpu_parts.device import ABSENT\n"
+        "sys.modules |= dict.fromkeys((*ABSENT, 'pandas', 'datasets'))\n"
+        "import decode_latency, prefill_cost, serving\n"
+    )
+    folder = Path(report.ROOT) / "benchmarks"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # Results in pieces
+
+
+class Left(Deadline):
+    """Over when it has been asked so many times."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+
+    @property
+    def left(self) -> float:
+        self.times -= 1
+        return self.times + 1
 
 
 def test_cells_are_kept_and_not_measured_again(tmp_path):
@@ -57,10 +82,10 @@ def test_cells_are_kept_and_not_measured_again(tmp_path):
     results = Results(file, ASKED, cpu=True)
     asked: list[str] = []
     cells = {name: lambda name=name: asked.append(name) or {"n": name} for name in "abc"}
-    assert not measure_cells(results, cells, over=lambda: len(asked) == 2)
+    assert not measure_cells(results, cells, Left(2))
     assert asked == ["a", "b"]
     again = Results(file, ASKED, cpu=True)
-    assert measure_cells(again, cells, over=lambda: False)
+    assert measure_cells(again, cells, Deadline(60))
     assert asked == ["a", "b", "c"]
     saved = json.loads(file.read_text())
     assert [saved["cells"][name]["n"] for name in "abc"] == ["a", "b", "c"]
@@ -75,7 +100,7 @@ def test_a_cell_that_fails_loses_no_other(tmp_path):
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        measure_cells(results, {"a": lambda: {"n": 1}, "b": fails}, over=lambda: False)
+        measure_cells(results, {"a": lambda: {"n": 1}, "b": fails}, Deadline(60))
     assert list(Results(file, ASKED, cpu=True).cells) == ["a"]
 
 
@@ -180,12 +205,12 @@ def test_both_methods_are_measured_in_pieces(tmp_path, monkeypatch):
     plan = Plan(lengths=(1, 2), batches=(3,))
     results = Results(tmp_path / "r.json", ASKED, cpu=True)
     results.save("sparsemm n=1 batch=3", {"dense": {}})
-    assert not decode_latency.measure(None, plan, results, -1.0, {})
+    assert not decode_latency.measure(None, plan, results, Deadline(-1), {})
     assert opened == []
-    assert decode_latency.measure(None, plan, results, 60.0, {})
+    assert decode_latency.measure(None, plan, results, Deadline(60), {})
     assert opened == ["sparsemm", "closed", "snapkv", "closed"]
     assert len(results.cells) == 4
-    assert decode_latency.measure(None, plan, results, -1.0, {}), "all is there"
+    assert decode_latency.measure(None, plan, results, Deadline(-1), {}), "all is there"
 
 
 def test_tables(pair, tmp_path):

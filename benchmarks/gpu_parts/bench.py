@@ -1,8 +1,6 @@
 """Time of the kernels beside the time that their bytes take at the measured bandwidth."""
 
-import itertools
 import json
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models.head_scores import concentrated_scores
 
 from gpu_parts.device import Context, Device
 from gpu_parts.records import ROOT
@@ -71,10 +70,8 @@ DRY = Sizes((TINY,), 200, (1, 2), (64,), (100,), 1 << 20, 64, torch.float32)
 def head_scores(model: Model, path: Path | None) -> torch.Tensor:
     """Visual scores ``[L, Hq]``: those of the file if they are this model's, else made up.
 
-    Made up with the concentration of the published ones of LLaVA-NeXT-Vicuna-7B: 5 % of the heads
-    hold 55 % of the mass, 10 % hold 77 %.
+    Made up, they are as concentrated as the published ones of LLaVA-NeXT-Vicuna-7B.
     """
-    heads = model.L * model.Hq
     if path is not None:
         found = json.loads(path.read_text())
         if "scores" in found:  # our profiles
@@ -89,19 +86,7 @@ def head_scores(model: Model, path: Path | None) -> torch.Tensor:
             scores = scores.reshape(layers, -1)
         if scores.shape == (model.L, model.Hq):
             return scores
-    ends = (0, math.ceil(0.05 * heads), math.ceil(0.1 * heads), heads)
-    parts = []
-    for size, mass, (first, last) in zip(
-        (b - a for a, b in itertools.pairwise(ends)),
-        (0.55, 0.22, 0.23),
-        ((2.5, 0.6), (1.1, 0.9), (2.4, 0.1)),
-        strict=True,
-    ):
-        weight = torch.linspace(first, last, size, dtype=torch.float64)
-        parts.append(mass * weight / weight.sum())
-    scores = torch.cat(parts)
-    order = torch.randperm(heads, generator=torch.Generator().manual_seed(7))
-    return scores[order].reshape(model.L, model.Hq)
+    return concentrated_scores(model.L, model.Hq, seed=7)
 
 
 def make_cache(

@@ -8,15 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu_parts.records import ROOT
+from gpu_suite import TIME_IS_OVER
+from models import FOLDER
 
 from sparsemm_vllm.environment import has_gpu, quieten_vllm, use_cpu
-from speed.results import Results
+from speed.results import Deadline, Results
 from speed.subject import NARROW, Subject, full_size, reader, shrunk
 
 LONGEST = 65_536  # tokens of prompt and answer
-UNFINISHED = 3  # exit status
-MODELS = ROOT / ".cache" / "models"
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -29,15 +28,15 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         help="of benchmarks/models; else the bundled one (without a GPU it is shrunk, and shows "
         "no more than that the command works)",
     )
-    parser.add_argument("--models", type=Path, default=MODELS, help="folder where they are made")
+    parser.add_argument("--models", type=Path, default=FOLDER, help="folder where they are made")
     parser.add_argument("--out", type=Path, help="JSON file")
-    parser.add_argument("--seconds", type=float, default=450, help="after which no cell is begun")
+    parser.add_argument("--pieces-of", type=float, default=450, metavar="SECONDS")
     parser.add_argument("--no-inductor", action="store_true", help="CUDA graphs, no compilation")
     return parser
 
 
 def prepare(
-    model: str | None, models: Path = MODELS, no_inductor: bool = False
+    model: str | None, models: Path = FOLDER, no_inductor: bool = False
 ) -> tuple[Subject, dict[str, Any]]:
     """The model, and options of `vllm.LLM` for it; before vLLM is imported.
 
@@ -70,13 +69,13 @@ def prepare(
 
 
 def measure_cells(
-    results: Results, cells: dict[str, Callable[[], dict[str, Any]]], over: Callable[[], bool]
+    results: Results, cells: dict[str, Callable[[], dict[str, Any]]], deadline: Deadline
 ) -> bool:
     """Measure what is missing, until the time is over; whether nothing is left."""
     for name, cell in cells.items():
         if name in results.cells:
             continue
-        if over():
+        if deadline.left <= 0:
             return False
         results.save(name, cell())
         print(f"{name}: measured", flush=True)
@@ -87,4 +86,4 @@ def finish(results: Results, table: str, done: bool) -> None:
     """Print what there is, and end with the status that tells whether it is all."""
     print(table)
     print(f"{results.file}: {'all cells' if done else 'cells are left; run it again'}")
-    raise SystemExit(0 if done else UNFINISHED)
+    raise SystemExit(0 if done else TIME_IS_OVER)

@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from sparsemm_vllm.client import metric, samples
+from sparsemm_vllm.client import metric, pool_blocks
 from sparsemm_vllm.serve import serve_environment
 from speed.scenarios import SEED, Load, Scenario
 
@@ -184,8 +184,7 @@ class Watch:
     @property
     def blocks(self) -> int:
         """KV blocks of the server's pool."""
-        (sample,) = samples(self._after, "vllm:cache_config_info")
-        return int(sample.labels["num_gpu_blocks"])
+        return pool_blocks(self._after)
 
 
 def arguments(

@@ -48,13 +48,10 @@ class Results:
             self.data["cells"] = found["cells"]
 
     @classmethod
-    def of(
-        cls, model: str, benchmark: str, asked: dict[str, Any], cpu: bool, file: Path | None
-    ) -> Results:
+    def of(cls, benchmark: str, asked: dict[str, Any], cpu: bool, file: Path | None) -> Results:
         """In the file given, or in today's folder of this device."""
         if file is None:
-            folder = results_folder("cpu" if cpu else machine(cpu)["device"])
-            file = folder / f"{benchmark}-{model}.json"
+            file = results_folder(machine(cpu)["device"]) / f"{benchmark}.json"
         return cls(file, asked, cpu)
 
     @property
