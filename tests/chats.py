@@ -149,6 +149,8 @@ class Chats:
         processed = computed - request.num_in_flight_tokens
         if hit is None:
             self.manager.remove_skipped_blocks(name, processed, n)
+            if processed >= n and self.layout_of(request).is_pruned(n):
+                self.pruned.add(name)  # whether or not the step then fits
         before = [] if hit is None else hit.blocks[0]
         written = self._written(request, computed, new)
         for entry in written & set(range(len(before or self.row(request)))):
@@ -177,8 +179,6 @@ class Chats:
         request.num_in_flight_tokens += new
         slots = computed + new + lookahead
         self.allocated[name] = max(self.allocated.get(name, 0), slots)
-        if processed >= n and self.layout_of(request).is_pruned(n):
-            self.pruned.add(name)
         known = request.num_tokens + request.num_output_placeholders
         samples = request.num_computed_tokens == known + drafts
         request.num_output_placeholders += samples * (1 + drafts)
