@@ -70,10 +70,10 @@ def test_a_taken_port_is_vllms_own_error(served: Served, tmp_path: Path) -> None
     assert served.ask() == before
 
 
-def test_an_engine_killed_while_it_decodes_ends_the_server(served: Served) -> None:
-    """The client is told, /health says so, and the server ends, as it does with dense attention."""
-    assert served.server._process is not None
-    client = openai.OpenAI(base_url=f"{served.server.url}/v1", api_key="none", max_retries=0)
+def kill_while_it_decodes(server: Server, name: str) -> None:
+    """A process of the server, by what its command line contains; the first of them."""
+    assert server._process is not None
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     stream = client.completions.create(
         model="tiny",
         prompt=TEXT,
@@ -83,13 +83,27 @@ def test_an_engine_killed_while_it_decodes_ends_the_server(served: Served) -> No
         extra_body={"ignore_eos": True},
     )
     next(iter(stream))
-    children = psutil.Process(served.server._process.pid).children(recursive=True)
-    (engine,) = (child for child in children if "EngineCore" in " ".join(child.cmdline()))
-    engine.kill()
+    children = psutil.Process(server._process.pid).children(recursive=True)
+    next(child for child in children if name in " ".join(child.cmdline())).kill()
     with pytest.raises((openai.APIError, httpx.HTTPError)):
         for _ in stream:
             pass
     with pytest.raises(ServerError, match=r"ended with code"):
-        served.server.check_alive(patience=60)
-    log = served.server.log.read_text()
+        server.check_alive(patience=60)
+    log = server.log.read_text()
     assert re.search(r"Engine core .*died|EngineDeadError", log), log[-2000:]
+
+
+def test_an_engine_killed_while_it_decodes_ends_the_server(served: Served) -> None:
+    """The client is told, /health says so, and the server ends, as it does with dense attention."""
+    kill_while_it_decodes(served.server, "EngineCore")
+
+
+@pytest.mark.slow
+def test_one_of_two_workers_killed_while_it_decodes_ends_the_server(
+    served: Served, tmp_path: Path
+) -> None:
+    words = serve_options(settings(40), tensor_parallel_size="2")
+    with Server(str(served.model), words, tmp_path / "log") as server:
+        server.wait_until_ready()
+        kill_while_it_decodes(server, "Worker")
