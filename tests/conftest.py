@@ -25,6 +25,14 @@ hypothesis.settings.register_profile("new", deadline=None)
 hypothesis.settings.load_profile("same")
 
 
+LONG = ("test_soak", "test_engine_kernels", "test_window_scores", "test_serve")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of minutes first, so that no process has one left when the other is done."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _bfloat16_products() -> None:
     if not environment.has_gpu():
