@@ -195,8 +195,8 @@ def test_preempted_and_resumed(
         model,
         settings(BUDGET, tmp_path),
         limit_mm_per_prompt={"image": 2},
-        num_gpu_blocks_override=48,
-        max_model_len=448,
+        num_gpu_blocks_override=34,
+        max_model_len=320,
     )
     preempted: set[str] = set()
 
@@ -206,9 +206,9 @@ def test_preempted_and_resumed(
         )
 
     prompts = [ask(HELLO, 1), ask(DIGITS, 1, 2)] * 3
-    (hello,) = sparse.generate(prompts[0], max_tokens=90)
-    (digits,) = sparse.generate(prompts[1], max_tokens=90)
-    answers = small.generate(*prompts, max_tokens=90, watch=watch)
+    (hello,) = sparse.generate(prompts[0], max_tokens=50)
+    (digits,) = sparse.generate(prompts[1], max_tokens=50)
+    answers = small.generate(*prompts, max_tokens=50, watch=watch)
     assert preempted, "nothing was preempted: the pool is too large for this test"
     for answer, alone in zip(answers, [hello, digits] * 3, strict=True):
         assert_same(answer, alone)

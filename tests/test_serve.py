@@ -228,14 +228,22 @@ def test_demo(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+    ("sign", "begun"),
+    [
+        (signal.SIGINT, "APIServer"),
+        pytest.param(signal.SIGINT, "EngineCore", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "EngineCore", marks=pytest.mark.slow),
+    ],
 )
-def test_interrupted_demo_stops_its_server(tmp_path: Path, sign: signal.Signals) -> None:
+def test_interrupted_demo_stops_its_server(
+    tmp_path: Path, sign: signal.Signals, begun: str
+) -> None:
+    """While it starts, before and after it has an engine in a process of its own."""
     demo = _demo(tmp_path)
     log = tmp_path / "server.log"
     deadline = time.monotonic() + PATIENCE
-    while not (log.exists() and "EngineCore" in log.read_text()):
-        assert time.monotonic() < deadline, "the engine did not start"
+    while not (log.exists() and begun in log.read_text()):
+        assert time.monotonic() < deadline, "the server did not start"
         assert demo.poll() is None
         time.sleep(0.2)
     assert len(_processes_with(str(tmp_path))) > 1
