@@ -24,6 +24,11 @@ NO_GPU = (
     "sparsemm_vllm.use_cpu() before importing vllm."
 )
 
+NOT_ASKED_FOR = (
+    "SPARSEMM: there are settings for it, but it was not asked for, and nothing will be pruned; add "
+    "--attention-backend SPARSEMM"
+)
+
 
 def platform() -> str | None:
     """The CPU platform, in processes that `sparsemm serve` or `use_cpu` prepared."""
@@ -97,6 +102,8 @@ def _install_if_asked(create: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not _asks_for_us(self):
+            if isinstance(self.additional_config, dict) and "sparsemm" in self.additional_config:
+                logging.getLogger("vllm").warning(NOT_ASKED_FOR)
             return create(self, *args, **kwargs)
         from vllm.platforms import current_platform
 

@@ -1,6 +1,7 @@
 """What SPARSEMM cannot serve is refused when the configuration is built, with one clear reason."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,20 @@ def save(folder: Path, config: PretrainedConfig, architecture: str) -> Path:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("llama"), text_config(), "LlamaForCausalLM")
+
+
+@pytest.mark.parametrize("config", [{"sparsemm": {"budget": 64}}, {"another": 1}])
+def test_settings_without_the_backend_are_not_silent(
+    llama: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    lines: list[str] = []
+    monkeypatch.setattr(logging.getLogger("vllm"), "warning", lambda line, *_: lines.append(line))
+    EngineArgs(model=str(llama), dtype="float32", additional_config=config).create_engine_config()
+    assert any("add --attention-backend SPARSEMM" in line for line in lines) == (
+        "sparsemm" in config
+    )
 
 
 def test_a_plain_configuration_is_accepted(llama: Path) -> None:
