@@ -25,8 +25,8 @@ NO_GPU = (
 )
 
 NOT_ASKED_FOR = (
-    "SPARSEMM: there are settings for it, but it was not asked for, and nothing will be pruned; add "
-    "--attention-backend SPARSEMM"
+    "SPARSEMM: there are settings for it, but it was not asked for, and nothing will be pruned; "
+    "add --attention-backend SPARSEMM"
 )
 
 
