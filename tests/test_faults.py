@@ -70,8 +70,8 @@ def test_a_taken_port_is_vllms_own_error(served: Served, tmp_path: Path) -> None
     assert served.ask() == before
 
 
-def kill_while_it_decodes(server: Server, name: str) -> None:
-    """A process of the server, by what its command line contains; the first of them."""
+def kill_while_it_decodes(server: Server, name: str, count: int = 1) -> None:
+    """End the first of so many processes whose command line has the name; the server must end."""
     assert server._process is not None
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     stream = client.completions.create(
@@ -84,7 +84,9 @@ def kill_while_it_decodes(server: Server, name: str) -> None:
     )
     next(iter(stream))
     children = psutil.Process(server._process.pid).children(recursive=True)
-    next(child for child in children if name in " ".join(child.cmdline())).kill()
+    named = [child for child in children if name in " ".join(child.cmdline())]
+    assert len(named) == count
+    named[0].kill()
     with pytest.raises((openai.APIError, httpx.HTTPError)):
         for _ in stream:
             pass
@@ -106,4 +108,4 @@ def test_one_of_two_workers_killed_while_it_decodes_ends_the_server(
     words = serve_options(settings(40), tensor_parallel_size="2")
     with Server(str(served.model), words, tmp_path / "log") as server:
         server.wait_until_ready()
-        kill_while_it_decodes(server, "Worker")
+        kill_while_it_decodes(server, "Worker", count=2)

@@ -36,6 +36,20 @@ def summary(results):
     return [f"{name}: {result.get('value')}" for name, result in results.items()]
 """
 
+# All of the serving side, and the benchmarks that are run there.
+IMPORT_WHAT_RUNS_THERE = """
+import importlib, pathlib, sys
+from gpu_parts.device import ABSENT
+
+sys.modules |= dict.fromkeys((*ABSENT, 'pandas', 'datasets'))
+commands = {'canary', 'cli', 'demo', 'evaluate', 'look', 'plan_table', 'profiler', 'show'}
+for package in 'sparsemm_vllm', 'triton_kernels':
+    for file in pathlib.Path(package).glob('*.py'):
+        if file.stem not in commands:
+            importlib.import_module(f'{package}.{file.stem}')
+import decode_latency, prefill_cost, serving
+"""
+
 
 def suite(
     out: Path, *arguments: str, root: Path = ROOT, dry: bool = True
@@ -74,6 +88,13 @@ def check(out: Path, done: subprocess.CompletedProcess[str], parts: set[str]) ->
         assert record["seconds"] > 0
         assert {"device", "driver", "torch", "triton", "vllm", "commit"} <= set(record["machine"])
         assert not (out / f"{part}.partial.json").exists()
+
+
+def test_the_gpu_machine_needs_vllm_only() -> None:
+    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
+    command = [sys.executable, "-c", IMPORT_WHAT_RUNS_THERE]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
