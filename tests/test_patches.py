@@ -260,7 +260,9 @@ def test_nothing_is_installed_unless_asked_for(backend, configured, per_kind, as
 
 def test_an_engine_without_us_is_left_alone(uninstalled):
     attention = SimpleNamespace(backend=None, backend_per_kind=None)
-    arguments = SimpleNamespace(attention_backend=None, attention_config=attention)
+    arguments = SimpleNamespace(
+        attention_backend=None, attention_config=attention, additional_config={}
+    )
     create = plugin._install_if_asked(lambda self, *args: (self, args))
     assert create(arguments, 1, 2) == (arguments, (1, 2))
     assert not any(wrap.is_installed() for wrap in WRAPPED)
