@@ -1,10 +1,7 @@
-"""`sparsemm serve` and `sparsemm demo` as a user runs them, clients and faults included."""
+"""A server and its clients; then faults: it goes on, or ends and says why, as vLLM does."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,25 +9,36 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from engines import WINDOW, serve_options, settings
-from PIL import Image
-from tiny import picture
+from tiny import picture, skewed_profile
 
 from sparsemm_vllm.client import data_url, metric
 from sparsemm_vllm.server import Server, ServerError
 
 pytestmark = pytest.mark.engine
 
-SPARSEMM = Path(sys.executable).parent / "sparsemm"
-PATIENCE = 240  # seconds; the other test process may start engines too
+BUDGET = 40
+TEXT = "a prompt without a picture that is much longer than what is kept of it"
 
 
 @pytest.fixture(scope="module")
-def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The head profile that the server is given by name."""
+    path = tmp_path_factory.mktemp("profile") / "profile.json"
+    path.write_text(json.dumps(skewed_profile().model_dump(mode="json")))
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(
+    model: Path, profile: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    options = serve_options(settings(BUDGET, profile=str(profile)))
     log = tmp_path_factory.mktemp("served") / "log"
-    listed = {"VLLM_PLUGINS": "sparsemm,sparsemm_page"}
-    with Server(str(model), serve_options(settings(40)), log, listed) as running:
+    variables = {"VLLM_PLUGINS": "sparsemm,sparsemm_page", "VLLM_SERVER_DEV_MODE": "1"}
+    with Server(str(model), options, log, variables) as running:
         running.wait_until_ready()
         yield running
 
@@ -176,105 +184,76 @@ def test_disconnect_frees_the_blocks(server: Server, client: openai.OpenAI) -> N
     assert blocks_in_use(server) == 0
 
 
-def test_server_that_dies_says_why(tmp_path: Path) -> None:
-    with Server("no-such-folder", [], tmp_path / "log") as dying:
-        with pytest.raises(ServerError, match="ended with code 1") as error:
-            dying.wait_until_ready(timeout=120)
-        last = dying.log.read_text().strip().splitlines()[-1]
-    assert str(error.value).endswith(last)
+def complete(client: openai.OpenAI) -> str:
+    answer = client.completions.create(model="tiny", prompt=TEXT, temperature=0, max_tokens=12)
+    return answer.choices[0].text
 
 
-def _demo(out: Path, *options: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [str(SPARSEMM), "demo", "--out", str(out), *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=out,
-        env=os.environ | {"COLUMNS": "120"},
-    )
-
-
-def _processes_with(text: str) -> list[int]:
-    """Running processes whose command line holds a text."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                command = (entry / "cmdline").read_bytes().decode(errors="replace")
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if text in command:
-                found.append(int(entry.name))
-    return found
-
-
-def test_demo(tmp_path: Path) -> None:
-    demo = _demo(tmp_path, "--seed", "5")
-    output, _ = demo.communicate(timeout=600)
-    assert demo.returncode == 0, output
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["true_text"] in output
-    assert report["answer"] in output
-    kept, blocks = report["kept_per_head"], report["kv_blocks"]
-    assert kept["min"] < kept["median"] < kept["max"] <= report["prompt_tokens"]
-    assert blocks["after_pruning"] < blocks["dense"] < blocks["while_pruning"]
-    if blocks["seen_in_metrics"] is not None:  # fast answers are over between two readings
-        assert blocks["seen_in_metrics"] == [blocks["while_pruning"], blocks["after_pruning"]]
-    for name in ("picture.png", "report.png"):
-        with Image.open(tmp_path / name) as image:
-            image.verify()
-    assert not _processes_with(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("sign", "begun"),
-    [
-        (signal.SIGINT, "APIServer"),
-        pytest.param(signal.SIGINT, "EngineCore", marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, "EngineCore", marks=pytest.mark.slow),
-    ],
-)
-def test_interrupted_demo_stops_its_server(
-    tmp_path: Path, sign: signal.Signals, begun: str
+def test_the_profile_file_may_change_while_it_is_served(
+    server: Server, client: openai.OpenAI, profile: Path
 ) -> None:
-    """While it starts, before and after it has an engine in a process of its own."""
-    demo = _demo(tmp_path)
-    log = tmp_path / "server.log"
-    deadline = time.monotonic() + PATIENCE
-    while not (log.exists() and begun in log.read_text()):
-        assert time.monotonic() < deadline, "the server did not start"
-        assert demo.poll() is None
-        time.sleep(0.2)
-    assert len(_processes_with(str(tmp_path))) > 1
-    demo.send_signal(sign)
-    output, _ = demo.communicate(timeout=PATIENCE)
-    assert demo.returncode == 130, output
-    assert "the server is stopped" in output
-    assert not _processes_with(str(tmp_path))
+    before = complete(client)
+    contents = profile.read_text()
+    even = skewed_profile().model_copy(update={"scores": ((1.0,) * 8,) * 4})
+    for changed in (json.dumps(even.model_dump(mode="json")), contents[:50], "", None):
+        if changed is None:
+            profile.unlink()
+        else:
+            profile.write_text(changed)
+        httpx.post(f"{server.url}/reset_prefix_cache").raise_for_status()
+        assert complete(client) == before
 
 
-def test_demo_whose_server_dies_shows_its_log(tmp_path: Path) -> None:
-    demo = _demo(tmp_path)
-    deadline = time.monotonic() + PATIENCE
-    while len(served := [p for p in _processes_with(str(tmp_path)) if p != demo.pid]) == 0:
-        assert time.monotonic() < deadline, "the server did not start"
-        time.sleep(0.1)
-    log = tmp_path / "server.log"
-    while not log.read_text().strip():
-        assert time.monotonic() < deadline, "the server logged nothing"
-        time.sleep(0.1)
-    for process in served:
-        os.kill(process, signal.SIGKILL)
-    output, _ = demo.communicate(timeout=PATIENCE)
-    assert demo.returncode == 1, output
-    assert "the server ended with code -9" in output
-    assert log.read_text().strip().splitlines()[-1][:60] in output
-    assert not _processes_with(str(tmp_path))
+def test_a_taken_port_is_vllms_own_error(
+    server: Server, client: openai.OpenAI, model: Path, tmp_path: Path
+) -> None:
+    before = complete(client)
+    options = serve_options(settings(BUDGET), port=str(server.port))
+    with Server(str(model), options, tmp_path / "log") as second:
+        with pytest.raises(ServerError, match="ended with code 1") as error:
+            second.wait_until_ready(timeout=120)
+        log = second.log.read_text()
+    assert "Address already in use" in log
+    assert str(error.value).endswith(log.strip().splitlines()[-1])
+    assert complete(client) == before
 
 
-def test_demo_refuses_a_budget_below_its_window(tmp_path: Path) -> None:
-    demo = _demo(tmp_path, "--budget", "10")
-    output, _ = demo.communicate(timeout=PATIENCE)
-    assert demo.returncode == 2
-    assert "--budget must be larger than the window" in output
+def kill_while_it_decodes(server: Server, name: str, count: int = 1) -> None:
+    """End the first of so many processes whose command line has the name; the server must end."""
+    assert server._process is not None
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    stream = client.completions.create(
+        model="tiny",
+        prompt=TEXT,
+        temperature=0,
+        max_tokens=400,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(stream))
+    children = psutil.Process(server._process.pid).children(recursive=True)
+    named = [child for child in children if name in " ".join(child.cmdline())]
+    assert len(named) == count
+    named[0].kill()
+    with pytest.raises((openai.APIError, httpx.HTTPError)):
+        for _ in stream:
+            pass
+    with pytest.raises(ServerError, match=r"ended with code"):
+        server.check_alive(patience=60)
+    log = server.log.read_text()
+    assert re.search(r"Engine core .*died|EngineDeadError", log), log[-2000:]
+
+
+def test_an_engine_killed_while_it_decodes_ends_the_server(server: Server) -> None:
+    """The client is told and the server ends, as it does with dense attention. The last test."""
+    kill_while_it_decodes(server, "EngineCore")
+
+
+@pytest.mark.slow
+def test_one_of_two_workers_killed_while_it_decodes_ends_the_server(
+    model: Path, tmp_path: Path
+) -> None:
+    options = serve_options(settings(BUDGET), tensor_parallel_size="2")
+    with Server(str(model), options, tmp_path / "log") as server:
+        server.wait_until_ready()
+        kill_while_it_decodes(server, "Worker", count=2)
