@@ -6,9 +6,6 @@ PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder  # the tests of a file 
 
 .PHONY: demo test lint slow
 
-# Of each process: torch's threads would only wait for each other.
-test slow: export OMP_NUM_THREADS = 1
-
 demo: $(INSTALLED)
 	@$(BIN)/sparsemm demo
 

@@ -14,6 +14,8 @@ import torch
 from sparsemm_vllm import environment
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: more threads only wait for each other
+torch.set_num_threads(1)
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # vLLM would want a NUMA node for each worker
 if not environment.has_gpu():
     environment.use_cpu()

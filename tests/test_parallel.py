@@ -80,14 +80,8 @@ def single(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
     ],
 )
 def test_two_ranks_answer_as_one(
-    model: Path,
-    single: Served,
-    size: str,
-    slices: list[Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    model: Path, single: Served, size: str, slices: list[Any], tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     two = serve(model, tmp_path / "kept", **{size: 2})
     for answer, alone in zip(two.answers, single.answers, strict=True):
         assert answer.tokens == alone.tokens

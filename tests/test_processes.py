@@ -79,7 +79,8 @@ def test_llm_without_a_gpu_names_the_call() -> None:
 
 
 @pytest.mark.parametrize(
-    "installed", ["0.31.2", pytest.param("0.34.0", marks=pytest.mark.slow), "0.32.0+cpu"]
+    "installed",
+    ["0.31.2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("0.34.0", "0.32.0+cpu"))],
 )
 def test_unsupported_vllm_works_without_sparsemm(installed: str) -> None:
     code = (
@@ -112,7 +113,8 @@ def _what_arrives(pickled: bytes, queue: "multiprocessing.Queue[tuple[str, str, 
     queue.put((backend.name, backend.get_class().get_name(), hasattr(backend, "value")))
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+# An engine that was spawned serves in test_serve.py.
+@pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.slow), "fork"])
 def test_configuration_reaches_other_processes(method: str) -> None:
     """A spawned engine unpickles its configuration before it has loaded a plugin."""
     from sparsemm_vllm.plugin import backend_member

@@ -215,7 +215,7 @@ def test_a_captured_launch_follows_the_buffers() -> None:
         assert relative_error(requests.output[:6], expected[:6]) < 1e-5
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_any_requests(data: st.DataObject) -> None:
     rows = data.draw(st.integers(1, 4))
