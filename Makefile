@@ -21,7 +21,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@echo "Installing vLLM, torch and this project into .venv: 8.7 GB, 3 to 5 minutes the first time."
+	@echo "Installing vLLM, torch and this project into .venv: 8.7 GB, some minutes, the first time."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[dev]'
 	@touch $@
