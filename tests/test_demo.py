@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -30,16 +31,8 @@ def _demo(out: Path, *options: str) -> "subprocess.Popen[str]":
 
 def _processes_with(text: str) -> list[int]:
     """Running processes whose command line holds a text."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                command = (entry / "cmdline").read_bytes().decode(errors="replace")
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if text in command:
-                found.append(int(entry.name))
-    return found
+    commands = {p.pid: " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])}
+    return [pid for pid, command in commands.items() if text in command and pid != os.getpid()]
 
 
 def test_demo(tmp_path: Path) -> None:

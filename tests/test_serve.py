@@ -15,6 +15,7 @@ from engines import WINDOW, serve_options, settings
 from tiny import picture, skewed_profile
 
 from sparsemm_vllm.client import data_url, metric
+from sparsemm_vllm.profile import save_profile
 from sparsemm_vllm.server import Server, ServerError
 
 pytestmark = pytest.mark.engine
@@ -27,7 +28,7 @@ TEXT = "a prompt without a picture that is much longer than what is kept of it"
 def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The head profile that the server is given by name."""
     path = tmp_path_factory.mktemp("profile") / "profile.json"
-    path.write_text(json.dumps(skewed_profile().model_dump(mode="json")))
+    save_profile(skewed_profile(), path)
     return path
 
 
@@ -43,9 +44,13 @@ def server(
         yield running
 
 
+def connect(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
 @pytest.fixture
 def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    return connect(server)
 
 
 def messages(text: str, image: str | None = None) -> Any:
@@ -195,7 +200,7 @@ def test_the_profile_file_may_change_while_it_is_served(
     before = complete(client)
     contents = profile.read_text()
     even = skewed_profile().model_copy(update={"scores": ((1.0,) * 8,) * 4})
-    for changed in (json.dumps(even.model_dump(mode="json")), contents[:50], "", None):
+    for changed in (even.model_dump_json(), contents[:50], "", None):
         if changed is None:
             profile.unlink()
         else:
@@ -220,9 +225,7 @@ def test_a_taken_port_is_vllms_own_error(
 
 def kill_while_it_decodes(server: Server, name: str, count: int = 1) -> None:
     """End the first of so many processes whose command line has the name; the server must end."""
-    assert server._process is not None
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-    stream = client.completions.create(
+    stream = connect(server).completions.create(
         model="tiny",
         prompt=TEXT,
         temperature=0,
@@ -231,7 +234,7 @@ def kill_while_it_decodes(server: Server, name: str, count: int = 1) -> None:
         extra_body={"ignore_eos": True},
     )
     next(iter(stream))
-    children = psutil.Process(server._process.pid).children(recursive=True)
+    children = psutil.Process(server.pid).children(recursive=True)
     named = [child for child in children if name in " ".join(child.cmdline())]
     assert len(named) == count
     named[0].kill()

@@ -15,7 +15,7 @@ from gpu_parts.records import ROOT
 Function = Callable[[], Any]
 
 # What the GPU machine need not have; a dry run does without, to prove it.
-ABSENT = ("typer", "rich", "matplotlib", "hypothesis", "pytest")
+ABSENT = ("typer", "rich", "matplotlib", "hypothesis", "pytest", "pandas", "datasets")
 
 
 class Device:

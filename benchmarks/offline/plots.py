@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ DPI = 110
 
 def _save(figure: Figure, path: Path) -> None:
     """With a palette: a third of the bytes."""
-    figure.savefig(path, dpi=DPI)
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=DPI)
     plt.close(figure)
-    with Image.open(path) as picture:
+    with Image.open(drawn) as picture:
         small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
 
