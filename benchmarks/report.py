@@ -10,6 +10,7 @@ each batch, and the floors. `readme` writes the tables between the README's mark
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,11 +18,21 @@ import matplotlib.pyplot as plt
 import typer
 from rich.console import Console
 
+sys.path.append(str(Path(__file__).parent))
+
+from speed.variants import by_size, split
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 END = "<!-- end -->\n"
 SHOWN = (3072, 8192, 32768)  # prompt tokens
-COLOURS = {"dense": "#444444", "sparsemm": "#0072b2", "snapkv": "#d55e00"}
+COLOURS = {
+    "dense": "#333333",
+    "dense-fp8": "#999999",
+    "sparsemm": "#0072b2",
+    "sparsemm-fp8": "#56b4e9",
+    "snapkv": "#d55e00",
+}
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = Console()
@@ -39,13 +50,10 @@ def curves(files: Annotated[list[Path], typer.Argument(help="Of decode_latency.p
 def decode_points(document: dict[str, Any]) -> dict[int, dict[str, list[tuple[int, float, float]]]]:
     """By batch and variant: prompt tokens, ms a step, and its floor. Dense is taken once."""
     points: dict[int, dict[str, list[tuple[int, float, float]]]] = {}
-    for name, cell in document["cells"].items():
-        n, batch = (int(part.partition("=")[2]) for part in name.split()[1:])
-        for variant, r in cell.items():
-            if not isinstance(r, dict):
-                continue
-            line = points.setdefault(batch, {}).setdefault(variant, [])
-            if all(n != other for other, *_ in line):
+    for (n, batch), figures in by_size(document["cells"]).items():
+        for variant, r in figures.items():
+            if "step_ms" in r:
+                line = points.setdefault(batch, {}).setdefault(variant, [])
                 line.append((n, r["step_ms"], r["floor_ms"]))
     return {batch: points[batch] for batch in sorted(points)}
 
@@ -59,7 +67,7 @@ def draw_decode(document: dict[str, Any], picture: Path) -> None:
     for panel, (batch, variants) in zip(axes[0], points.items(), strict=True):
         for i, (variant, line) in enumerate(variants.items()):
             n, step, floor = zip(*sorted(line), strict=True)
-            colour = COLOURS[variant.partition("-")[0]]
+            colour = COLOURS[split(variant)[0].name]
             mark = "osD^v"[i % 5]
             panel.plot(n, step, marker=mark, color=colour, label=variant, linewidth=1.6)
             panel.plot(n, floor, color=colour, linestyle=":", linewidth=1)
