@@ -378,7 +378,7 @@ def test_prompts_differ():
 def test_the_readmes_tables_are_the_results():
     text = (Path(report.ROOT) / "README.md").read_text()
     assert report.with_tables(text) == text, "run benchmarks/report.py readme"
-    with pytest.raises(ValueError, match="markers of the table accounting are missing"):
+    with pytest.raises(ValueError, match="markers of the table gpu are missing"):
         report.with_tables("# A README\n")
 
 
