@@ -200,7 +200,7 @@ class Rivals:
     def figures(self, key: str, n: int, batch: int, timings: list[Timing]) -> dict[str, float]:
         """What a cell says of a variant."""
         (variant, budget), kept = split(key), float(n)
-        if variant.method:
+        if variant.method and budget is not None:
             kept = self.subject.layout(budget, variant.method).mean_kept(n)
         token_bytes = variant.token_bytes(self.subject)
         ideal = batch * (kept + self.plan.tokens / 2) * token_bytes

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import sys
 import tarfile
 from datetime import UTC, datetime
@@ -116,7 +115,9 @@ def first_run(folder: Path, kind: str = "gz") -> Path:
         "kernels.partial.json": kernels,
         "bench.json": record("bench", BENCH),
         "tune.json": record("tune", {"slow": {"bytes_per_second": 1e12, "balance": 1.5},
-                                     "fast": {"bytes_per_second": 2e12, "balance": 1.1}}),
+                                     "fast": {"bytes_per_second": 2e12, "balance": 1.1},
+                                     "too large": {"bytes_per_second": 0.0, "balance": 0.0,
+                                                   "skipped": "out of registers\nindeed"}}),
         "triton/abc/kernel.json": {"num_warps": 4},
         "jobs.json": {"jobs": {"ncu": {"status": "killed after 316 s"}, "tune": {"status": "ok"}}},
         "logs/bench.log": "no record",
@@ -130,6 +131,14 @@ def second_run(folder: Path) -> Path:
     documents = {
         "kernels.partial.json": record("kernels", mended, total=4, machine=LATER),
         "pair.json": record("pair", PAIR, machine=LATER),
+        "ncu.json": record(
+            "ncu",
+            {
+                "decode a": {"counters": {"Duration": "12.50 us"}},
+                "decode b": {"counters": {"DRAM": "9 %"}},
+            },
+            machine=LATER,
+        ),
         "modes.json": record("modes", {"bfloat16 full": engine(1.0, 1) | COMPARED}, machine=LATER),
     }
     return pack(folder / "second.tar.xz", documents)
@@ -290,6 +299,7 @@ def test_the_summary_says_what_is_missing(told: str) -> None:
     assert "| bench | 14 of 14 | 0 | complete |" in told
     assert "commit c0ffeec0ffee; passed in another run): `AssertionError: sparse_decode" in told
     assert "* not measured: kernels: dtype=fp32 D=64" in told
+    assert "* skipped: tune, too large: out of registers" in told
     assert "* first.tar.gz: job ncu: killed after 316 s" in told
     assert told.count("| 1.2.3 | 99.1 | 9.9.0 | 7.7.7 |") == 2, "a row for each commit"
 
@@ -307,6 +317,7 @@ def test_the_summary_tells_the_figures(told: str) -> None:
         *("90 of 96", "1", "1.0e-03", "2.0e-03", "9.0e-03", "2.0e-02")
     ]
     assert "* read bandwidth: 2,000.0 GB/s" in told
+    assert row(told, "Duration")[1:] == ["12.50 us", "-"]
     assert told.index("| fast |") < told.index("| slow |")
     for picture in ("bytes", "prediction", "steps"):
         assert f"![{picture}]({picture}.png)" in told
@@ -315,7 +326,7 @@ def test_the_summary_tells_the_figures(told: str) -> None:
 def test_fields_may_be_missing(tmp_path: Path, run: Any) -> None:
     bench = {"decode toy-7b B=256 batch=8": {"us": 3.0}, "decode toy-7b dense batch=8": {"us": 4.0}}
     unknown = {"one": {"stalls": {"a": 1}, "percent": 12.3456, "said": "a|b"}}
-    documents = {"bench.json": record("bench", bench), "ncu.json": record("ncu", unknown),
+    documents = {"bench.json": record("bench", bench), "stalls.json": record("stalls", unknown),
                  "pair.json": record("pair", {"dense": {"rounds": []}})}  # fmt: skip
     for document in documents.values():
         del document["names"]
@@ -348,6 +359,8 @@ def test_the_readmes_table(tmp_path: Path, run: Any) -> None:
     assert f"({(Path('results') / FOLDER / 'summary.md').as_posix()})" in text
     assert "driver 1.2.3" in text
     assert "**Partial**: kernels." in text
+    assert "toy-7b, 32 x" not in text, "no dense one to compare with"
+    assert "commit c0ffeec0ffee, decadedecade, 2031-05-06" in text
     assert "failed" not in text, "it passed in the second run"
 
 
@@ -355,6 +368,7 @@ def test_the_newest_day_of_a_device_stands_in_the_readme(tmp_path: Path, run: An
     for year in (2031, 2030):
         day = DAY.replace(year=year)
         cases = {"decode toy-7b B=256 batch=8": step(40, float(year))}
+        cases["decode toy-7b dense batch=8"] = step(1000, 520.0, 500.0)
         run(pack(tmp_path / f"{year}.tar", {"bench.json": record("bench", cases)}, day))
     text = "\n".join(summary.readme_table(tmp_path / "results", tmp_path / "README.md"))
     assert "2,031.0 us" in text
@@ -387,11 +401,9 @@ def test_the_floor_is_what_the_device_reads() -> None:
     assert list(us) == pytest.approx([1e12 * each / READ for each in megabytes])
 
 
-if os.environ.get("LOOK_AT_GPU_REPORT"):  # a folder: the pictures and the summary of both runs
-
-    def test_look(tmp_path: Path) -> None:
-        folder = Path(os.environ["LOOK_AT_GPU_REPORT"])
-        runs = [archive.read(first_run(tmp_path)), archive.read(second_run(tmp_path))]
-        for place, parts in archive.keep(runs, folder, dry=False).items():
-            pictures = plots.draw(parts, summary.title(parts, place.name), place)
-            summary.write(place, parts, pictures)
+def test_nothing_to_compare_with(tmp_path: Path, run: Any) -> None:
+    """The kernels were timed, but FlashAttention was not."""
+    cases = {name: case for name, case in BENCH.items() if "dense" not in name}
+    assert run(pack(tmp_path / "r.tar", {"bench.json": record("bench", cases)}))[0] == 0
+    (line, _) = summary.readme_table(tmp_path / "results", tmp_path / "README.md")
+    assert line.endswith("Nothing in it can be compared with dense.")

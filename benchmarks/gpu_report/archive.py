@@ -103,12 +103,11 @@ def _json_files(path: Path) -> Iterator[tuple[PurePosixPath, float, bytes]]:
 
 
 def _jobs(run: str, document: dict[str, Any]) -> list[str]:
-    """Jobs of `gpu_run.py` that did not end well."""
-    jobs = document.get("jobs", {})
+    """Jobs of `gpu_run.py` that did not end well, or had no need to begin."""
     return [
-        f"{run}: job {name}: {job.get('status')}"
-        for name, job in jobs.items()
-        if job.get("status") != "ok"
+        f"{run}: job {name}: {job['status']}"
+        for name, job in document.get("jobs", {}).items()
+        if job.get("status", "ok") != "ok"
     ]
 
 

@@ -32,7 +32,7 @@ BASELINE = (
     "The baseline is the faster of vLLM's dense attention with a bf16 and with an fp8 cache; a "
     "ratio above 1 means that SPARSEMM is faster."
 )
-KNOWN = ("pair", "bench", "tune", "modes", "kernels", "methods")
+KNOWN = ("pair", "bench", "tune", "modes", "kernels", "methods", "ncu")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -89,6 +89,7 @@ def summary(parts: Parts, day: str, pictures: dict[str, Path]) -> list[str]:
         *_section("Variants of the decode kernel (tune)", _tune(parts)),
         *_section("Answers of engines (modes, pair)", _answers(parts)),
         *_section("Kernels beside their torch twins (kernels, methods)", _kernels(parts)),
+        *_section("Counters of one decode launch (ncu)", _counters(parts)),
         *[line for part in others for line in _section(part, _other(parts[part]))],
     ]
 
@@ -102,11 +103,15 @@ def machines(parts: Parts) -> list[str]:
     found: dict[tuple[str, ...], list[str]] = {}
     for part, record in parts.items():
         for machine in record["machines"]:
-            changed = " with changes" if machine.get("changed") else ""
             facts = [str(machine.get(fact) or "-") for fact in FACTS]
-            found.setdefault((*facts, machine["commit"][:12] + changed), []).append(part)
+            found.setdefault((*facts, commit_of(machine)), []).append(part)
     rows = [(*facts, ", ".join(names)) for facts, names in found.items()]
     return table((*FACTS, "commit", "parts"), rows)
+
+
+def commit_of(machine: dict[str, Any]) -> str:
+    """The commit that was measured, and whether its files were changed."""
+    return machine["commit"][:12] + (" with changes" if machine.get("changed") else "")
 
 
 def overview(parts: Parts) -> list[str]:
@@ -138,9 +143,21 @@ def problems(parts: Parts) -> list[str]:
     for part, record in parts.items():
         if names := left(record):
             lines.append(f"* not measured: {part}: {', '.join(names)}")
+    lines += [f"* skipped: {part}, {name}: {why}" for part, name, why in skipped(parts)]
     notes = dict.fromkeys(note for record in parts.values() for note in record["notes"])
     lines += [f"* {note}" for note in notes]
     return _section("What is missing", [*lines, ""]) if lines else []
+
+
+def skipped(parts: Parts) -> list[tuple[str, str, str]]:
+    """Cases, or FlashAttention beside them, that were left out: part, case and reason."""
+    return [
+        (part, name, reason.removeprefix("skipped: ").splitlines()[0])
+        for part, record in parts.items()
+        for name, case in record["cases"].items()
+        for reason in (case.get("skipped"), case.get("flash"))
+        if isinstance(reason, str) and reason
+    ]
 
 
 def _steps(parts: Parts) -> list[str]:
@@ -250,11 +267,10 @@ def _tune(parts: Parts) -> list[str]:
             name,
             number(rates_of[name] / 1e9),
             number(cases[name].get("balance"), 2),
-            str(cases[name].get("skipped", "")).splitlines()[0] if "skipped" in cases[name] else "",
         )
         for name in sorted(rates_of, key=lambda name: -rates_of[name])
     ]
-    return table(("variant", "GB/s", "balance", "skipped"), rows)
+    return table(("variant", "GB/s", "balance"), rows)
 
 
 def _answers(parts: Parts) -> list[str]:
@@ -305,6 +321,14 @@ def _kernels(parts: Parts) -> list[str]:
     return lines
 
 
+def _counters(parts: Parts) -> list[str]:
+    cases = parts.get("ncu", {}).get("cases", {})
+    found = {name: case["counters"] for name, case in cases.items() if case.get("counters")}
+    names = dict.fromkeys(key for counters in found.values() for key in counters)
+    rows = [(key, *(str(own.get(key, "-")) for own in found.values())) for key in names]
+    return table(("counter", *found), rows)
+
+
 def _other(record: dict[str, Any]) -> list[str]:
     """A part that is not known here: the numbers of its cases."""
     return table(
@@ -348,22 +372,30 @@ def _gpu_rows(parts: Parts, link: str, day: str) -> list[str]:
     for size in dict.fromkeys(row.size for row in decoded):
         own = [row for row in decoded if row.size == size]
         for budget in sorted({row.budget for row in own if row.budget is not None}):
-            times = dense_us(own, size) | _fastest(row for row in own if row.budget == budget)
+            times = dense_us(own, size)
+            if not times:  # dense does not fit, or was not measured: the summary has the rest
+                continue
+            times |= _fastest(row for row in own if row.budget == budget)
             model, n, batch = size
             name = f"attention of a layer, {model}, {batch} x {n:,} tokens, B = {budget}"
             rows.append(_readme_row(name, times, 1, " us"))
-    machine = next(iter(parts.values()))["machines"][-1]
+    machines = [machine for record in parts.values() for machine in record["machines"]]
+    machine, commits = machines[-1], dict.fromkeys(map(commit_of, machines))
     versions = ", ".join(f"{k} {machine[k]}" for k in ("torch", "triton", "vllm") if machine.get(k))
     broken = [each for each in failures(parts) if not each["passed"]]
     partial = [part for part, record in parts.items() if not record["complete"]]
     facts = f"{machine['device']}, driver {machine['driver']}, {versions}, commit "
-    facts += f"{machine['commit'][:12]}, {day}: [all figures]({link})."
+    facts += f"{', '.join(commits)}, {day}: [all figures]({link})."
     if partial:
         facts += f" **Partial**: {', '.join(partial)}."
     if broken:
         facts += f" **{len(broken)} cases failed.**"
     head = ("", *FOUR, "times faster than the faster dense")
-    return [*table(head, rows), facts, ""] if rows else [f"{facts} No speed in it.", ""]
+    return (
+        [*table(head, rows), facts, ""]
+        if rows
+        else [f"{facts} Nothing in it can be compared with dense.", ""]
+    )
 
 
 def _fastest(rows: Iterable[Decode]) -> dict[str, float]:
