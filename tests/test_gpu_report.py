@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 import tarfile
 from datetime import UTC, datetime
@@ -17,6 +19,8 @@ import report
 from gpu_report import archive, plots, summary
 from gpu_report.archive import ArchiveError
 from gpu_report.rows import decodes, dense_us, pairs, times_faster
+
+from sparsemm_vllm.environment import CPU_VARIABLES
 
 DAY = datetime(2031, 5, 6, 23, tzinfo=UTC)
 MACHINE = {
@@ -278,6 +282,20 @@ def test_results_of_a_cpu_are_none_of_a_gpu(tmp_path: Path, run: Any) -> None:
     assert summary.readme_table(tmp_path / "results", tmp_path / "R.md") == [summary.NOTHING]
 
 
+def test_the_suites_own_records(tmp_path: Path, run: Any) -> None:
+    """What gpu_suite.py writes today is what is read here."""
+    script = Path(report.ROOT) / "benchmarks" / "gpu_suite.py"
+    command = [sys.executable, str(script), "--out", str(tmp_path / "out")]
+    own = {key: value for key, value in os.environ.items() if key not in CPU_VARIABLES}
+    done = subprocess.run(
+        [*command, "--dry-run", "--parts", "methods"], env=own, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert run(tmp_path / "out", "--dry-run")[0] == 0
+    (file,) = (tmp_path / "results" / "dry-run-cpu").glob("*/summary.md")
+    assert "| methods | 2 of 2 | 0 | complete |" in file.read_text()
+
+
 # What is told
 
 
@@ -351,11 +369,11 @@ def test_the_readmes_table(tmp_path: Path, run: Any) -> None:
     assert run(first_run(tmp_path), second_run(tmp_path))[0] == 0
     lines = summary.readme_table(tmp_path / "results", tmp_path / "README.md")
     text = "\n".join(lines)
-    assert row(text, "whole decode step, 7B")[1:] == [
-        *("12.50 ms", "8.00 ms", "5.00 ms", "4.00 ms", "1.60, 2.00")
+    assert row(text, "whole decode step, 7B, 8 requests")[1:] == [
+        *("12.50 ms", "8.00 ms", "5.00 ms", "4.00 ms", "1.60", "2.00")
     ]
     name = "attention of a layer, toy-7b, 8 x 8,192 tokens, B = 256"
-    assert row(text, name)[1:] == ["500.0 us", "260.0 us", "25.0 us", "20.0 us", "10.40, 13.00"]
+    assert row(text, name)[1:] == ["500.0 us", "260.0 us", "25.0 us", "20.0 us", "10.40", "13.00"]
     assert f"({(Path('results') / FOLDER / 'summary.md').as_posix()})" in text
     assert "driver 1.2.3" in text
     assert "**Partial**: kernels." in text

@@ -23,6 +23,7 @@ from gpu_report.rows import (
 )
 
 NAME = "summary.md"
+PRUNED = tuple(name for name in FOUR if name not in DENSE)
 NOTHING = (
     "Nothing has been measured on a GPU yet: `benchmarks/gpu_suite.py` is made to do it "
     "([speed](docs/speed.md))."
@@ -367,7 +368,9 @@ def _gpu_rows(parts: Parts, link: str, day: str) -> list[str]:
     found = pairs(parts)
     if found:
         times = {name: found[name]["step_ms"] for name in found}
-        rows.append(_readme_row("whole decode step, 7B", times, 2, " ms"))
+        asked = dict.fromkeys(str(r["requests"]) for r in found.values() if r.get("requests"))
+        requests = f", {' or '.join(asked)} requests" if asked else ""
+        rows.append(_readme_row(f"whole decode step, 7B{requests}", times, 2, " ms"))
     decoded = [row for row in decodes(parts) if not row.differs]
     for size in dict.fromkeys(row.size for row in decoded):
         own = [row for row in decoded if row.size == size]
@@ -390,12 +393,10 @@ def _gpu_rows(parts: Parts, link: str, day: str) -> list[str]:
         facts += f" **Partial**: {', '.join(partial)}."
     if broken:
         facts += f" **{len(broken)} cases failed.**"
-    head = ("", *FOUR, "times faster than the faster dense")
-    return (
-        [*table(head, rows), facts, ""]
-        if rows
-        else [f"{facts} Nothing in it can be compared with dense.", ""]
-    )
+    if not rows:
+        return [f"{facts} Nothing in it can be compared with dense.", ""]
+    head = ("", *FOUR, *(f"{name}, times faster" for name in PRUNED))
+    return [*table(head, rows), f"Times faster than the faster of the two dense ones. {facts}", ""]
 
 
 def _fastest(rows: Iterable[Decode]) -> dict[str, float]:
@@ -408,10 +409,6 @@ def _fastest(rows: Iterable[Decode]) -> dict[str, float]:
 
 def _readme_row(name: str, times: dict[str, float], digits: int, unit: str) -> tuple[str, ...]:
     dense = [times.get(other) for other in DENSE]
-    ratios = [
-        number(times_faster(times[own], dense), 2)
-        for own in FOUR
-        if own not in DENSE and own in times
-    ]
+    ratios = (times_faster(times[own], dense) if own in times else None for own in PRUNED)
     figures = (number(times.get(variant), digits, unit) for variant in FOUR)
-    return name, *figures, ", ".join(ratios)
+    return name, *figures, *(number(ratio, 2) for ratio in ratios)
