@@ -153,7 +153,7 @@ class Rivals:
 
     Args:
         subject: the model.
-        variants: what is compared.
+        variants: variants to compare.
         plan: what is measured.
         options: options of `vllm.LLM`, for all of them.
         bandwidth: bytes that the device copies in a second.

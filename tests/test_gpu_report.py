@@ -369,7 +369,7 @@ def test_the_readmes_table(tmp_path: Path, run: Any) -> None:
     assert run(first_run(tmp_path), second_run(tmp_path))[0] == 0
     lines = summary.readme_table(tmp_path / "results", tmp_path / "README.md")
     text = "\n".join(lines)
-    assert row(text, "whole decode step, 7B, 8 requests")[1:] == [
+    assert row(text, "whole decode step, 7B model, 8 requests")[1:] == [
         *("12.50 ms", "8.00 ms", "5.00 ms", "4.00 ms", "1.60", "2.00")
     ]
     name = "attention of a layer, toy-7b, 8 x 8,192 tokens, B = 256"
@@ -393,10 +393,22 @@ def test_the_newest_day_of_a_device_stands_in_the_readme(tmp_path: Path, run: An
     assert "2,030.0 us" not in text
 
 
+def test_the_readme_picks_no_times(tmp_path: Path, run: Any) -> None:
+    """SPARSEMM's are of the layout that is served; FlashAttention's count, whatever it answers."""
+    cases = BENCH | {"decode toy-7b B=256 batch=8 LBNHC": step(40, 1.0, layout="LBNHC")}
+    fp8 = "decode toy-7b dense batch=8 fp8"
+    cases[fp8] = cases[fp8] | {"differs": True}
+    assert run(pack(tmp_path / "r.tar", {"bench.json": record("bench", cases)}))[0] == 0
+    text = "\n".join(summary.readme_table(tmp_path / "results", tmp_path / "README.md"))
+    name = "attention of a layer, toy-7b, 8 x 8,192 tokens, B = 256"
+    assert row(text, name)[2:4] == ["260.0 us", "25.0 us"]
+    assert "FlashAttention's output is another in: toy-7b dense batch=8 fp8." in text
+
+
 def test_failures_stand_in_the_readme(tmp_path: Path, run: Any) -> None:
     assert run(first_run(tmp_path))[0] == 0
     text = "\n".join(summary.readme_table(tmp_path / "results", tmp_path / "README.md"))
-    assert "**1 cases failed.**" in text
+    assert "**Cases that failed: 1.**" in text
 
 
 # Pictures

@@ -11,7 +11,6 @@ from speed.variants import DENSE, FOUR
 
 from gpu_report.archive import newest
 from gpu_report.rows import (
-    Decode,
     Parts,
     decodes,
     dense_us,
@@ -23,6 +22,7 @@ from gpu_report.rows import (
 )
 
 NAME = "summary.md"
+SERVED = "LBHNC"  # layout of the cache that SPARSEMM is served with
 PRUNED = tuple(name for name in FOUR if name not in DENSE)
 NOTHING = (
     "Nothing has been measured on a GPU yet: `benchmarks/gpu_suite.py` is made to do it "
@@ -364,47 +364,58 @@ def readme_table(root: Path, readme: Path) -> list[str]:
 
 
 def _gpu_rows(parts: Parts, link: str, day: str) -> list[str]:
-    rows = []
-    found = pairs(parts)
-    if found:
-        times = {name: found[name]["step_ms"] for name in found}
-        asked = dict.fromkeys(str(r["requests"]) for r in found.values() if r.get("requests"))
-        requests = f", {' or '.join(asked)} requests" if asked else ""
-        rows.append(_readme_row(f"whole decode step, 7B{requests}", times, 2, " ms"))
-    decoded = [row for row in decodes(parts) if not row.differs]
-    for size in dict.fromkeys(row.size for row in decoded):
-        own = [row for row in decoded if row.size == size]
-        for budget in sorted({row.budget for row in own if row.budget is not None}):
-            times = dense_us(own, size)
-            if not times:  # dense does not fit, or was not measured: the summary has the rest
-                continue
-            times |= _fastest(row for row in own if row.budget == budget)
-            model, n, batch = size
-            name = f"attention of a layer, {model}, {batch} x {n:,} tokens, B = {budget}"
-            rows.append(_readme_row(name, times, 1, " us"))
-    machines = [machine for record in parts.values() for machine in record["machines"]]
-    machine, commits = machines[-1], dict.fromkeys(map(commit_of, machines))
-    versions = ", ".join(f"{k} {machine[k]}" for k in ("torch", "triton", "vllm") if machine.get(k))
-    broken = [each for each in failures(parts) if not each["passed"]]
-    partial = [part for part, record in parts.items() if not record["complete"]]
-    facts = f"{machine['device']}, driver {machine['driver']}, {versions}, commit "
-    facts += f"{', '.join(commits)}, {day}: [all figures]({link})."
-    if partial:
-        facts += f" **Partial**: {', '.join(partial)}."
-    if broken:
-        facts += f" **{len(broken)} cases failed.**"
+    rows = [*_compared_steps(parts), *_compared_layers(parts)]
+    facts = _facts(parts, link, day)
     if not rows:
         return [f"{facts} Nothing in it can be compared with dense.", ""]
     head = ("", *FOUR, *(f"{name}, times faster" for name in PRUNED))
     return [*table(head, rows), f"Times faster than the faster of the two dense ones. {facts}", ""]
 
 
-def _fastest(rows: Iterable[Decode]) -> dict[str, float]:
-    """Microseconds by variant; the faster layout's."""
-    found: dict[str, float] = {}
-    for row in rows:
-        found[row.variant] = min(row.us, found.get(row.variant, row.us))
-    return found
+def _compared_steps(parts: Parts) -> list[tuple[str, ...]]:
+    """A row of the README for whole models."""
+    found = pairs(parts)
+    if not found:
+        return []
+    asked = dict.fromkeys(str(r["requests"]) for r in found.values() if r.get("requests"))
+    requests = f", {' or '.join(asked)} requests" if asked else ""
+    times = {name: each["step_ms"] for name, each in found.items()}
+    return [_readme_row(f"whole decode step, 7B model{requests}", times, 2, " ms")]
+
+
+def _compared_layers(parts: Parts) -> list[tuple[str, ...]]:
+    """Rows of the README for attention: what FlashAttention was measured beside.
+
+    SPARSEMM's times are those of the layout that it serves, the dense ones of the faster layout.
+    """
+    rows, lines = decodes(parts), []
+    sizes = {(row.size, row.budget) for row in rows if row.budget is not None}
+    for size, budget in sorted(sizes):
+        dense = dense_us(rows, size)
+        if not dense:  # it does not fit, or was not measured: the summary has the rest
+            continue
+        own = [row for row in rows if (row.size, row.budget) == (size, budget)]
+        pruned = {row.variant: row.us for row in own if row.layout in ("", SERVED)}
+        model, n, batch = size
+        name = f"attention of a layer, {model}, {batch} x {n:,} tokens, B = {budget}"
+        lines.append(_readme_row(name, dense | pruned, 1, " us"))
+    return lines
+
+
+def _facts(parts: Parts, link: str, day: str) -> str:
+    """What measured it, and what a reader must know of it."""
+    machines = [machine for record in parts.values() for machine in record["machines"]]
+    machine, commits = machines[-1], dict.fromkeys(map(commit_of, machines))
+    versions = ", ".join(f"{k} {machine[k]}" for k in ("torch", "triton", "vllm") if machine.get(k))
+    facts = f"{machine['device']}, driver {machine['driver']}, {versions}, commit "
+    facts += f"{', '.join(commits)}, {day}: [all figures]({link})."
+    if partial := [part for part, record in parts.items() if not record["complete"]]:
+        facts += f" **Partial**: {', '.join(partial)}."
+    if broken := [each for each in failures(parts) if not each["passed"]]:
+        facts += f" **Cases that failed: {len(broken)}.**"
+    if differing := [row.label for row in decodes(parts) if row.differs]:
+        facts += f" FlashAttention's output is another in: {', '.join(differing)}."
+    return facts
 
 
 def _readme_row(name: str, times: dict[str, float], digits: int, unit: str) -> tuple[str, ...]:
