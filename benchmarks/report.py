@@ -26,6 +26,7 @@ sys.path.append(str(Path(__file__).parent))
 
 from gpu_report import archive, plots, summary
 from gpu_report.plots import COLOURS
+from gpu_report.readme import readme_table
 from speed.variants import by_size, split
 
 ROOT = Path(__file__).parents[1]
@@ -171,7 +172,7 @@ def simulation() -> list[str]:
 
 def measured() -> list[str]:
     """What GPUs measured, or that none has."""
-    return summary.readme_table(RESULTS, README)
+    return readme_table(RESULTS, README)
 
 
 TABLES = {"gpu": measured, "accounting": accounting, "simulation": simulation}

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import report
-from gpu_report import archive, plots, summary
+from gpu_report import archive, plots
 from gpu_report.archive import ArchiveError
+from gpu_report.readme import NOTHING, readme_table
 from gpu_report.rows import decodes, dense_us, pairs, times_faster
 
 from sparsemm_vllm.environment import CPU_VARIABLES
@@ -269,7 +270,7 @@ def test_dry_runs_are_kept_apart(tmp_path: Path, run: Any) -> None:
     assert run(file, "--dry-run")[0] == 0
     folder = tmp_path / "results" / "dry-run-cpu" / "2031-05-06"
     assert "the figures mean nothing" in (folder / "summary.md").read_text()
-    assert summary.readme_table(tmp_path / "results", tmp_path / "R.md") == [summary.NOTHING]
+    assert readme_table(tmp_path / "results", tmp_path / "R.md") == [NOTHING]
     status, said = run(first_run(tmp_path), "--dry-run")
     assert status == 1
     assert "leave out --dry-run" in said
@@ -279,7 +280,7 @@ def test_results_of_a_cpu_are_none_of_a_gpu(tmp_path: Path, run: Any) -> None:
     """Even if they do not call themselves a dry run."""
     cpu = record("bench", BENCH, machine=MACHINE | {"device": "CPU"})
     assert run(pack(tmp_path / "r.tar", {"bench.json": cpu}))[0] == 0
-    assert summary.readme_table(tmp_path / "results", tmp_path / "R.md") == [summary.NOTHING]
+    assert readme_table(tmp_path / "results", tmp_path / "R.md") == [NOTHING]
 
 
 def test_the_suites_own_records(tmp_path: Path, run: Any) -> None:
@@ -365,9 +366,9 @@ def test_the_honest_baseline_is_the_faster_dense_one() -> None:
 
 
 def test_the_readmes_table(tmp_path: Path, run: Any) -> None:
-    assert summary.readme_table(report.RESULTS, report.README)
+    assert readme_table(report.RESULTS, report.README)
     assert run(first_run(tmp_path), second_run(tmp_path))[0] == 0
-    lines = summary.readme_table(tmp_path / "results", tmp_path / "README.md")
+    lines = readme_table(tmp_path / "results", tmp_path / "README.md")
     text = "\n".join(lines)
     assert row(text, "whole decode step, 7B model, 8 requests")[1:] == [
         *("12.50 ms", "8.00 ms", "5.00 ms", "4.00 ms", "1.60", "2.00")
@@ -388,7 +389,7 @@ def test_the_newest_day_of_a_device_stands_in_the_readme(tmp_path: Path, run: An
         cases = {"decode toy-7b B=256 batch=8": step(40, float(year))}
         cases["decode toy-7b dense batch=8"] = step(1000, 520.0, 500.0)
         run(pack(tmp_path / f"{year}.tar", {"bench.json": record("bench", cases)}, day))
-    text = "\n".join(summary.readme_table(tmp_path / "results", tmp_path / "README.md"))
+    text = "\n".join(readme_table(tmp_path / "results", tmp_path / "README.md"))
     assert "2,031.0 us" in text
     assert "2,030.0 us" not in text
 
@@ -399,7 +400,7 @@ def test_the_readme_picks_no_times(tmp_path: Path, run: Any) -> None:
     fp8 = "decode toy-7b dense batch=8 fp8"
     cases[fp8] = cases[fp8] | {"differs": True}
     assert run(pack(tmp_path / "r.tar", {"bench.json": record("bench", cases)}))[0] == 0
-    text = "\n".join(summary.readme_table(tmp_path / "results", tmp_path / "README.md"))
+    text = "\n".join(readme_table(tmp_path / "results", tmp_path / "README.md"))
     name = "attention of a layer, toy-7b, 8 x 8,192 tokens, B = 256"
     assert row(text, name)[2:4] == ["260.0 us", "25.0 us"]
     assert "FlashAttention's output is another in: toy-7b dense batch=8 fp8." in text
@@ -407,7 +408,7 @@ def test_the_readme_picks_no_times(tmp_path: Path, run: Any) -> None:
 
 def test_failures_stand_in_the_readme(tmp_path: Path, run: Any) -> None:
     assert run(first_run(tmp_path))[0] == 0
-    text = "\n".join(summary.readme_table(tmp_path / "results", tmp_path / "README.md"))
+    text = "\n".join(readme_table(tmp_path / "results", tmp_path / "README.md"))
     assert "**Cases that failed: 1.**" in text
 
 
@@ -435,5 +436,5 @@ def test_nothing_to_compare_with(tmp_path: Path, run: Any) -> None:
     """The kernels were timed, but FlashAttention was not."""
     cases = {name: case for name, case in BENCH.items() if "dense" not in name}
     assert run(pack(tmp_path / "r.tar", {"bench.json": record("bench", cases)}))[0] == 0
-    (line, _) = summary.readme_table(tmp_path / "results", tmp_path / "README.md")
+    (line, _) = readme_table(tmp_path / "results", tmp_path / "README.md")
     assert line.endswith("Nothing in it can be compared with dense.")
