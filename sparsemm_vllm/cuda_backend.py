@@ -24,6 +24,7 @@ from sparsemm_vllm.sparse_attention import (
     refuse_variants,
 )
 from sparsemm_vllm.step import Step
+from sparsemm_vllm.triton_kernels.batch import to_device
 
 
 @dataclass
@@ -90,8 +91,7 @@ def _dense_part(
         pruned = torch.zeros(len(seq_lens), dtype=torch.bool)
         pruned[[row - first for row in step.pruned_rows]] = True
         query_lens = common.query_start_loc[first:].diff().to(seq_lens.dtype)
-        pruned = pruned.to(seq_lens.device, non_blocking=True)
-        seq_lens = torch.where(pruned, query_lens, seq_lens)
+        seq_lens = torch.where(to_device(pruned, seq_lens.device), query_lens, seq_lens)
     return common.replace(
         query_start_loc=common.query_start_loc[first:] - first_token,
         query_start_loc_cpu=common.query_start_loc_cpu[first:] - first_token,

@@ -160,7 +160,7 @@ class SparseState:
         seed: int = 0,
         layout: CacheLayout | None = None,
     ) -> None:
-        """Enter a request; overwrites what had the index before.
+        """Enter a request; overwrites what had the index before. Does not wait for the device.
 
         Args:
             index: of the request.
@@ -179,13 +179,13 @@ class SparseState:
         self.compact_blocks[index] = layout.compact_blocks(prompt_tokens, self.page_size)
         self.max_kept[index] = layout.most_kept(prompt_tokens, self.own)
         self.seeds[index] = seed
-        self.pages.prompt_tokens[index] = prompt_tokens
-        self.pages.compact_blocks[index] = int(self.compact_blocks[index])
-        for tensor, values in (
-            (self.pages.lengths, lengths),
-            (self.pages.first_pages, first_pages),
-        ):
-            tensor[index].copy_(torch.from_numpy(values), non_blocking=True)
+        self.pages.enter(
+            index,
+            prompt_tokens,
+            int(self.compact_blocks[index]),
+            torch.from_numpy(lengths),
+            torch.from_numpy(first_pages),
+        )
 
     def decode_batch(self, first_row: int, rows: int, max_query_len: int) -> DecodeBatch:
         """Rows for `sparse_decode`, in the persistent buffers."""

@@ -21,6 +21,22 @@ TARGET = 4
 OFFSET_ALIGNMENT = 16  # tokens: 16-byte loads of scores begin at multiples of it
 
 
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor of the host's; the host goes on at once.
+
+    A copy is asynchronous only from pinned memory. This one gets memory of its own, which PyTorch
+    gives to nobody else before the copy has ended: nothing that a copy still reads is overwritten,
+    however many steps are under way.
+
+    Args:
+        values: tensor on the host, of any shape and type.
+        device: where the kernels run.
+    """
+    if device.type != "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class HeadPages:
     """Where the head pages of each running request lie; a request has a fixed index.
@@ -42,6 +58,34 @@ class HeadPages:
         """No request is pruned."""
         shapes = (max_requests,), (max_requests,), (max_requests, L, Hkv), (max_requests, L, Hkv)
         return cls(*(torch.zeros(shape, dtype=torch.int32, device=device) for shape in shapes))
+
+    def enter(
+        self,
+        request: int,
+        prompt_tokens: int,
+        compact_blocks: int,
+        lengths: torch.Tensor,
+        first_pages: torch.Tensor,
+    ) -> None:
+        """Overwrite what stands at a request's index. Does not wait for the device.
+
+        One copy from the host, then copies on the device, which come after the kernels that were
+        launched before: a step that is under way still reads the old entries.
+
+        Args:
+            request: index of the request.
+            prompt_tokens: tokens of its prompt, `n`.
+            compact_blocks: its compact blocks, `C`.
+            lengths: tokens in each head's pages, ``[L, Hkv]``, on the host.
+            first_pages: first head page of each head, ``[L, Hkv]``, on the host.
+        """
+        numbers = torch.tensor([prompt_tokens, compact_blocks], dtype=torch.int32)
+        row = torch.cat([numbers, lengths.flatten().int(), first_pages.flatten().int()])
+        heads = lengths.numel()
+        targets = (self.prompt_tokens, self.compact_blocks, self.lengths, self.first_pages)
+        parts = to_device(row, self.lengths.device).split([1, 1, heads, heads])
+        for target, part in zip(targets, parts, strict=True):
+            target[request].copy_(part.view(target.shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -83,10 +127,8 @@ class Prompts:
             placed.append((*place, n, end))
             end += columns(n)
         table = torch.tensor(placed, dtype=torch.int32).T.contiguous()
-        if device.type == "cuda":
-            table = table.pin_memory()
         longest = max(row[3] for row in rows)
-        return cls(table.to(device, non_blocking=True), longest, max_kept, placed)
+        return cls(to_device(table, device), longest, max_kept, placed)
 
 
 def columns(prompt_tokens: int) -> int:
@@ -348,6 +390,4 @@ class QueryTiles:
             for i in range(0, queries, block_q)
         ]
         table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 5)
-        if device.type == "cuda":
-            table = table.pin_memory()
-        return cls(table.to(device, non_blocking=True), block_q)
+        return cls(to_device(table, device), block_q)
