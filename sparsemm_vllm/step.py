@@ -78,6 +78,10 @@ class SparseState:
     Device memory is allocated here, once, before vLLM measures what is left for the KV cache. A
     request keeps its index, by which the kernels find its head pages.
 
+    The memory comes from vLLM's pool of weights: sleep of level 2 discards what it holds, and
+    nothing restores it. So nothing here may have to be right before a request writes it: a request
+    that is added writes its head pages, a step its schedule, a prune its workspace.
+
     Args:
         layout: budgets of the whole model; of requests that have no budget of their own.
         own: the layers and heads of the layout that this rank owns.
@@ -146,6 +150,10 @@ class SparseState:
     def attach(self, cache: PrunedCache) -> None:
         """Work on this cache from now on."""
         self._cache = cache
+
+    def detach(self) -> None:
+        """Let go of the cache, so that its memory is free for another."""
+        self._cache = None
 
     @property
     def page_size(self) -> int:

@@ -1,0 +1,59 @@
+"""The cache that vLLM profiles CUDA graphs with is gone before it allocates the real one."""
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import HELLO, Engine, ask, assert_same, settings
+
+pytestmark = pytest.mark.engine
+
+
+def test_the_profiling_cache_is_released(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model runner's own functions, in the order in which `GPUWorker` calls them."""
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.worker.gpu import model_runner as runner_module
+    from vllm.v1.worker.gpu.cudagraph_utils import (
+        _init_minimal_kv_cache_for_profiling,
+        _teardown_profiling_state,
+    )
+
+    engine = Engine(model, settings(40))
+    expected, *_ = engine.generate(ask(HELLO, 1))
+    engine.rest()
+    runner = engine.core.model_executor.driver_worker.worker.model_runner
+    real_config = runner.kv_cache_config
+    for name in ("synchronize", "empty_cache"):  # which torch refuses without an accelerator
+        monkeypatch.setattr(torch.accelerator, name, lambda: None)
+
+    monkeypatch.setattr(runner.compilation_config, "max_cudagraph_capture_size", 4)
+    with set_current_vllm_config(runner.vllm_config):
+        _teardown_profiling_state(runner)
+        _init_minimal_kv_cache_for_profiling(runner)
+    storage = engine.state.cache.tensor.untyped_storage()
+    assert storage.nbytes() < sum(t.size for t in real_config.kv_cache_tensors)
+    profiled = weakref.ref(storage)
+    del storage
+    gc.collect()
+    assert profiled() is not None
+    _teardown_profiling_state(runner)
+
+    alive: list[bool] = []
+    allocate = runner_module.init_kv_cache
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        gc.collect()
+        alive.append(profiled() is not None)
+        return allocate(*args, **kwargs)
+
+    monkeypatch.setattr(runner_module, "init_kv_cache", watched)
+    with set_current_vllm_config(runner.vllm_config):
+        runner.initialize_kv_cache(real_config)
+    assert alive == [False]
+    runner.cache_config.num_gpu_blocks = real_config.num_blocks
+    answer, *_ = engine.generate(ask(HELLO, 1))
+    assert_same(answer, expected)
+    assert engine.state.cache.tensor.shape[1] == real_config.num_blocks
