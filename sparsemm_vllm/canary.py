@@ -33,6 +33,9 @@ OVERRIDDEN = {
         get_supported_kernel_block_sizes(kv_cache_spec) get_impl_cls() get_builder_cls()
         supports_head_size(head_size) supports_attn_type(attn_type) supports_mm_prefix()
         supports_non_causal() supports_sink() supports_rswa() supports_batch_invariance()
+        supports_alibi_sqrt() supports_per_head_quant_scales() supports_dcp() supports_pcp()
+        supports_non_causal_dcp() supports_device_cpu_query_lens_mismatch()
+        supported_kv_cache_layouts()
     """,
     "vllm.v1.attention.backend:AttentionImpl": """
         forward(layer query key value kv_cache attn_metadata output output_scale
@@ -47,6 +50,7 @@ OVERRIDDEN = {
         get_impl_cls() get_builder_cls() get_name() supports_head_size(head_size)
         supports_attn_type(attn_type) supports_sliding_window() supports_mm_prefix()
         supports_non_causal() supports_sink() supports_rswa() supports_batch_invariance()
+        supports_per_head_quant_scales()
     """,
     "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl": """
         forward(layer query key value kv_cache attn_metadata output output_scale

@@ -14,6 +14,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 from vllm.v1.kv_cache_interface import get_kv_quant_mode, is_quantized_kv_cache
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from sparsemm_vllm import patches
 from sparsemm_vllm.kv_cache import SparseMMSpec
@@ -52,6 +53,9 @@ class SparseMMMetadataBuilder(FlashAttentionMetadataBuilder):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         patches.require_installed()
         super().__init__(*args, **kwargs)
+        # FlashAttention 3 schedules its rows ahead, and fails for types that it does not compute.
+        if not _flash_attends(self.model_config.dtype, self.cache_config.cache_dtype):
+            self.aot_schedule = False
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -78,6 +82,16 @@ class SparseMMMetadataBuilder(FlashAttentionMetadataBuilder):
         return SparseMMMetadata(
             step, common.block_table_tensor, dense, slice(first_token, common.num_actual_tokens)
         )
+
+
+def _flash_attends(dtype: torch.dtype, kv_cache_dtype: str) -> bool:
+    """Whether FlashAttention computes dense rows: not float32, nor bytes beside wider queries.
+
+    Args:
+        dtype: type of the queries.
+        kv_cache_dtype: vLLM's name of the cache's type.
+    """
+    return dtype != torch.float32 and not is_quantized_kv_cache(kv_cache_dtype)
 
 
 def _dense_part(
@@ -174,15 +188,11 @@ class SparseMMImpl(FlashAttentionImpl):
         meta: FlashAttentionMetadata | None,
         output: torch.Tensor,
     ) -> None:
-        """FlashAttention, or vLLM's Triton kernel for what FlashAttention does not take.
-
-        That is float32, and an fp8 cache beside queries that are not fp8.
-        """
-        quantized = is_quantized_kv_cache(self.kv_cache_dtype)
-        if meta is None or not (quantized or query.dtype == torch.float32):
+        """FlashAttention, or vLLM's Triton kernel for what FlashAttention does not take."""
+        if meta is None or _flash_attends(query.dtype, self.kv_cache_dtype):
             super().forward(layer, query, key, value, kv_cache, meta, output)
             return
-        if quantized:
+        if is_quantized_kv_cache(self.kv_cache_dtype):
             kv_cache = kv_cache.view(torch.float8_e4m3fn)
         key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         shape = (meta.query_start_loc.shape[0] - 1, self.num_kv_heads)
@@ -220,6 +230,15 @@ class SparseMMBackend(SparseBackendMixin, FlashAttentionBackend):
         return kv_cache_dtype is None or kv_cache_dtype in cls.supported_kv_cache_dtypes
 
     @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """All, rather the one in which a head's tokens of a block lie side by side.
+
+        The decode kernel reads such head pages. ``VLLM_KV_CACHE_LAYOUT`` chooses another layout.
+        """
+        preferred = KVCacheLayout.LBHNC
+        return preferred, *(layout for layout in KVCacheLayout if layout != preferred)
+
+    @classmethod
     def supports_combination(
         cls,
         head_size: int,
@@ -236,6 +255,9 @@ class SparseMMBackend(SparseBackendMixin, FlashAttentionBackend):
         quantized = kv_cache_dtype is not None and is_quantized_kv_cache(kv_cache_dtype)
         if quantized and device_capability < DeviceCapability(8, 9):
             return "an fp8 KV cache needs compute capability 8.9: older GPUs do not convert e4m3"
+        plain = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+        if plain.get(kv_cache_dtype, dtype) != dtype:
+            return "a KV cache of 16 bits must have the type of the queries: leave it at auto"
         return None
 
     @staticmethod
