@@ -1,4 +1,4 @@
-"""The cache that vLLM profiles CUDA graphs with is gone before it allocates the real one."""
+"""Where vLLM puts the KV cache: a profiled one is gone before the real one, any layout serves."""
 
 import gc
 import weakref
@@ -7,12 +7,41 @@ from typing import Any
 
 import pytest
 import torch
-from engines import HELLO, Engine, ask, assert_same, settings
+from engines import BLOCK, HELLO, Answer, Engine, ask, assert_same, settings
 
 pytestmark = pytest.mark.engine
 
 
-def test_the_profiling_cache_is_released(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Engine:
+    return Engine(model, settings(40))
+
+
+@pytest.fixture(scope="module")
+def expected(engine: Engine) -> Answer:
+    (answer,) = engine.generate(ask(HELLO, 1))
+    engine.rest()
+    return answer
+
+
+@pytest.mark.parametrize("layout", ["LBHNC", "BLNHC"])  # the default is LBNHC
+def test_layouts(
+    model: Path, expected: Answer, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads outermost in a block, as on GPUs; blocks outermost, layers inside them."""
+    monkeypatch.setattr("vllm.envs.VLLM_KV_CACHE_LAYOUT", layout, raising=False)
+    other = Engine(model, settings(40))
+    assert_same(*other.generate(ask(HELLO, 1)), expected)
+    _, blocks, _, tokens, _ = other.state.cache.tensor.stride()
+    assert other.state.page_size == BLOCK
+    layers, _, heads, _, columns = other.state.cache.tensor.shape
+    assert tokens == (columns if layout == "LBHNC" else heads * columns)
+    assert blocks == BLOCK * heads * columns * (1 if layout == "LBHNC" else layers)
+
+
+def test_the_profiling_cache_is_released(
+    engine: Engine, expected: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The model runner's own functions, in the order in which `GPUWorker` calls them."""
     from vllm.config import set_current_vllm_config
     from vllm.v1.worker.gpu import model_runner as runner_module
@@ -21,9 +50,6 @@ def test_the_profiling_cache_is_released(model: Path, monkeypatch: pytest.Monkey
         _teardown_profiling_state,
     )
 
-    engine = Engine(model, settings(40))
-    expected, *_ = engine.generate(ask(HELLO, 1))
-    engine.rest()
     runner = engine.core.model_executor.driver_worker.worker.model_runner
     real_config = runner.kv_cache_config
     for name in ("synchronize", "empty_cache"):  # which torch refuses without an accelerator
