@@ -99,7 +99,8 @@ def _dense_part(
 ) -> CommonAttentionMetadata:
     """The batch without its decode rows."""
     first = step.short_rows
-    seq_lens = common.seq_lens[first:]
+    # In memory of its own, which is aligned: Triton compiles another kernel for what is not.
+    seq_lens = common.seq_lens[first:].clone()
     if step.pruned_rows:
         # The decode kernel computes these, whose prompt blocks are gone: read next to nothing.
         pruned = torch.zeros(len(seq_lens), dtype=torch.bool)
@@ -217,6 +218,37 @@ class SparseMMImpl(FlashAttentionImpl):
             v_descale=None if v_scale is None else v_scale.expand(shape),
             kv_quant_mode=get_kv_quant_mode(self.kv_cache_dtype),
         )
+
+    def warm_up_dense(self, layer: Any, dtype: torch.dtype, block_table: torch.Tensor) -> None:
+        """Compile the kernel for dense rows, if it is vLLM's Triton kernel.
+
+        Reads a token of the null block. Triton compiles numbers of rows apart that are 1, divide by
+        16, or neither.
+
+        Args:
+            layer: vLLM's attention layer, with its cache.
+            dtype: type of the queries.
+            block_table: int32 ``[max_requests, max_blocks]``, of the layer's group; only its width
+                and its device count.
+        """
+        if _flash_attends(dtype, self.kv_cache_dtype):
+            return
+        device = block_table.device
+        for rows in (1, 2, 16):
+            meta = FlashAttentionMetadata(
+                num_actual_tokens=rows,
+                max_query_len=2,  # a bound: of one query, vLLM might take it for a decode
+                query_start_loc=torch.arange(rows + 1, dtype=torch.int32, device=device),
+                max_seq_len=1,
+                seq_lens=torch.ones(rows, dtype=torch.int32, device=device),
+                block_table=torch.zeros(
+                    rows, block_table.shape[1], dtype=torch.int32, device=device
+                ),
+                slot_mapping=torch.full((rows,), -1, device=device),
+            )
+            query = torch.zeros(rows, self.num_heads, self.head_size, dtype=dtype, device=device)
+            output = torch.empty_like(query)
+            self._attend_dense(layer, query, query, query, layer.kv_cache, meta, output)
 
 
 class SparseMMBackend(SparseBackendMixin, FlashAttentionBackend):

@@ -205,7 +205,9 @@ class SparseState:
         Only a resumed request recomputes so many tokens behind a pruned prompt.
         """
         block_q = decode_queries(query_len, self.heads.G, self.buffers.max_rows)
-        buffers = self.buffers.for_tiles(-(-query_len // block_q), self.heads.Hkv)
+        # Sizes that divide by 16 have kernels of their own: these do, however many tiles there are.
+        tiles = -(-query_len // (16 * block_q)) * 16
+        buffers = self.buffers.for_tiles(tiles, self.heads.Hkv)
         return DecodeBatch.of(buffers, row, 1, query_len, self.heads.G)
 
     def prune(
