@@ -111,6 +111,7 @@ ATTRIBUTES = {
     "vllm.config:SpeculativeConfig": "method num_speculative_tokens",
     "vllm.config:AttentionConfig": "backend backend_per_kind",
     "vllm.engine.arg_utils:EngineArgs": "attention_backend attention_config create_engine_config",
+    "vllm.model_executor.layers.attention.attention:Attention": "get_attn_backend impl kv_cache",
     "vllm.v1.core.block_pool:BlockPool": "get_num_free_blocks num_gpu_blocks",
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator": "single_type_managers",
     "vllm.v1.core.kv_cache_manager:KVCacheManager": "coordinator",

@@ -171,11 +171,11 @@ class SparseState:
         """Enter a request; overwrites what had the index before. Does not wait for the device.
 
         Args:
-            index: of the request.
-            prompt_tokens: `n`.
-            request_id: for the recorder.
-            seed: for random scores.
-            layout: by the request's own budget, if it has one.
+            index: index of the request.
+            prompt_tokens: tokens of its prompt, `n`.
+            request_id: name under which its kept tokens are recorded.
+            seed: seed of random scores.
+            layout: layout by the request's own budget, if it has one.
         """
         layout = layout or self.layout
         lengths = layout.kept_tokens(prompt_tokens)[self.own]

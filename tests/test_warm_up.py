@@ -127,6 +127,9 @@ def serve(compiler: Compiler, name: str) -> dict[str, Any]:
     warmed = len(compiler.compiled)
     for batch in batches(max_requests, drafts):
         step(state, layers, dtype, block_table, batch)
+    for rows in range(1, max_requests + 1):
+        decodes = [(500, 500, 1 + drafts)] * rows
+        step(state, layers, dtype, block_table, decodes, for_capture=True)
     return {
         "compiled in the warm-up": warmed,
         "compiled while serving": compiler.compiled[warmed:],
@@ -199,12 +202,13 @@ def step(
     dtype: torch.dtype,
     block_table: torch.Tensor,
     batch: list[tuple[int, int, int]],
+    for_capture: bool = False,
 ) -> None:
     """One step through the CUDA backend's builder and implementation; FlashAttention is vLLM's."""
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     from sparsemm_vllm import cuda_backend
-    from sparsemm_vllm.step import plan_step
+    from sparsemm_vllm.step import capture_step, plan_step
 
     R = len(batch)
     starts = np.cumsum([0, *(queries for _, _, queries in batch)])
@@ -229,8 +233,12 @@ def step(
         slot_mapping=slots,
     )
     builder: Any = object.__new__(cuda_backend.SparseMMMetadataBuilder)
-    builder.step = plan_step(state, np.arange(R), starts, seq_lens)
     requests = torch.arange(R)
+    if for_capture:
+        builder.step = capture_step(state, R, int(starts[1]))
+        requests = requests[:0]
+    else:
+        builder.step = plan_step(state, np.arange(R), starts, seq_lens)
     builder.step.prepare(slots, positions, block_table[:R], query_start, lengths, requests)
     meta = builder.build(0, common)
     heads = state.heads
