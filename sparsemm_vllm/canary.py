@@ -89,7 +89,7 @@ OVERRIDDEN = {
         model_specific_attn_metadata)
     """,
     "vllm.v1.worker.gpu.model_states.interface:ModelState": """
-        initialize_kv_cache(kv_cache_config block_tables) get_additional_cg_support()
+        initialize_kv_cache(kv_cache_config block_tables)
     """,
 }
 # Attributes that we read or set, of objects that vLLM makes.

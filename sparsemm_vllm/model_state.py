@@ -14,7 +14,6 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
-from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import KVCacheConfig, is_quantized_kv_cache
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
@@ -61,16 +60,11 @@ class SparseMMModelState(DefaultModelState):
             rank = get_tp_group().rank_in_group
             mask_layers(layers, settings.mask_heads, rank)
 
-    def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:
-        """Let go of the KV cache: the model runner asks this before it allocates another.
-
-        It allocates one to measure CUDA graphs and the real one, and drops every reference of its
-        own to the first before it comes to the second.
-        """
+    def release_kv_cache(self) -> None:
+        """Let go of the KV cache, before vLLM allocates another."""
         self._state.detach()
         if self.device.type == "cuda":
-            torch.accelerator.empty_cache()  # the real cache may come from another pool
-        return super().get_additional_cg_support()
+            torch.accelerator.empty_cache()
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: Any) -> None:
         """Find the pruned layers' cache, now that it has been allocated."""

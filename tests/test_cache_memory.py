@@ -3,6 +3,7 @@
 import gc
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,44 +43,49 @@ def test_layouts(
 def test_the_profiling_cache_is_released(
     engine: Engine, expected: Answer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model runner's own functions, in the order in which `GPUWorker` calls them."""
+    """As `GPUWorker` profiles CUDA graphs and sizes the cache; only nothing is captured."""
     from vllm.config import set_current_vllm_config
+    from vllm.v1.worker.gpu import cudagraph_utils
     from vllm.v1.worker.gpu import model_runner as runner_module
-    from vllm.v1.worker.gpu.cudagraph_utils import (
-        _init_minimal_kv_cache_for_profiling,
-        _teardown_profiling_state,
-    )
 
     runner = engine.core.model_executor.driver_worker.worker.model_runner
     real_config = runner.kv_cache_config
     for name in ("synchronize", "empty_cache"):  # which torch refuses without an accelerator
         monkeypatch.setattr(torch.accelerator, name, lambda: None)
-
     monkeypatch.setattr(runner.compilation_config, "max_cudagraph_capture_size", 4)
-    with set_current_vllm_config(runner.vllm_config):
-        _teardown_profiling_state(runner)
-        _init_minimal_kv_cache_for_profiling(runner)
-    storage = engine.state.cache.tensor.untyped_storage()
-    assert storage.nbytes() < sum(t.size for t in real_config.kv_cache_tensors)
-    profiled = weakref.ref(storage)
-    del storage
-    gc.collect()
-    assert profiled() is not None
-    _teardown_profiling_state(runner)
+    cudagraph_utils._teardown_profiling_state(runner)  # an engine that starts has no cache yet
+    runner.model_state.release_kv_cache()
+    profiled: list[weakref.ref[Any]] = []
 
-    alive: list[bool] = []
-    allocate = runner_module.init_kv_cache
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def profile(runner: Any) -> int:
+        with set_current_vllm_config(runner.vllm_config):
+            cudagraph_utils._init_minimal_kv_cache_for_profiling(runner)
+        storage = engine.state.cache.tensor.untyped_storage()
+        assert storage.nbytes() < sum(t.size for t in real_config.kv_cache_tensors)
+        profiled.append(weakref.ref(storage))
+        del storage
         gc.collect()
-        alive.append(profiled() is not None)
-        return allocate(*args, **kwargs)
+        assert profiled[0]() is not None
+        cudagraph_utils._teardown_profiling_state(runner)
+        return 7
 
-    monkeypatch.setattr(runner_module, "init_kv_cache", watched)
+    monkeypatch.setattr(runner_module, "_profile_cudagraph_memory", profile)
+    assert runner.profile_cudagraph_memory() == 7
+    gc.collect()
+    assert profiled[0]() is None
+    with pytest.raises(AssertionError, match="not allocated the KV cache yet"):
+        _ = engine.state.cache
+
     with set_current_vllm_config(runner.vllm_config):
         runner.initialize_kv_cache(real_config)
-    assert alive == [False]
     runner.cache_config.num_gpu_blocks = real_config.num_blocks
     answer, *_ = engine.generate(ask(HELLO, 1))
     assert_same(answer, expected)
     assert engine.state.cache.tensor.shape[1] == real_config.num_blocks
+
+
+def test_other_models_of_the_process_are_left_alone() -> None:
+    from sparsemm_vllm.patches import _graph_memory
+
+    dense = SimpleNamespace(model_state=object())
+    assert _graph_memory(lambda runner, *rest: (runner, rest))(dense, 3) == (dense, (3,))
