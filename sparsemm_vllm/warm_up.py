@@ -4,6 +4,7 @@ import torch
 
 from sparsemm_vllm.step import SparseState, Step
 from sparsemm_vllm.triton_kernels.batch import DecodeBatch, Prompts
+from sparsemm_vllm.triton_kernels.occupancy import resident_programs
 
 
 def warm_up(state: SparseState, dtype: torch.dtype, block_table: torch.Tensor) -> None:
@@ -29,23 +30,27 @@ def warm_up(state: SparseState, dtype: torch.dtype, block_table: torch.Tensor) -
         ops.window_scores(query, cache[0], block_table, *rest, window, pool_kernel, 1.0, scale)
         ops.select_tokens(*rest, state.pages.lengths[:, 0], window)
         ops.compact_kv(cache, 0, block_table, *rest, state.pages)
+        if state.pages.page_units is not None:
+            ops.list_pages(cache, block_table, prompts, state.pages)
     slots = torch.full((1,), -1, dtype=torch.int64, device=device)
     zero = torch.zeros(2, dtype=torch.int32, device=device)
     for batch in _decode_batches(state):
         step = Step(state, 1, moves_slots=True, decodes=[batch])
         step.prepare(slots, slots, block_table, zero, zero, zero[:1].long())
-        ops.sparse_decode(query, cache, 0, block_table, batch, query, 1.0, scale, scale)
+        kernel = ops.sparse_decode(query, cache, 0, block_table, batch, query, 1.0, scale, scale)
+        if kernel is not None:
+            state.spread(batch.block_m, resident_programs(kernel, device))
 
 
 def _decode_batches(state: SparseState) -> list[DecodeBatch]:
-    """A row for each height of query tiles, among the short rows and the long ones.
+    """A row for each size of query tiles, among the long rows and the short ones.
 
-    Both have heights that the other has too, but their buffers are sized otherwise, and Triton
-    compiles sizes that divide by 16 apart.
+    Both have sizes that the other has too, but their buffers are sized otherwise, and Triton
+    compiles numbers that divide by 16 apart.
     """
     end = state.max_decode_queries + 1
-    short = [state.decode_batch(0, 1, queries) for queries in range(1, end)]
-    # 64 queries more fill the highest tile, whatever the head count.
+    # 64 queries more fill the largest tile, whatever the head count.
     long = [state.long_decode_batch(0, queries) for queries in range(end, end + 64)]
-    each = ({batch.block_q: batch for batch in batches}.values() for batches in (short, long))
+    short = [state.decode_batch(0, 1, queries) for queries in range(1, end)]
+    each = ({batch.block_q: batch for batch in batches}.values() for batches in (long, short))
     return [batch for batches in each for batch in batches]
