@@ -34,6 +34,7 @@ from sparsemm_vllm.triton_kernels.batch import (
     TAIL_START,
     TILE_ROW,
     TOKENS,
+    HeadPages,
     PruneWorkspace,
 )
 from sparsemm_vllm.warm_up import warm_up
@@ -56,7 +57,7 @@ def make_state(prompts=(), G=2, D=16, max_requests=MAX_REQUESTS, max_tokens=1024
         torch.bfloat16,
         max_requests,
         max_tokens,
-        programs=3,
+        max_programs=3,
         device=DEVICE,
         max_decode_queries=1 + drafts,
     )
@@ -469,9 +470,10 @@ def test_padded_rows_are_scheduled_to_do_nothing(ops):
     "dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)]
 )
 def test_warm_up_launches_every_serving_kernel_and_changes_nothing(monkeypatch, dtype):
-    """What vLLM hands over: a null block, tables of zeros."""
+    """What vLLM hands over: a null block, tables of zeros. With page lists, a variant."""
     state = make_state()
     state.ops = triton_ops
+    state.pages = HeadPages.empty(MAX_REQUESTS, 3, 2, DEVICE, max_pages=64)
     cache = torch.zeros(3, 1, 2, P, 2 * 16, dtype=dtype, device=DEVICE)
     state.attach(PrunedCache(cache, {}))
     launched = set()
