@@ -137,8 +137,8 @@ def test_a_heads_page_is_contiguous_unless_another_layout_is_asked_for(
     llama: Path, monkeypatch: pytest.MonkeyPatch, requested: str | None, chosen: str
 ) -> None:
     """As the engine core resolves what its workers report."""
-    if requested is not None:
-        monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", requested)
+    # The variable itself is read once, and an engine in this process may have read it.
+    monkeypatch.setattr("vllm.envs.VLLM_KV_CACHE_LAYOUT", requested, raising=False)
     config = build(llama)
     layouts = get_supported_kv_cache_layouts([SparseMMBackend, SparseMMBackend])
     assert set(layouts) == set(KVCacheLayout)
