@@ -1,7 +1,8 @@
 """Predicted time of decode attention, from its schedule and its machine code: no GPU is needed.
 
     python benchmarks/decode_model.py                   # a table: models, batches, budgets, devices
-    python benchmarks/decode_model.py --json            # the same as one JSON array
+    python benchmarks/decode_model.py json              # the same as one JSON array
+    python benchmarks/decode_model.py markdown          # before and after, as a page
     python benchmarks/decode_model.py costs --triton FOLDER   # compile again, and write the costs
 
 What one layer takes is the largest of three, and the launch:
@@ -314,12 +315,49 @@ def compile_costs(triton: Path | None) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+def table() -> str:
+    """All predictions, aligned."""
+    found = list(rows())
+    columns = [name for name in found[0] if not name.endswith(" bound")]
+    lines = [columns, *([str(row[name]) for name in columns] for row in found)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True))
+        for line in lines
+    )
+
+
+PAGE = """# Predicted time of decode attention
+
+Microseconds per layer, from the schedule and the machine code (`python benchmarks/decode_model.py
+markdown` wrote this page). **Nothing here was measured.** "Before" is the kernel up to November
+2026, whose parts were combined by a second one. The floor is the kept keys and values over the
+bandwidth. One decode step right after the prompts were pruned; bf16; budgets follow scores that are
+as concentrated as the published ones; "dense" is our kernel without pruning.
+"""
+
+
+def page() -> str:
+    """All predictions, before and after, for both devices."""
+    versions = [name for name in read_costs() if "before" not in name]
+    heads = [f"{d.name}, {v}" for d in DEVICES.values() for v in ("floor", *versions)]
+    lines = ["| model | prompt | batch | budget | " + " | ".join(heads) + " |"]
+    lines.append("| --- " * (4 + len(heads)) + "|")
+    cells: dict[tuple[Any, ...], list[str]] = {}
+    for row in rows():
+        key = row["model"], f"{row['prompt']:,}", row["batch"], row["budget"]
+        now = [f"{row[f'{v} before']} -> **{row[v]}**" for v in versions]
+        cells.setdefault(key, []).extend([str(row["floor_us"]), *now])
+    lines += [f"| {' | '.join(map(str, [*key, *found]))} |" for key, found in cells.items()]
+    return PAGE + "\n" + "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", nargs="?", choices=("table", "costs"), default="table")
-    parser.add_argument("--json", action="store_true", help="print one JSON array")
+    commands = ("table", "json", "markdown", "costs")
+    parser.add_argument("command", nargs="?", choices=commands, default="table")
     parser.add_argument(
         "--triton", type=Path, nargs="*", default=[], help="folders with other versions' packages"
     )
@@ -330,16 +368,10 @@ def main() -> None:
             known |= compile_costs(folder)
         COSTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
         print(COSTS)
-        return
-    found = list(rows())
-    if options.json:
-        print(json.dumps(found))
-        return
-    columns = [name for name in found[0] if not name.endswith(" bound")]
-    lines = [columns, *([str(row[name]) for name in columns] for row in found)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+    elif options.command == "json":
+        print(json.dumps(list(rows())))
+    else:
+        print(table() if options.command == "table" else page(), end="")
 
 
 if __name__ == "__main__":

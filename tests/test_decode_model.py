@@ -20,6 +20,7 @@ from decode_model import (
     Costs,
     first_tiles,
     layer_tokens,
+    page,
     predict,
     predict_step,
     program_cycles,
@@ -142,11 +143,16 @@ def test_tokens_of_the_first_step() -> None:
 
 
 def test_the_table() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "decode_model.py"), "--json"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "decode_model.py"), "json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = json.loads(done.stdout)
     assert len(rows) == 2 * 2 * 3 * 3 * 2
     assert all(row["floor_us"] < row["3.7.1"] for row in rows)
+
+
+def test_the_page_is_todays() -> None:
+    """Else: decode_model.py markdown > benchmarks/results/decode-prediction.md."""
+    assert (ROOT / "benchmarks" / "results" / "decode-prediction.md").read_text() == page()
 
 
 SASS = """
