@@ -94,6 +94,7 @@ class Context:
         folder: for files that outlive a case.
         deadline: of this call, by `time.monotonic`.
         results: of the cases that passed, by name.
+        failed: errors of the others, by name.
     """
 
     device: Device
@@ -101,6 +102,19 @@ class Context:
     folder: Path
     deadline: float
     results: dict[str, Any] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def wait(self, name: str) -> dict[str, Any]:
+        """The result of a case that may still run beside this one.
+
+        Raises:
+            RuntimeError: if there is none.
+        """
+        while name not in self.results and name not in self.failed and self.left > 0:
+            time.sleep(0.2)
+        if name not in self.results:
+            raise RuntimeError(f"there is nothing to compare with: {name} failed or did not end")
+        return self.results[name]
 
     @property
     def left(self) -> float:

@@ -26,17 +26,34 @@ from sparsemm_vllm.triton_kernels.batch import (
 
 NEEDS = 20
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": FP8}
-LAYOUTS = ("LBHNC", "LBNHC")  # head-major and token-major pages
+DTYPES = {"bf16": torch.bfloat16, "fp8": FP8, "fp16": torch.float16, "fp32": torch.float32}
+LAYOUTS = ("LBHNC", "LBNHC")  # head-major pages, which are served, and token-major ones
+# Values of serving first: cases come in this order.
 AXES: dict[str, tuple[Any, ...]] = {
-    "dtype": ("fp32", "fp16", "bf16", "fp8"),  # fp8: of the cache, beside bf16 queries
-    "D": (32, 64, 80, 96, 128, 256),
+    "dtype": ("bf16", "fp8", "fp16", "fp32"),  # fp8: of the cache, beside bf16 queries
+    "D": (128, 64, 80, 96, 256, 32),
     "P": (16, 32, 64, 128),
     "G": (1, 4, 7, 16),
     "Q": (1, 4, 16),
     "layout": LAYOUTS,
 }
-DRY_AXES = {"dtype": ("fp32", "fp8"), "D": (32, 80), "P": (16,), "G": (1, 4), "Q": (1, 4)}
+DRY_AXES = {"dtype": ("fp8", "fp32"), "D": (80, 32), "P": (16,), "G": (1, 4), "Q": (1, 4)}
+
+# What serving launches most, looked at before anything else: dtype, G, Q, layout; D 128, P 16.
+FIRST = [
+    ("bf16", 1, 1, "LBHNC"),
+    ("bf16", 4, 1, "LBHNC"),
+    ("bf16", 7, 1, "LBHNC"),
+    ("bf16", 7, 4, "LBHNC"),
+    ("fp8", 4, 1, "LBHNC"),
+    ("bf16", 1, 1, "LBNHC"),
+    ("bf16", 4, 1, "LBNHC"),
+    ("bf16", 7, 4, "LBNHC"),
+]
+DRY_FIRST = [("fp32", 1, 1, "LBHNC"), ("fp8", 4, 1, "LBNHC")]
+GRAPHS = [(G, Q) for Q in (1, 4) for G in (1, 4, 7)]
+FIRST_GRAPHS = [(1, 1), (7, 4)]
+DRY_GRAPHS = [(4, 1)]
 
 L, HKV = 2, 3
 ROWS = 6
@@ -351,28 +368,59 @@ def check_graph(device: Device, G: int, Q: int, layout: str) -> dict[str, Any]:
     return {"errors": {"sparse_decode": max(errors)}, "tolerance": first.tolerance}
 
 
+def smoke_cases(device: Device) -> dict[str, Callable[[], dict[str, Any]]]:
+    """The few launches that serving makes most, then decoding in a graph; names begin alike."""
+    first, graphs = (DRY_FIRST, DRY_GRAPHS) if device.dry else (FIRST, FIRST_GRAPHS)
+    D = 32 if device.dry else 128
+    found = {}
+    for dtype, G, Q, layout in first:
+        case = {"dtype": dtype, "D": D, "P": 16, "G": G, "Q": Q, "layout": layout}
+        found[f"smoke {_name(case)}"] = partial(check, device, **case)
+    return found | {f"smoke {_graph_name(G, Q)}": _graph(device, G, Q) for G, Q in graphs}
+
+
+def _name(case: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in case.items())
+
+
+def _graph_name(G: int, Q: int) -> str:
+    return f"graph G={G} Q={Q} layout={LAYOUTS[(G + Q) % 2]}"
+
+
+def _graph(device: Device, G: int, Q: int) -> Callable[[], dict[str, Any]]:
+    return partial(check_graph, device, G, Q, LAYOUTS[(G + Q) % 2])
+
+
 def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
-    """A covering selection of the sizes, then the graphs."""
+    """A first look, the graphs, then a covering selection of the sizes, what is served first."""
     device = context.device
     axes = AXES | DRY_AXES if device.dry else AXES
-    found: dict[str, Callable[[], dict[str, Any]]] = {}
-    for case in pairwise(axes):
-        name = " ".join(f"{key}={value}" for key, value in case.items())
-        found[name] = partial(check, device, **case)
-    for G, Q in ((4, 1),) if device.dry else itertools.product((1, 4, 7), (1, 4)):
-        layout = LAYOUTS[(G + Q) % 2]
-        found[f"graph G={G} Q={Q} layout={layout}"] = partial(check_graph, device, G, Q, layout)
+    graphs = DRY_GRAPHS if device.dry else GRAPHS
+    found = smoke_cases(device)
+    for G, Q in graphs:
+        if f"smoke {_graph_name(G, Q)}" not in found:
+            found[_graph_name(G, Q)] = _graph(device, G, Q)
+    for case in sorted(pairwise(axes), key=partial(_distance, axes)):
+        if f"smoke {_name(case)}" not in found:
+            found[_name(case)] = partial(check, device, **case)
     return found
+
+
+def _distance(axes: dict[str, tuple[Any, ...]], case: dict[str, Any]) -> tuple[int, ...]:
+    """How far a case is from what is served: the later in the order, the farther."""
+    dtype, *rest = (axes[name].index(case[name]) for name in ("dtype", "D", "P"))
+    return (dtype, *(int(place > 0) for place in rest))
 
 
 def summary(results: dict[str, Any]) -> list[str]:
     """The worst error of each op, beside what is allowed."""
     lines = []
-    for dtype in (*DTYPES, "graph"):
-        own = [r for name, r in results.items() if dtype in name.split()[0] and "errors" in r]
+    for kind in (*(f"dtype={dtype}" for dtype in DTYPES), "graph"):
+        own = [r for name, r in results.items() if kind in name.split() and "errors" in r]
         for op in ("window_scores", "sparse_decode"):
             errors = [r["errors"][op] for r in own if op in r["errors"]]
             if errors:
                 allowed = own[0]["tolerance"]
-                lines.append(f"{dtype:6}{op:14} error {max(errors):.1e}, allowed {allowed:.0e}")
+                label = kind.removeprefix("dtype=")
+                lines.append(f"{label:6}{op:14} error {max(errors):.1e}, allowed {allowed:.0e}")
     return lines
