@@ -40,6 +40,7 @@ GRAPHS = {
     "both": "FULL_AND_PIECEWISE",
 }
 
+
 @dataclass(frozen=True)
 class Gate:
     """Differences of log-probabilities that rounding explains; larger ones are a bug.
