@@ -11,7 +11,8 @@
 * modes: a model of four layers gives the same tokens without graphs and in every graph mode;
 * pair: dense and pruned 7B models in full size, with a bf16 and an fp8 cache: their
   log-probabilities and decode throughput;
-* tune: bandwidth of decode variants.
+* tune: bandwidth of decode variants;
+* ncu: Nsight Compute's counters of two decode launches, where it is installed.
 
 `gpu_run.sh` calls this for a machine that is there for minutes only.
 
@@ -46,7 +47,7 @@ from typing import Any
 
 from gpu_parts.records import ROOT, Record, digest, machine
 
-PARTS = ("kernels", "methods", "bench", "modes", "pair", "tune")
+PARTS = ("kernels", "methods", "bench", "modes", "pair", "tune", "ncu")
 GRACE = 30  # seconds after its time in which a part may end by itself
 RESTARTS = 3  # of a part that died; a GPU is useless to a process after an illegal access
 TIME_IS_OVER = 3
@@ -205,22 +206,23 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def report(args: argparse.Namespace, called: list[str]) -> int:
-    """Print the table of all results so far and one JSON object; the exit status."""
+    """Print what failed, the table of all results so far and one JSON object; the exit status."""
     overview: dict[str, Any] = {}
+    tables: list[str] = []
     print("\n" + "=" * 100)
     for part in PARTS:
         record = Record(args.out, part, args.dry_run, args.source)
         data = record.data
-        if record.status == "not begun" and part not in called:
+        if record.status == "not begun" and (part not in called or args.report):
             continue
         counts = f"{len(data['cases'])} of {data['total']} cases"
         failed = f", {len(data['failed'])} failed" if data["failed"] else ""
         print(f"{part}: {record.status}, {counts}{failed}, {data['seconds']:.0f} s")
-        if data["cases"]:
-            module = importlib.import_module(f"gpu_parts.{part}")
-            print(*(f"  {line}" for line in module.summary(data["cases"])), sep="\n")
         for name, error in data["failed"].items():
             print(f"  FAILED {name}: {error.strip().splitlines()[-1][:200]}")
+        if data["cases"]:
+            module = importlib.import_module(f"gpu_parts.{part}")
+            tables += [f"{part}:", *(f"  {line}" for line in module.summary(data["cases"]))]
         overview[part] = {
             "status": record.status,
             "cases": len(data["cases"]),
@@ -230,6 +232,7 @@ def report(args: argparse.Namespace, called: list[str]) -> int:
             "machine": data.get("machine"),
             "source": data["source"],
         }
+    print(*tables, sep="\n")
     code = exit_status(args, called)
     print(json.dumps({"ok": code == 0, "parts": overview}))
     return code

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu_parts.bench import Model, head_scores
+from gpu_parts.bench import Model, W, head_scores
 from gpu_parts.device import Context
 
 NEEDS = 40
@@ -24,6 +24,8 @@ SYNC_WARNING = re.compile(
     re.MULTILINE,
 )
 VOCABULARY = 32000
+SMALL = Model("small", 4, 8, 4, 128, 0)
+BUDGET, LENGTH, REQUESTS = 128, 2048, 8
 
 # Options of `LLM` by name. Full graphs come without Inductor too, so that they are checked even
 # where it fails.
@@ -219,17 +221,17 @@ def serve(context: Context, mode: str, dtype: str) -> dict[str, Any]:
         model, hidden = Model("tiny", 4, 8, 4, 32, 0), 256
         lengths, tokens, budget, window = (60, 20, 75, 33), 6, 40, 8
     else:
-        model, hidden = Model("small", 4, 8, 4, 128, 0), 1024
-        lengths, tokens, budget, window = (700, 90, 1533, 40, 512, 257, 1024), 32, 128, 32
+        model, hidden = SMALL, 1024
+        lengths, tokens, budget, window = (700, 90, 1533, 40, 512, 257, 1024), 32, BUDGET, W
     folder = write_model(context.folder / "engines" / "small", model, hidden, 4 * hidden, 4096)
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     options = {
         "model": str(folder),
         "dtype": dtype,
         "attention_backend": "SPARSEMM",
-        "max_model_len": 2048,
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 2048,
+        "max_model_len": LENGTH,
+        "max_num_seqs": REQUESTS,
+        "max_num_batched_tokens": LENGTH,
         "kv_cache_memory_bytes": (64 << 20) if dry else (2 << 30),
         "gpu_memory_utilization": 0.1,  # vLLM wants that much to be free; others run beside it
     }

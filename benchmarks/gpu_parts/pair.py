@@ -4,11 +4,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from gpu_parts.bench import TINY, VICUNA, Model
+from gpu_parts.bench import TINY, VICUNA, Model, W
 from gpu_parts.device import Context
 from gpu_parts.modes import (
     GATES,
     MODES,
+    REQUESTS,
     compare,
     describe_comparison,
     prompts,
@@ -18,6 +19,11 @@ from gpu_parts.modes import (
 )
 
 NEEDS = 40
+LONG, TOKENS = 8192, 128  # of a prompt and its answer, where speed is measured
+LENGTH = LONG + TOKENS + 64
+KEEPS_ALL = 1024  # a budget that the short prompts do not exceed
+BUDGET = 256
+BUDGETS = ((BUDGET, False), (BUDGET, True), (KEEPS_ALL, False))  # that are served; in fp8
 
 
 def serve(
@@ -31,8 +37,8 @@ def serve(
     dry = context.device.dry
     model: Model = TINY if dry else VICUNA
     short = (60, 21, 33) if dry else (700, 90, 1000, 33, 512, 257, 640, 128)
-    long, count, tokens = (150, 2, 5) if dry else (8192, 8, 128)
-    length = 512 if dry else long + tokens + 64
+    long, count, tokens = (150, 2, 5) if dry else (LONG, REQUESTS, TOKENS)
+    length = 512 if dry else LENGTH
     sizes = (256, 512) if dry else (4096, 11008)
     folder = write_model(context.folder / "engines" / "full", model, *sizes, length)
     vocabulary = 128 if dry else 32000
@@ -42,8 +48,8 @@ def serve(
         "dtype": "float32" if dry else "bfloat16",
         "attention_backend": dense if budget is None else "SPARSEMM",
         "max_model_len": length,
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 512 if dry else 8192,
+        "max_num_seqs": REQUESTS,
+        "max_num_batched_tokens": 512 if dry else LONG,
         "enable_prefix_caching": False,
         "kv_cache_dtype": cache_dtype,
     }
@@ -63,7 +69,7 @@ def serve(
     if measure:
         asked = prompts((long,) * count, vocabulary, seed=1)
         rounds.append({"prompts": asked, "every": 0, "tokens": tokens})
-    window = 8 if dry else 32
+    window = 8 if dry else W
     own = None if budget is None else settings(context, model, budget, window)
     job = {"options": options, "settings": own, "rounds": rounds}
     name = f"pair-{budget or 'dense'}-{cache_dtype}"
@@ -84,7 +90,7 @@ def dense(context: Context, cache_dtype: str = "auto") -> dict[str, Any]:
 def equal(context: Context) -> dict[str, Any]:
     """A budget that is larger than any prompt gives dense answers."""
     expected = context.wait("dense")
-    result = serve(context, 1024, check=True, measure=False)
+    result = serve(context, KEEPS_ALL, check=True, measure=False)
     assert result["backend"] == ["SPARSEMM"], result["backend"]
     (own,) = result["rounds"]
     assert own["pruned"] == 0, "a prompt was pruned that fits the budget"
@@ -94,7 +100,7 @@ def equal(context: Context) -> dict[str, Any]:
 
 def pruned(context: Context, cache_dtype: str = "auto") -> dict[str, Any]:
     """Long prompts, pruned."""
-    result = serve(context, 40 if context.device.dry else 256, False, True, cache_dtype)
+    result = serve(context, 40 if context.device.dry else BUDGET, False, True, cache_dtype)
     (own,) = result["rounds"]
     assert own["pruned"] == len(own["answers"]), f"{own['pruned']} prompts are pruned"
     return result
