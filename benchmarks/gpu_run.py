@@ -347,9 +347,11 @@ class Run:
     def report(self) -> None:
         """Print the table, within what may be printed in all."""
         lines = [f"\nafter {self.now:.0f} s: {self.places.tar.name}, {mebibytes(self.places.tar)}"]
-        for name in ("check_gpu", "sanitizer"):
-            if self.ended.get(name, "ok") != "ok" and self.log(name).exists():
-                lines += [f"{name}:", *self.log(name).read_text().splitlines()[-12:]]
+        lines += self.machine()
+        for name, needed in (("cache", True), ("sanitizer", True), ("check_gpu", False)):
+            if needed or self.ended.get(name, "ok") != "ok":
+                log = self.log(name).read_text() if self.log(name).exists() else ""
+                lines += [f"{name}: {line}" for line in log.splitlines()[-12:]]
         command = [sys.executable, str(HERE / "gpu_suite.py"), "--out", str(self.places.work)]
         command += ["--report", *(["--dry-run"] if self.dry else [])]
         left = max(1.0, self.seconds * (SLOW if self.dry else 1) - self.now)
@@ -360,6 +362,14 @@ class Run:
         except subprocess.TimeoutExpired:
             lines.append("no time left for the table; python benchmarks/gpu_suite.py --report")
         self.say(clip(lines, CHARACTERS - self.printed - 100))
+
+    def machine(self) -> list[str]:
+        """What was measured on, in a line."""
+        path = self.places.work / "facts.json"
+        if not path.exists():
+            return ["no facts of the machine"]
+        facts = json.loads(path.read_text())["machine"]
+        return [", ".join(f"{key} {value}" for key, value in facts.items())]
 
 
 def mebibytes(*paths: Path) -> str:

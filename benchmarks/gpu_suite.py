@@ -47,6 +47,7 @@ from typing import Any
 
 from gpu_parts.records import ROOT, Record, digest, machine
 
+IMPORTANCE = ("pair", "bench", "modes", "kernels", "ncu", "tune", "methods")  # in the table
 PARTS = ("kernels", "methods", "bench", "modes", "pair", "tune", "ncu")
 GRACE = 30  # seconds after its time in which a part may end by itself
 RESTARTS = 3  # of a part that died; a GPU is useless to a process after an illegal access
@@ -208,7 +209,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def report(args: argparse.Namespace, called: list[str]) -> int:
     """Print what failed, the table of all results so far and one JSON object; the exit status."""
     overview: dict[str, Any] = {}
-    tables: list[str] = []
+    tables: dict[str, list[str]] = {}
     print("\n" + "=" * 100)
     for part in PARTS:
         record = Record(args.out, part, args.dry_run, args.source)
@@ -222,7 +223,8 @@ def report(args: argparse.Namespace, called: list[str]) -> int:
             print(f"  FAILED {name}: {error.strip().splitlines()[-1][:200]}")
         if data["cases"]:
             module = importlib.import_module(f"gpu_parts.{part}")
-            tables += [f"{part}:", *(f"  {line}" for line in module.summary(data["cases"]))]
+            lines = (f"  {line}" for line in module.summary(data["cases"]))
+            tables[part] = [f"{part}:", *lines]
         overview[part] = {
             "status": record.status,
             "cases": len(data["cases"]),
@@ -232,7 +234,7 @@ def report(args: argparse.Namespace, called: list[str]) -> int:
             "machine": data.get("machine"),
             "source": data["source"],
         }
-    print(*tables, sep="\n")
+    print(*(line for part in IMPORTANCE for line in tables.get(part, ())), sep="\n")
     code = exit_status(args, called)
     print(json.dumps({"ok": code == 0, "parts": overview}))
     return code

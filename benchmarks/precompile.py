@@ -33,6 +33,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from gpu_suite import package_tree
+
 ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE = "triton-cache.tar.xz"
 MANIFEST = "manifest.json"
@@ -122,7 +124,7 @@ def wheels(given: Iterable[Path], folder: Path) -> dict[str, Path]:
     """Triton's wheel by its Python, ``cp312``; downloaded if it is not among those given."""
     found = {}
     for path in given:
-        for wheel in [path] if path.is_file() else path.glob("triton-*.whl"):
+        for wheel in [path] if path.is_file() else path.glob(f"triton-{TRITON}-*.whl"):
             found[wheel.name.split("-")[2]] = wheel
     for python in (tag(f"{sys.version_info[0]}.{sys.version_info[1]}"), tag(PYTHON)):
         if python not in found:
@@ -184,7 +186,7 @@ def compile_all(
 ) -> dict[str, int]:
     """Call the launchers in processes that import another Triton; hits and misses of the cache."""
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join((str(triton), str(Path(__file__).parent), str(ROOT))),
+        "PYTHONPATH": os.pathsep.join((str(triton), str(Path(__file__).parent))),
         "TRITON_CACHE_DIR": str(cache),
         "TRITON_STORE_BINARY_ONLY": "1",
         "CUDA_VISIBLE_DEVICES": "",
@@ -192,23 +194,24 @@ def compile_all(
     }
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, __file__, "compile", "--library", library, "--cases", pattern]
-    running = [
-        subprocess.Popen(
-            [*command, "--share", f"{i}/{processes}"],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        for i in range(processes)
-    ]
     counts = {"hits": 0, "misses": 0}
-    for process in running:
-        said, _ = process.communicate()
-        if process.returncode:
-            raise RuntimeError(f"compiling ended with status {process.returncode}: {said[-2000:]}")
-        for key, value in json.loads(said.splitlines()[-1]).items():
-            counts[key] += value
+    with tempfile.TemporaryDirectory() as folder:
+        environment["PYTHONPATH"] += os.pathsep + str(package_tree(Path(folder)))
+        running = [
+            subprocess.Popen(
+                [*command, "--share", f"{i}/{processes}"],
+                env=environment,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(processes)
+        ]
+        for process in running:
+            said, _ = process.communicate()
+            if process.returncode:
+                raise RuntimeError(f"compiling ended with status {process.returncode}")
+            for key, value in json.loads(said.splitlines()[-1]).items():
+                counts[key] += value
     return counts
 
 
@@ -220,7 +223,6 @@ def compile_share(library: str, share: str, pattern: str) -> dict[str, int]:
     from precompiled_launches import cases, compiling
     from triton.runtime import cache
 
-    assert triton.__version__ == TRITON, f"Triton {triton.__version__} is on the path"
     key = cache.triton_key()
     own = compiler_facts()["libtriton"]
     assert own is not None
