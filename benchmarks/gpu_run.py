@@ -43,6 +43,7 @@ PACKED_BYTES = 15 << 20  # of the tar
 LOG_BYTES = 1 << 20  # the end of each log
 TRAVELS_BYTES = 64 << 20  # the tree and .gpu
 REPORT_SECONDS = 12  # for the table
+MOST_LINES = 20  # of a log, in the output
 GRACE = 3  # seconds between asking a job to end and making it
 SLOW = 6  # a dry run's deadlines are as many times later
 STARTED_FIRST = "smoke"  # the job whose first case decides
@@ -106,7 +107,7 @@ def preparations(places: Places, dry: bool) -> list[Job]:
     sanitizer = ("compute-sanitizer", "--tool", "memcheck", "--target-processes", "all")
     again = Places(places.out, places.work / "sanitizer", places.bundle)
     return [
-        Job("facts", (python, "-m", "gpu_parts.facts", str(places.work / "facts.json")), 40),
+        Job("facts", (python, "-P", "-m", "gpu_parts.facts", str(places.work / "facts.json")), 40),
         Job("cache", (python, str(HERE / "precompile.py"), "unpack"), 20),
         Job("bundle", ("true",) if dry else bundle, 110),
         Job(STARTED_FIRST, suite(places, dry, "kernels", "^smoke"), 80, after=("cache",)),
@@ -348,10 +349,10 @@ class Run:
         """Print the table, within what may be printed in all."""
         lines = [f"\nafter {self.now:.0f} s: {self.places.tar.name}, {mebibytes(self.places.tar)}"]
         lines += self.machine()
-        for name, needed in (("cache", True), ("sanitizer", True), ("check_gpu", False)):
-            if needed or self.ended.get(name, "ok") != "ok":
-                log = self.log(name).read_text() if self.log(name).exists() else ""
-                lines += [f"{name}: {line}" for line in log.splitlines()[-12:]]
+        lines += self.said("cache")
+        lines += self.said("sanitizer", "=========")  # compute-sanitizer's own lines
+        if self.ended.get("check_gpu", "ok") != "ok":
+            lines += self.said("check_gpu")
         command = [sys.executable, str(HERE / "gpu_suite.py"), "--out", str(self.places.work)]
         command += ["--report", *(["--dry-run"] if self.dry else [])]
         left = max(1.0, self.seconds * (SLOW if self.dry else 1) - self.now)
@@ -362,6 +363,13 @@ class Run:
         except subprocess.TimeoutExpired:
             lines.append("no time left for the table; python benchmarks/gpu_suite.py --report")
         self.say(clip(lines, CHARACTERS - self.printed - 100))
+
+    def said(self, job: str, begin: str = "") -> list[str]:
+        """The first lines of a job's log that begin like this; none if it did not run."""
+        if not self.log(job).exists():
+            return []
+        lines = self.log(job).read_text(errors="replace").splitlines()
+        return [f"{job}: {line}" for line in lines if line.startswith(begin)][:MOST_LINES]
 
     def machine(self) -> list[str]:
         """What was measured on, in a line."""

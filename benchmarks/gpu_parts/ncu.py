@@ -40,7 +40,8 @@ def look(context: Context, index: int) -> dict[str, Any]:
     launches = [sys.executable, "-P", "-m", "gpu_parts.ncu", str(index), str(layers)]
     launches += ["dry"] if context.device.dry else []
     output = context.folder / f"ncu-{index}.csv"
-    command = ["ncu", "--clock-control", "none", "--csv", "--log-file", str(output)]
+    command = ["ncu", "--clock-control", "none", "--target-processes", "all"]
+    command += ["--csv", "--log-file", str(output)]
     for section in SECTIONS:
         command += ["--section", section]
     command += ["--kernel-name", f"regex:{KERNEL}", "--launch-count", "1"]
