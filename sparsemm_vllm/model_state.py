@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config import CacheConfig, VllmConfig, get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
@@ -19,6 +19,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from sparsemm_vllm.kv_cache import SparseMMSpec
 from sparsemm_vllm.layer_spec import uses_sparsemm
+from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.masked_heads import mask_layers
 from sparsemm_vllm.patches import install_in_worker
 from sparsemm_vllm.recording import KeptRecorder
@@ -34,12 +35,14 @@ from sparsemm_vllm.step import (
     plan_step,
 )
 from sparsemm_vllm.support import UnsupportedError, build_layout, pruned_layers
+from sparsemm_vllm.triton_kernels.batch import decode_options
 from sparsemm_vllm.warm_up import warm_up
 
 logger = init_logger("vllm.sparsemm")
 
-# Programs of the decode kernel on each multiprocessor: what its registers and shared memory allow.
-PROGRAMS_PER_MULTIPROCESSOR = 2
+# Programs of the decode kernel on each multiprocessor that there is scratch memory for. As many are
+# launched as its registers and shared memory allow, which `warm_up` asks the compiled kernel.
+MOST_PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
 class SparseMMModelState(DefaultModelState):
@@ -220,12 +223,29 @@ def _allocate_state(
         cache_dtype,
         max_requests,
         max_tokens,
-        PROGRAMS_PER_MULTIPROCESSOR * multiprocessors,
+        MOST_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors,
         device,
         KeptRecorder(Path(settings.record_kept), own) if settings.record_kept else None,
         1 + drafts,
         settings.record_attention,
+        model.dtype,
+        _listed_pages(layout, heads, cache_config, model.dtype, cache_dtype, max_tokens),
     )
+
+
+def _listed_pages(
+    layout: CacheLayout,
+    heads: Heads,
+    cache_config: CacheConfig,
+    query_dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    longest: int,
+) -> int:
+    """Head pages of a request at most, if the decode kernel is to look up where they are."""
+    if not decode_options(heads.D, cache_dtype, query_dtype, block_m=16).lists_pages:
+        return 0
+    blocks = layout.most_compact_blocks(longest, cache_config.block_size)
+    return blocks * heads.L * heads.Hkv
 
 
 def _pruned_cache(

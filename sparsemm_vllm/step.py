@@ -3,7 +3,7 @@
 Knows nothing of vLLM; positions that only the device knows stay there.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import numpy as np
@@ -85,11 +85,14 @@ class SparseState:
         cache_dtype: of the KV cache.
         max_requests: that run at once.
         max_tokens: the longest prompt, or the tokens of a step if they are more.
-        programs: to spread decode attention over.
+        max_programs: programs to spread decode attention over, at most; `spread` sets fewer.
         device: where the kernels run.
         recorder: of the kept tokens, if someone wants to know.
         max_decode_queries: rows with more are not taken for decodes.
         recorded_queries: whose attention can be recorded; see `AttentionRecorder`.
+        query_dtype: type of the queries; the cache's if not given, bfloat16 beside fp8.
+        max_pages: head pages of a request at most, if their places are to be listed once; 0 if the
+            decode kernel computes them, see `HeadPages.page_units`.
     """
 
     def __init__(
@@ -100,11 +103,13 @@ class SparseState:
         cache_dtype: torch.dtype,
         max_requests: int,
         max_tokens: int,
-        programs: int,
+        max_programs: int,
         device: torch.device,
         recorder: KeptRecorder | None = None,
         max_decode_queries: int = DECODE_QUERIES,
         recorded_queries: int = 0,
+        query_dtype: torch.dtype | None = None,
+        max_pages: int = 0,
     ) -> None:
         self.layout = layout
         self.own = own
@@ -119,7 +124,7 @@ class SparseState:
         self.compact_blocks = np.zeros(max_requests, dtype=np.int64)
         self.max_kept = np.zeros(max_requests, dtype=np.int64)
         self.seeds = [0] * max_requests
-        self.pages = HeadPages.empty(max_requests, heads.L, heads.Hkv, device)
+        self.pages = HeadPages.empty(max_requests, heads.L, heads.Hkv, device, max_pages)
         self.workspace = PruneWorkspace.allocate(
             max_tokens, heads.Hq, heads.Hkv, layout.window, device
         )
@@ -132,9 +137,9 @@ class SparseState:
             )
         lengths = range(1, self.max_decode_queries + 1)
         tiles = max(-(-q // decode_queries(q, heads.G, max_rows)) for q in lengths)
-        self.buffers = DecodeBuffers.allocate(
-            max_requests * tiles, heads.L, heads.Hkv, heads.D, cache_dtype, programs, device
-        )
+        sizes = max_requests * tiles, heads.L, heads.Hkv, heads.D, cache_dtype, max_programs
+        self.buffers = DecodeBuffers.allocate(*sizes, device, query_dtype)
+        self._programs: dict[int, int] = {}
         self._cache: PrunedCache | None = None
 
     @property
@@ -187,9 +192,18 @@ class SparseState:
         ):
             tensor[index].copy_(torch.from_numpy(values), non_blocking=True)
 
+    def spread(self, block_m: int, programs: int) -> None:
+        """Spread decode batches over this many programs from now on, as far as buffers are there.
+
+        Args:
+            block_m: rows of a query tile, for which the decode kernel is compiled.
+            programs: programs that the device runs at once.
+        """
+        self._programs[block_m] = min(programs, self.buffers.max_programs)
+
     def decode_batch(self, first_row: int, rows: int, max_query_len: int) -> DecodeBatch:
         """Rows for `sparse_decode`, in the persistent buffers."""
-        return DecodeBatch.of(self.buffers, first_row, rows, max_query_len, self.heads.G)
+        return self._batch(self.buffers, first_row, rows, max_query_len)
 
     def long_decode_batch(self, row: int, query_len: int) -> DecodeBatch:
         """A row with more queries than the persistent buffers are made for, in its own ones.
@@ -198,7 +212,16 @@ class SparseState:
         """
         block_q = decode_queries(query_len, self.heads.G, self.buffers.max_rows)
         buffers = self.buffers.for_tiles(-(-query_len // block_q), self.heads.Hkv)
-        return DecodeBatch.of(buffers, row, 1, query_len, self.heads.G)
+        return self._batch(buffers, row, 1, query_len)
+
+    def _batch(
+        self, buffers: DecodeBuffers, first_row: int, rows: int, max_query_len: int
+    ) -> DecodeBatch:
+        units = self.pages.page_units
+        batch = DecodeBatch.of(
+            buffers, first_row, rows, max_query_len, self.heads.G, page_units=units
+        )
+        return replace(batch, programs=self._programs.get(batch.block_m, batch.programs))
 
     def prune(
         self,
@@ -307,6 +330,9 @@ class Step:
                 state.page_size,
                 self.max_query_len,
             )
+        if state.pages.page_units is not None:
+            for prompts in self.prunes:
+                state.ops.list_pages(state.cache.tensor, block_table, prompts, state.pages)
         for batch in self.decodes:
             state.ops.schedule_decode(
                 batch,

@@ -6,6 +6,7 @@ import torch
 
 from sparsemm_vllm.step import SparseState, capture_step
 from sparsemm_vllm.triton_kernels.batch import Prompts
+from sparsemm_vllm.triton_kernels.occupancy import resident_programs
 
 
 def warm_up(state: SparseState, dtype: torch.dtype, block_table: torch.Tensor) -> None:
@@ -30,9 +31,14 @@ def warm_up(state: SparseState, dtype: torch.dtype, block_table: torch.Tensor) -
         ops.window_scores(query, cache[0], block_table, *rest, window, pool_kernel, 1.0, scale)
         ops.select_tokens(*rest, state.pages.lengths[:, 0], window)
         ops.compact_kv(cache, 0, block_table, *rest, state.pages)
+        if state.pages.page_units is not None:
+            ops.list_pages(cache, block_table, prompts, state.pages)
     slots = torch.full((1,), -1, dtype=torch.int64, device=device)
     zero = torch.zeros(2, dtype=torch.int32, device=device)
     for queries in {1, 2, 4, 8, 16, state.max_decode_queries}:
         step = replace(capture_step(state, 1, queries), moves_slots=True)
         step.prepare(slots, slots, block_table, zero, zero, zero[:1].long())
-        ops.sparse_decode(query, cache, 0, block_table, step.decodes[0], query, 1.0, scale, scale)
+        (batch,) = step.decodes
+        kernel = ops.sparse_decode(query, cache, 0, block_table, batch, query, 1.0, scale, scale)
+        if kernel is not None:
+            state.spread(batch.block_m, resident_programs(kernel, device))

@@ -1,6 +1,6 @@
 """Decode attention against torch in float64, and that it touches nothing else."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -10,15 +10,19 @@ from kernel_cases import DEVICE, FP8, TOLERANCE, Paged, bits, head_pages, relati
 
 from sparsemm_vllm.triton_kernels import torch_ops
 from sparsemm_vllm.triton_kernels.batch import (
+    TAIL,
     DecodeBatch,
     DecodeBuffers,
+    Prompts,
+    decode_options,
     decode_queries,
     decode_rows,
-    decode_tokens,
+    query_block,
 )
+from sparsemm_vllm.triton_kernels.list_pages import list_pages
 from sparsemm_vllm.triton_kernels.reference import head_page_slots
 from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
-from sparsemm_vllm.triton_kernels.sparse_decode import launch_options, sparse_decode
+from sparsemm_vllm.triton_kernels.sparse_decode import cache_units, sparse_decode
 
 SCALE = 0.4  # not the default one; sharpens the softmax
 L = 2
@@ -46,6 +50,7 @@ class Requests:
     cache_dtype: torch.dtype | None = None
     padded_rows: int = 1
     block_n: int | None = 16
+    lists_pages: bool = False
     cache: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -95,18 +100,34 @@ class Requests:
                     readable[head_page_slots(self.cache, row, first, kept, N)] = True
         raw[~readable] = poison
 
+    def page_units(self) -> torch.Tensor:
+        """Places of the head pages, by the kernel that writes them when a prompt is pruned."""
+        rows = [(r, r, 0, n) for r, n in enumerate(self.prompts) if self.C[r]]
+        most = max(self.C) * L * self.Hkv + 5
+        units = torch.full((len(self.prompts), most), -(2**30), device=DEVICE).int()
+        pages = replace(self.pages, page_units=units)
+        list_pages(self.cache, self.block_table, Prompts.pack(rows, 0, DEVICE), pages)
+        return units
+
     def batch(self) -> DecodeBatch:
         """The step's rows, scheduled."""
         rows = len(self.prompts) + self.padded_rows
         longest = max(self.query_lens)
         dtype = self.cache.dtype
-        tiles = rows * -(-longest // decode_queries(longest, self.G, decode_rows(self.D, dtype)))
-        buffers = DecodeBuffers.allocate(
-            tiles, L, self.Hkv, self.D, dtype, self.programs, DEVICE, self.block_n
-        )
+        block_q = decode_queries(longest, self.G, decode_rows(self.D, dtype))
+        tiles = rows * -(-longest // block_q)
+        sizes = tiles, L, self.Hkv, self.D, dtype, self.programs + 3
+        buffers = DecodeBuffers.allocate(*sizes, DEVICE, self.dtype)
         buffers.partial.fill_(torch.nan)
         buffers.stats.fill_(torch.nan)
-        batch = DecodeBatch.of(buffers, 0, rows, longest, self.G)
+        buffers.arrived.fill_(7)  # a new schedule sets it to zero
+        options = decode_options(self.D, dtype, self.dtype, query_block(block_q * self.G))
+        if self.block_n is not None:
+            options = replace(options, block_n=self.block_n)
+        units = self.page_units() if self.lists_pages else None
+        batch = DecodeBatch.of(
+            buffers, 0, rows, longest, self.G, self.programs, options, page_units=units
+        )
         ends = torch.tensor([0, *self.query_lens, *[0] * self.padded_rows]).cumsum(0)
         schedule_decode(
             batch,
@@ -208,7 +229,7 @@ def test_a_captured_launch_follows_the_buffers() -> None:
             getattr(buffers, name).copy_(getattr(batch.buffers, name))
         table.zero_()
         table[:3, : requests.block_table.shape[1]] = requests.block_table
-        captured = DecodeBatch(buffers, 0, 4, batch.tiles_per_row, batch.block_q)
+        captured = replace(batch, buffers=buffers)
         expected = torch.full_like(requests.output, torch.nan)
         torch_ops.sparse_decode(requests.query, requests.cache, 1, table, captured, expected, SCALE)
         sparse_decode(requests.query, requests.cache, 1, table, captured, requests.output, SCALE)
@@ -236,15 +257,69 @@ def test_any_requests(data: st.DataObject) -> None:
     ).check()
 
 
+@pytest.mark.parametrize("P", [8, 32])
+@pytest.mark.parametrize("query_lens", [[1, 1, 1], [1, 3, 2]])
+def test_listed_pages(P: int, query_lens: list[int]) -> None:
+    """Places of head pages, looked up instead of computed."""
+    Requests([61, 9, 37], query_lens, [4, 2, 20], P=P, lists_pages=True).check()
+
+
+def test_a_launch_can_be_repeated() -> None:
+    """Whoever combines an item's parts leaves its counter as it was: for the next layer."""
+    requests = mixed(programs=13)
+    batch = requests.batch()
+    arguments = requests.query, requests.cache, 1, requests.block_table, batch
+    outputs = [torch.full_like(requests.output, torch.nan) for _ in range(2)]
+    for output in outputs:
+        sparse_decode(*arguments, output, SCALE)
+        assert (batch.buffers.arrived[: batch.query_tiles * requests.Hkv] == 0).all()
+    assert torch.equal(outputs[0][:6], outputs[1][:6])
+
+
+def test_one_query_a_row_needs_no_causal_mask() -> None:
+    """The kernel leaves it out: with a token more than a row may see, the answer must change."""
+    requests = Requests([61, 9], [1, 1], [4, 2], programs=3)
+    requests.check()
+    before = requests.output.clone()
+    batch = requests.batch()
+    batch.buffers.rows[:, TAIL] -= 1
+    sparse_decode(
+        requests.query, requests.cache, 1, requests.block_table, batch, requests.output, SCALE
+    )
+    assert not torch.allclose(requests.output[:2], before[:2])
+
+
 def test_tiles_fit_the_machine() -> None:
     """Keys and values in flight: two programs share the 163 KiB of an sm_80 multiprocessor."""
     for D in (32, 64, 80, 96, 128, 256):
         for dtype in (torch.float32, torch.bfloat16, FP8):
-            element = torch.empty(0, dtype=dtype).element_size()
-            tile = decode_tokens(D, dtype) * 2 * (1 << (D - 1).bit_length()) * element
-            query = torch.bfloat16 if dtype == FP8 else dtype
-            buffers = max(1, launch_options(16, D, query)["STAGES"] - 3)
-            assert tile * buffers <= 80 * 1024
+            for block_m in (16, 32, 64):
+                query = torch.bfloat16 if dtype == FP8 else dtype
+                options = decode_options(D, dtype, query, block_m)
+                tile = options.block_n * 2 * (1 << (D - 1).bit_length()) * dtype.itemsize
+                buffers = max(1, options.stages - 3)
+                assert tile * buffers <= 80 * 1024
+
+
+@pytest.mark.parametrize(
+    ("shape", "order", "message"),
+    [
+        ((2, 3, 4, 8, 64), (0, 1, 2, 4, 3), "the last 1"),  # channels before tokens
+        ((2, 3, 4, 8, 65), (0, 1, 2, 3, 4), "multiple of 64"),  # cut below
+    ],
+)
+def test_tokens_lie_at_multiples_of_their_size(
+    shape: tuple[int, ...], order: tuple[int, ...], message: str
+) -> None:
+    cache = torch.zeros(shape, device="meta").permute(order)[..., :64]
+    with pytest.raises(ValueError, match=message):
+        cache_units(cache)
+
+
+def test_units_fit_into_32_bits() -> None:
+    cache = torch.empty(64, 2**17 + 1, 16, 16, 64, dtype=FP8, device="meta")
+    with pytest.raises(ValueError, match="32 bits"):
+        cache_units(cache)
 
 
 @pytest.mark.parametrize(

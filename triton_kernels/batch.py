@@ -18,6 +18,10 @@ TILE_ROW, FIRST_QUERY, QUERIES, POSITION, TAIL_START, PROMPT_BLOCKS, COMPACT_BLO
 # Column of `QueryTiles.table` behind the first four of these.
 TARGET = 4
 
+# Beginning and ending an item costs a decode program about as much as reading this many KV tiles:
+# see benchmarks/decode_model.py, which says from which figures.
+SETUP_TILES = 1
+
 OFFSET_ALIGNMENT = 16  # tokens: 16-byte loads of scores begin at multiples of it
 
 
@@ -30,17 +34,33 @@ class HeadPages:
         compact_blocks: `C`, 0 for prompts that are not pruned, int32 ``[max_requests]``.
         lengths: tokens in each head's pages, int32 ``[max_requests, L, Hkv]``.
         first_pages: each head's first head page, int32 ``[max_requests, L, Hkv]``.
+        page_units: where each head page begins in the cache, in units of a token's ``2 * D``
+            elements, int32 ``[max_requests, max_pages]``; written by `list_pages`. None: the decode
+            kernel computes it.
     """
 
     prompt_tokens: torch.Tensor
     compact_blocks: torch.Tensor
     lengths: torch.Tensor
     first_pages: torch.Tensor
+    page_units: torch.Tensor | None = None
 
     @classmethod
-    def empty(cls, max_requests: int, L: int, Hkv: int, device: torch.device) -> "HeadPages":
-        """No request is pruned."""
-        shapes = (max_requests,), (max_requests,), (max_requests, L, Hkv), (max_requests, L, Hkv)
+    def empty(
+        cls, max_requests: int, L: int, Hkv: int, device: torch.device, max_pages: int = 0
+    ) -> "HeadPages":
+        """No request is pruned.
+
+        Args:
+            max_requests: requests that run at once.
+            L: layers.
+            Hkv: KV heads.
+            device: where the kernels run.
+            max_pages: head pages of a request at most, for `page_units`; 0 does without.
+        """
+        shapes = [(max_requests,), (max_requests,), (max_requests, L, Hkv), (max_requests, L, Hkv)]
+        if max_pages:
+            shapes.append((max_requests, max_pages))
         return cls(*(torch.zeros(shape, dtype=torch.int32, device=device) for shape in shapes))
 
 
@@ -145,12 +165,66 @@ def decode_tokens(D: int, dtype: torch.dtype) -> int:
 
     Args:
         D: head size.
-        dtype: of the cache.
+        dtype: type of the cache.
     """
     D = 1 << (D - 1).bit_length()
     if dtype == torch.float32:  # multiplied without tensor cores
         return max(16, 2048 // D)
     return 16 if D > 128 and dtype == torch.float8_e4m3fn else min(128, 8192 // D)
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """How the decode kernel is compiled.
+
+    Attributes:
+        block_n: tokens of a KV tile.
+        stages: pipeline stages of the loop over KV tiles.
+        num_warps: warps of a program.
+        maxnreg: registers of a thread at most.
+        pdl: programmatic dependent launch: programs begin while the kernel before still ends, and
+            wait for it where they read what it wrote. Compute capability 9.0 and up.
+        lists_pages: where head pages begin is computed once, when a prompt is pruned, and read in
+            every step (`HeadPages.page_units`).
+    """
+
+    block_n: int
+    stages: int
+    num_warps: int
+    maxnreg: int = 255
+    pdl: bool = False
+    lists_pages: bool = False
+
+
+def decode_options(
+    D: int, cache_dtype: torch.dtype, query_dtype: torch.dtype, block_m: int
+) -> DecodeOptions:
+    """The options that serving uses; `tune` of the GPU suite tries others.
+
+    `pdl` and `lists_pages` stay off until they have been measured on a device.
+
+    Chosen by the cycles that `benchmarks/sass.py` reads from the machine code, not by measurement.
+    A tile of 16 query rows leaves registers for twice the tokens of `decode_tokens`: what a tile
+    costs whatever its size (barriers, softmax statistics) is paid half as often. Two stages: keys
+    of the next tile are on their way while the values of this one are multiplied, and the other way
+    round; two programs of a multiprocessor have 64 KiB on the way (16 bits, `D` 128), and 4.3 TB/s
+    need 33 KiB. A third stage, for the block numbers, makes the beginning of an item longer than it
+    makes a tile shorter. Where a tile is smaller it is worth it.
+
+    Args:
+        D: head size.
+        cache_dtype: type of the cache.
+        query_dtype: type of the queries.
+        block_m: rows of a query tile, see `query_block`.
+    """
+    tokens = decode_tokens(D, cache_dtype)
+    if query_dtype == torch.float32:
+        return DecodeOptions(tokens, stages=2, num_warps=8)
+    if block_m > 16:
+        return DecodeOptions(tokens, stages=3, num_warps=8)
+    if D > 128 or cache_dtype == torch.float8_e4m3fn:  # converted, fp8 values need registers too
+        return DecodeOptions(tokens, stages=3, num_warps=4)
+    return DecodeOptions(min(128, 2 * tokens), stages=2, num_warps=4)
 
 
 def decode_rows(D: int, dtype: torch.dtype) -> int:
@@ -181,15 +255,12 @@ def padded_queries(G: int, window: int) -> int:
 
 
 def _empty_schedule(
-    max_query_tiles: int, L: int, Hkv: int, programs: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The first four tensors of `DecodeBuffers`, for a schedule in which nothing is to be read."""
+    max_query_tiles: int, L: int, Hkv: int, max_programs: int, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """The tensors of `DecodeBuffers` that are a schedule's own; nothing is to be read."""
     items = max_query_tiles * Hkv
-
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device=device)
-
-    return zeros(max_query_tiles, 8), zeros(L, items, 2), zeros(L, items + 1), zeros(L, programs)
+    shapes = (max_query_tiles, 8), (L, items, 2), (L, items + 1), (L, max_programs), (items,)
+    return tuple(torch.zeros(shape, dtype=torch.int32, device=device) for shape in shapes)
 
 
 @dataclass(frozen=True)
@@ -197,30 +268,36 @@ class DecodeBuffers:
     """How decode attention is spread over the device, rewritten every step.
 
     A *query tile* is up to `block_q` queries of one request; an *item* is a query tile and a KV
-    head, ``item = query_tile * Hkv + head``; its tokens are read in *KV tiles* of `block_n`. Equal
-    shares of a layer's KV tiles go to `programs` programs, whatever items they belong to.
+    head, ``item = query_tile * Hkv + head``; its tokens are read in *KV tiles*. The work of an item
+    is its KV tiles and `SETUP_TILES` more, for what it costs to begin and to end it. Equal shares
+    of a layer's work go to the programs of a launch, whatever items they belong to.
 
     Attributes:
         rows: int32 ``[max_query_tiles, 8]``: of each query tile its row in the block table, its
             first query in the step's, how many, the position of the first, the first position of
             the tail, `N`, `C`, and the tokens of the tail that it sees.
         items: tokens in the head pages of each item, and its first head page, int32
-            ``[L, max_items, 2]``.
-        first_tile: KV tiles of the items before each, and of all, int32 ``[L, max_items + 1]``.
-        first_item: item at which each program begins, int32 ``[L, programs]``.
+            ``[L, max_items, 2]``; with `HeadPages.page_units` the latter's place in all of them.
+        first_tile: work of the items before each, and of all, int32 ``[L, max_items + 1]``.
+        first_item: item at which each program begins, int32 ``[L, max_programs]``.
+        arrived: programs that have finished their part of an item, int32 ``[max_items]``; zero
+            between two launches.
         partial: unfinished outputs, of a program's first and last item, float32
-            ``[programs, 2, max_rows, D]``.
-        stats: maximum and sum of their softmax, float32 ``[programs, 2, max_rows, 2]``.
-        block_n: tokens of a KV tile.
+            ``[max_programs, 2, max_rows, D]``.
+        stats: maximum and sum of their softmax, float32 ``[max_programs, 2, max_rows, 2]``.
+        cache_dtype: type of the cache.
+        query_dtype: type of the queries.
     """
 
     rows: torch.Tensor
     items: torch.Tensor
     first_tile: torch.Tensor
     first_item: torch.Tensor
+    arrived: torch.Tensor
     partial: torch.Tensor
     stats: torch.Tensor
-    block_n: int
+    cache_dtype: torch.dtype
+    query_dtype: torch.dtype
 
     @classmethod
     def allocate(
@@ -229,10 +306,10 @@ class DecodeBuffers:
         L: int,
         Hkv: int,
         D: int,
-        dtype: torch.dtype,
-        programs: int,
+        cache_dtype: torch.dtype,
+        max_programs: int,
         device: torch.device,
-        block_n: int | None = None,
+        query_dtype: torch.dtype | None = None,
     ) -> "DecodeBuffers":
         """Buffers of a schedule in which nothing is to be read.
 
@@ -241,24 +318,28 @@ class DecodeBuffers:
             L: layers.
             Hkv: KV heads.
             D: head size.
-            dtype: of the cache.
-            programs: that share the work.
+            cache_dtype: type of the cache.
+            max_programs: programs of a launch at most.
             device: where the kernels run.
-            block_n: tokens of a KV tile; `decode_tokens` if not given.
+            query_dtype: type of the queries; the cache's if not given, bfloat16 beside fp8.
         """
-        max_rows = decode_rows(D, dtype)
+        if query_dtype is None:
+            query_dtype = torch.bfloat16 if cache_dtype == torch.float8_e4m3fn else cache_dtype
+        max_rows = decode_rows(D, cache_dtype)
         return cls(
-            *_empty_schedule(max_query_tiles, L, Hkv, programs, device),
-            torch.empty(programs, 2, max_rows, D, device=device),
-            torch.empty(programs, 2, max_rows, 2, device=device),
-            block_n or decode_tokens(D, dtype),
+            *_empty_schedule(max_query_tiles, L, Hkv, max_programs, device),
+            torch.empty(max_programs, 2, max_rows, D, device=device),
+            torch.empty(max_programs, 2, max_rows, 2, device=device),
+            cache_dtype,
+            query_dtype,
         )
 
     def for_tiles(self, max_query_tiles: int, Hkv: int) -> "DecodeBuffers":
         """Buffers of another schedule, which shares the scratch memory with this one."""
         L, device = self.items.shape[0], self.rows.device
-        schedule = _empty_schedule(max_query_tiles, L, Hkv, self.programs, device)
-        return DecodeBuffers(*schedule, self.partial, self.stats, self.block_n)
+        schedule = _empty_schedule(max_query_tiles, L, Hkv, self.max_programs, device)
+        scratch = self.partial, self.stats, self.cache_dtype, self.query_dtype
+        return DecodeBuffers(*schedule, *scratch)
 
     @property
     def max_rows(self) -> int:
@@ -266,8 +347,8 @@ class DecodeBuffers:
         return self.partial.shape[2]
 
     @property
-    def programs(self) -> int:
-        """Programs of a decode launch."""
+    def max_programs(self) -> int:
+        """Programs of a decode launch at most."""
         return self.first_item.shape[1]
 
 
@@ -281,6 +362,10 @@ class DecodeBatch:
         rows: how many.
         tiles_per_row: query tiles of a row.
         block_q: queries of a tile.
+        block_m: rows of a query tile: its queries times the query heads of a KV head, padded.
+        programs: programs of a launch.
+        options: how the kernel is compiled.
+        page_units: see `HeadPages`.
     """
 
     buffers: DecodeBuffers
@@ -288,6 +373,10 @@ class DecodeBatch:
     rows: int
     tiles_per_row: int
     block_q: int
+    block_m: int
+    programs: int
+    options: DecodeOptions
+    page_units: torch.Tensor | None = None
 
     @property
     def query_tiles(self) -> int:
@@ -296,19 +385,48 @@ class DecodeBatch:
 
     @classmethod
     def of(
-        cls, buffers: DecodeBuffers, first_row: int, rows: int, max_query_len: int, G: int
+        cls,
+        buffers: DecodeBuffers,
+        first_row: int,
+        rows: int,
+        max_query_len: int,
+        G: int,
+        programs: int | None = None,
+        options: DecodeOptions | None = None,
+        page_units: torch.Tensor | None = None,
     ) -> "DecodeBatch":
         """Rows of up to `max_query_len` queries each.
+
+        Args:
+            buffers: where the schedule is written.
+            first_row: the first of the rows in the step's batch.
+            rows: how many.
+            max_query_len: queries of a row at most.
+            G: query heads of a KV head.
+            programs: programs of a launch; as many as the buffers hold if not given.
+            options: how the kernel is compiled; `decode_options` if not given.
+            page_units: see `HeadPages`.
 
         Raises:
             ValueError: if the buffers are too small, or `G` is too large.
         """
         block_q = decode_queries(max_query_len, G, buffers.max_rows)
-        batch = cls(buffers, first_row, rows, -(-max_query_len // block_q), block_q)
+        block_q = max(1, min(block_q, max_query_len))
+        block_m = query_block(block_q * G)
+        if options is None:
+            D = buffers.partial.shape[3]
+            options = decode_options(D, buffers.cache_dtype, buffers.query_dtype, block_m)
+        programs = programs or buffers.max_programs
+        tiles = -(-max_query_len // block_q)
+        batch = cls(
+            buffers, first_row, rows, tiles, block_q, block_m, programs, options, page_units
+        )
         if batch.query_tiles > buffers.rows.shape[0]:
             raise ValueError(
                 f"{batch.query_tiles} query tiles, but the buffers hold {buffers.rows.shape[0]}"
             )
+        if programs > buffers.max_programs:
+            raise ValueError(f"{programs} programs, but the buffers hold {buffers.max_programs}")
         return batch
 
 

@@ -1,16 +1,28 @@
-"""Spreads a step's decode attention evenly over the device, by tokens and not by heads."""
+"""Spreads a step's decode attention evenly over the device, by what it costs, not by heads."""
 
 import torch
 import triton
 import triton.language as tl
 
-from .batch import DecodeBatch, HeadPages
+from .batch import SETUP_TILES, DecodeBatch, HeadPages
 
+# Items, and programs, that a layer's program counts at a time. One an own thread: the time of a
+# step's schedule is that of a few dependent loads for each block of items.
 BLOCK_ITEMS = 1024
+BLOCK_PROGRAMS = 512
+NUM_WARPS = 16
 
 
 @triton.jit(
-    do_not_specialize=["first_row", "num_items", "num_requests", "tiles_per_row", "block_q"]
+    do_not_specialize=[
+        "first_row",
+        "num_items",
+        "num_requests",
+        "tiles_per_row",
+        "block_q",
+        "programs",
+        "max_pages",
+    ]
 )
 def _schedule_decode(
     query_start_ptr,
@@ -24,10 +36,12 @@ def _schedule_decode(
     items_ptr,
     first_tile_ptr,
     first_item_ptr,
+    arrived_ptr,
     stride_request,
     stride_layer,
     stride_head,
     stride_items,
+    stride_programs,
     first_row,
     num_items,
     num_requests,
@@ -35,8 +49,10 @@ def _schedule_decode(
     page_size,
     tiles_per_row,
     block_q,
+    programs,
+    max_pages,
     Hkv: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    SETUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_ITEMS: tl.constexpr,
     BLOCK_PROGRAMS: tl.constexpr,
@@ -45,7 +61,7 @@ def _schedule_decode(
     items_ptr += layer.to(tl.int64) * 2 * stride_items
     first_tile_ptr += layer.to(tl.int64) * (stride_items + 1)
 
-    # Each item's KV tiles, summed up.
+    # Each item's KV tiles, and its set-up, summed up.
     total = 0
     tl.store(first_tile_ptr, 0)
     for block in range(0, num_items, BLOCK_ITEMS):
@@ -74,12 +90,14 @@ def _schedule_decode(
         position = computed + skipped
         tail = tl.where(queries > 0, position + queries - tail_start, 0)
         tokens = tl.where(queries > 0, kept + tail, 0)
-        tiles = (tokens + BLOCK_N - 1) // BLOCK_N
+        tiles = tl.where(tokens > 0, SETUP + (tokens + BLOCK_N - 1) // BLOCK_N, 0)
 
         tl.store(first_tile_ptr + 1 + item, total + tl.cumsum(tiles), inside)
         total += tl.sum(tiles)
         tl.store(items_ptr + 2 * item, kept, inside)
-        tl.store(items_ptr + 2 * item + 1, first_page, inside)
+        tl.store(items_ptr + 2 * item + 1, request.to(tl.int32) * max_pages + first_page, inside)
+        # Zero already, unless a sleeping engine has lost its memory.
+        tl.store(arrived_ptr + item, 0, inside & (layer == 0))
         once = inside & (layer == 0) & (head == 0)
         out_ptr = rows_ptr + 8 * query_tile
         tl.store(out_ptr, row, once)
@@ -93,19 +111,21 @@ def _schedule_decode(
 
     # Where each program begins: the last item with no more tiles before it than its own first one.
     tl.debug_barrier()
-    program = tl.arange(0, BLOCK_PROGRAMS)
-    begin = program * tl.cdiv(total, PROGRAMS)
-    low = tl.zeros_like(program)  # items that end at or before `begin`, counted by bisection
-    high = tl.zeros_like(program) + num_items
-    size = num_items
-    while size > 0:
-        middle = (low + high) // 2
-        ends = tl.load(first_tile_ptr + 1 + middle, low < high, 0)
-        before = ends <= begin
-        low = tl.where((low < high) & before, middle + 1, low)
-        high = tl.where((low < high) & ~before, middle, high)
-        size = size // 2
-    tl.store(first_item_ptr + layer * PROGRAMS + program, low, program < PROGRAMS)
+    share = tl.cdiv(total, programs)
+    for block in range(0, programs, BLOCK_PROGRAMS):
+        program = block + tl.arange(0, BLOCK_PROGRAMS)
+        begin = program * share
+        low = tl.zeros_like(program)  # items that end at or before `begin`, counted by bisection
+        high = tl.zeros_like(program) + num_items
+        size = num_items
+        while size > 0:
+            middle = (low + high) // 2
+            ends = tl.load(first_tile_ptr + 1 + middle, low < high, 0)
+            before = ends <= begin
+            low = tl.where((low < high) & before, middle + 1, low)
+            high = tl.where((low < high) & ~before, middle, high)
+            size = size // 2
+        tl.store(first_item_ptr + layer * stride_programs + program, low, program < programs)
 
 
 def schedule_decode(
@@ -121,8 +141,9 @@ def schedule_decode(
 
     A row is attended to as pruned if its request is and its prompt has been computed; only the
     device knows that, as it alone knows how many draft tokens were accepted. The decomposition is
-    stream-K's: equal shares of the KV tiles for all programs, cut wherever they end. Source: Osama
-    et al., https://arxiv.org/abs/2301.03598; for attention Sanovar et al.,
+    stream-K's: equal shares of the work for all programs, cut wherever they end; work is KV tiles
+    and a part for each item, see `DecodeBuffers`. Source: Osama et al.,
+    https://arxiv.org/abs/2301.03598; for attention Sanovar et al.,
     https://arxiv.org/abs/2405.10480.
 
     Args:
@@ -140,7 +161,6 @@ def schedule_decode(
     """
     buffers = batch.buffers
     L, Hkv = pages.lengths.shape[1:]
-    programs = buffers.programs
     if query_start.dtype != torch.int32 or seq_lens.dtype != torch.int32:
         raise ValueError("query_start and seq_lens must be int32")
     if buffers.items.shape[:2] != (L, buffers.rows.shape[0] * Hkv):
@@ -166,8 +186,10 @@ def schedule_decode(
         buffers.items,
         buffers.first_tile,
         buffers.first_item,
+        buffers.arrived,
         *pages.lengths.stride(),
         buffers.items.shape[1],
+        buffers.max_programs,
         batch.first_row,
         batch.query_tiles * Hkv,
         len(requests),
@@ -175,9 +197,12 @@ def schedule_decode(
         page_size,
         batch.tiles_per_row,
         batch.block_q,
+        batch.programs,
+        0 if batch.page_units is None else batch.page_units.shape[1],
         Hkv=Hkv,
-        PROGRAMS=programs,
-        BLOCK_N=buffers.block_n,
+        SETUP=SETUP_TILES,
+        BLOCK_N=batch.options.block_n,
         BLOCK_ITEMS=BLOCK_ITEMS,
-        BLOCK_PROGRAMS=triton.next_power_of_2(programs),
+        BLOCK_PROGRAMS=BLOCK_PROGRAMS,
+        num_warps=NUM_WARPS,
     )

@@ -1,36 +1,81 @@
 """Attention of generated tokens over pruned and unpruned requests, one kernel for both.
 
-Per layer it moves the kept keys and values once, ``2 * D`` elements a token and KV head, and
-computes ``4 * D * G`` FLOP a query for each: with 16-bit elements `G * Q` FLOP a byte, far below
-what a GPU needs to be busy computing (H200: 180). So bandwidth is all that counts: every program
-streams the same number of KV tiles, and rows of queries that pad a tile to 16 cost nothing.
+What a layer costs:
+
+* **Bytes**: the kept keys and values once, ``2 * D`` elements a token and KV head, and ``4 * D * G``
+  FLOP a query for each. With 16-bit elements that is `G * Q` FLOP a byte, far below what a GPU
+  needs to be busy computing (H200: 180). Rows of queries that pad a tile to 16 cost nothing.
+* **Instructions**: a KV tile of 128 tokens is 64 KiB (16 bits, `D` 128) and some 430 instructions
+  of each warp, most of them addresses. Long heads are bound by bytes only if these are few.
+* **Beginnings**: a program that begins an item waits for its schedule, then for its query and block
+  numbers, then for its first tile. At the end it stores a result. Together that takes about as
+  long as a tile. With a budget of 256 tokens the median head keeps some 70, one tile: there the
+  beginnings cost more than the bytes.
+
+So every program gets the same amount of work, counted in tiles and beginnings of items, wherever
+the heads end; what several programs share is combined by the last of them that has finished.
+`benchmarks/decode_model.py` puts numbers to it.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .batch import DecodeBatch, query_block
+from .batch import SETUP_TILES, DecodeBatch
 
 
-def launch_options(block_m: int, D: int, dtype: torch.dtype) -> dict[str, int]:
-    """Warps, registers and pipeline stages: the compiler may use what a program can have.
+@triton.jit
+def _combine_parts(
+    partial_ptr,
+    stats_ptr,
+    first_program,
+    last_program,
+    rows,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """An item's output ``[BLOCK_R, BLOCK_D]`` from what all of its programs have stored.
 
-    Five stages: a tile's block numbers, the addresses made of them, two tiles in flight, one in
-    use. With three a tile is fetched while other programs compute.
-
-    Args:
-        block_m: rows of a query tile.
-        D: head size.
-        dtype: of the queries.
+    As many parts at a time as registers hold, each in slots of its own, which are summed up at the
+    end: what counts is how many loads are on their way.
     """
-    if dtype == torch.float32:
-        return {"num_warps": 8, "maxnreg": 255, "STAGES": 2}
-    return {
-        "num_warps": 8 if block_m > 16 else 4,
-        "maxnreg": 255,
-        "STAGES": 3 if D > 128 else 5,
-    }
+    PARTS: tl.constexpr = max(1, min(16, 8192 // (BLOCK_R * BLOCK_D)))
+    SLOTS: tl.constexpr = PARTS * BLOCK_R
+    slot, d = tl.arange(0, SLOTS), tl.arange(0, BLOCK_D)
+    row = slot % BLOCK_R
+    m = tl.full([SLOTS], float("-inf"), tl.float32)
+    norm = tl.zeros([SLOTS], tl.float32)
+    acc = tl.zeros([SLOTS, BLOCK_D], tl.float32)
+    for begin in range(first_program, last_program + 1, PARTS):
+        program = begin + slot // BLOCK_R
+        there = (program <= last_program) & (row < rows)
+        # The item is the last one of its first program, and the first one of the others.
+        part = program * 2 + (program == first_program).to(tl.int32)
+        part_row = part * ROWS + row
+        # Others wrote this during the launch: past the multiprocessor's own cache.
+        m_ptr = stats_ptr + part_row * 2
+        part_m = tl.load(m_ptr, there, float("-inf"), cache_modifier=".cg")
+        part_norm = tl.load(m_ptr + 1, there, 0.0, cache_modifier=".cg")
+        acc_ptr = partial_ptr + part_row[:, None] * D + d[None, :]
+        mask = there[:, None] & (d < D)[None, :]
+        part_acc = tl.load(acc_ptr, mask, 0.0, cache_modifier=".cg")
+        m_new = tl.maximum(m, part_m)
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha, beta = tl.exp2(m - shift), tl.exp2(part_m - shift)
+        norm = norm * alpha + part_norm * beta
+        acc = acc * alpha[:, None] + part_acc * beta[:, None]
+        m = m_new
+    if PARTS > 1:
+        m = tl.reshape(m, (PARTS, BLOCK_R))
+        top = tl.max(m, 0)
+        weight = tl.exp2(m - tl.where(top == float("-inf"), 0.0, top)[None, :])
+        norm = tl.sum(tl.reshape(norm, (PARTS, BLOCK_R)) * weight, 0)
+        acc = tl.sum(tl.reshape(acc, (PARTS, BLOCK_R, BLOCK_D)) * weight[:, :, None], 0)
+    return acc / tl.where(norm == 0, 1.0, norm)[:, None]  # rows that have seen nothing
 
 
 @triton.jit(do_not_specialize=["layer", "num_items"])
@@ -38,6 +83,7 @@ def _sparse_decode(
     query_ptr,
     cache_ptr,
     block_table_ptr,
+    page_units_ptr,
     output_ptr,
     k_scale_ptr,
     v_scale_ptr,
@@ -45,6 +91,7 @@ def _sparse_decode(
     items_ptr,
     first_tile_ptr,
     first_item_ptr,
+    arrived_ptr,
     partial_ptr,
     stats_ptr,
     layer,
@@ -60,29 +107,34 @@ def _sparse_decode(
     stride_cp,
     stride_table,
     stride_items,
+    stride_programs,
     L: tl.constexpr,
     Hkv: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     P: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     ROWS: tl.constexpr,
+    SETUP: tl.constexpr,
     HAS_K_SCALE: tl.constexpr,
     HAS_V_SCALE: tl.constexpr,
+    HAS_PAGE_UNITS: tl.constexpr,
+    ONE_QUERY: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     program = tl.program_id(0)
     items_ptr += layer.to(tl.int64) * 2 * stride_items
     first_tile_ptr += layer.to(tl.int64) * (stride_items + 1)
     total = tl.load(first_tile_ptr + num_items)
-    share = tl.cdiv(total, PROGRAMS)
+    share = tl.cdiv(total, tl.num_programs(0))
     tile = program * share
     last = tl.minimum(tile + share, total)
-    item = tl.load(first_item_ptr + layer * PROGRAMS + program)
+    item = tl.load(first_item_ptr + layer * stride_programs + program)
 
     scale = softmax_scale * 1.4426950408889634  # exp2 instead of exp
     if HAS_K_SCALE:
@@ -91,9 +143,11 @@ def _sparse_decode(
     d = tl.arange(0, BLOCK_D)
     in_head = d < D
     token = tl.arange(0, BLOCK_N)
+    # Strides of the cache are in units of a token's 2 * D elements: 32 bits hold every sum.
+    PAGES: tl.constexpr = L * Hkv  # of a block, in all layers
 
     while tile < last:
-        begin = tl.load(first_tile_ptr + item)
+        begin = tl.load(first_tile_ptr + item) + SETUP  # its first KV tile
         end = tl.load(first_tile_ptr + item + 1)
         kept = tl.load(items_ptr + 2 * item)
         first_page = tl.load(items_ptr + 2 * item + 1)
@@ -107,137 +161,140 @@ def _sparse_decode(
         compact_blocks = tl.load(row_ptr + 6)
         tokens = kept + tl.load(row_ptr + 7)
         head = item % Hkv
-        table_ptr = block_table_ptr + batch_row * stride_table
 
-        # All query heads of the group are rows of one tile.
-        q_index = m_row // G
-        q_head = head * G + m_row % G
-        q_valid = q_index < queries
-        q_offset = (first_query + q_index)[:, None] * stride_qt + q_head[:, None] * stride_qh
-        q_mask = q_valid[:, None] & in_head[None, :]
-        q = tl.load(query_ptr + q_offset + d[None, :], q_mask, 0.0)
-        q_position = position + q_index
-
-        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        norm = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        first = tl.maximum(tile, begin)
         stop = tl.minimum(end, last)
-        for i in tl.range(tile - begin, stop - begin, num_stages=STAGES):
-            t = i * BLOCK_N + token
-            held = t < kept
-            valid = t < tokens
-            # A kept token lies in a head page, the others where their position says.
-            page = first_page + t // P
-            place = tail_start + t - kept
-            entry = place // P
-            entry += tl.where(entry < prompt_blocks, 0, compact_blocks)
-            entry = tl.where(held, prompt_blocks + page // (L * Hkv), entry)
-            block = tl.load(table_ptr + entry, valid, 0).to(tl.int64)
-            slot = tl.where(held, t % P, place % P)
-            in_layer = tl.where(held, page // Hkv % L, layer)
-            in_block = tl.where(held, page % Hkv, head)
-            offset = block * stride_cb + in_layer.to(tl.int64) * stride_cl
-            offset += in_block * stride_ch + slot * stride_cp
-            kv_ptr = cache_ptr + offset[:, None] + d[None, :]
-            kv_mask = valid[:, None] & in_head[None, :]
+        if first < stop:
+            table_ptr = block_table_ptr + batch_row * stride_table
+            tail_unit = layer * stride_cl + head * stride_ch
 
-            k = tl.load(kv_ptr, kv_mask, 0.0).to(q.dtype)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            seen = valid[None, :] & (held[None, :] | (place[None, :] <= q_position[:, None]))
-            s = tl.where(seen, s, float("-inf"))
-            m_new = tl.maximum(m, tl.max(s, 1))
-            shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # rows that have seen nothing
-            p = tl.exp2(s - shift[:, None])
-            alpha = tl.exp2(m - shift)
-            norm = norm * alpha + tl.sum(p, 1)
-            # Transposed and back: fp8 values would else be loaded 8 bytes at a time.
-            v = tl.trans(tl.trans(tl.load(kv_ptr + D, kv_mask, 0.0)).to(q.dtype))
-            acc = tl.dot(p.to(q.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-            m = m_new
+            # All query heads of the group are rows of one tile.
+            q_index = m_row // G
+            q_head = head * G + m_row % G
+            q_valid = q_index < queries
+            q_offset = (first_query + q_index)[:, None] * stride_qt + q_head[:, None] * stride_qh
+            q_mask = q_valid[:, None] & in_head[None, :]
+            if PDL:  # what the kernel before wrote: queries, and the newest keys and values
+                tl.extra.cuda.gdc_wait()
+            q = tl.load(query_ptr + q_offset + d[None, :], q_mask, 0.0)
+            q_position = position + q_index
 
-        if (begin >= program * share) & (end <= last):  # the whole item
-            if end > begin:
-                out = acc / tl.where(norm == 0, 1.0, norm)[:, None]  # padded rows have seen nothing
+            m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            norm = tl.zeros([BLOCK_M], tl.float32)
+            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            for i in tl.range(first - begin, stop - begin, num_stages=STAGES):
+                # Past the end the last token is read again, and not seen: loads need no mask.
+                t = tl.minimum(i * BLOCK_N + token, tokens - 1)
+                valid = i * BLOCK_N + token < tokens
+                held = t < kept
+                # A kept token lies in a head page, the others where their position says. Unsigned:
+                # dividing by a power of two is then one instruction.
+                place = t + (tail_start - kept)
+                slot = (tl.where(held, t, place).to(tl.uint32) % P).to(tl.int32)
+                page = (t.to(tl.uint32) // P).to(tl.int32) + first_page
+                entry = (place.to(tl.uint32) // P).to(tl.int32)
+                entry += tl.where(entry < prompt_blocks, 0, compact_blocks)
+                if HAS_PAGE_UNITS:
+                    place_ptr = tl.where(held, page_units_ptr + page, table_ptr + entry)
+                    found = tl.load(place_ptr)
+                    unit = tl.where(held, found, found * stride_cb + tail_unit)
+                else:
+                    page = page.to(tl.uint32)
+                    in_block = page % PAGES
+                    held_entry = prompt_blocks + (page // PAGES).to(tl.int32)
+                    block = tl.load(table_ptr + tl.where(held, held_entry, entry))
+                    held_unit = (in_block // Hkv).to(tl.int32) * stride_cl
+                    held_unit += (in_block % Hkv).to(tl.int32) * stride_ch
+                    unit = tl.where(held, held_unit, tail_unit) + block * stride_cb
+                offset = (unit + slot * stride_cp).to(tl.int64) * (2 * D)
+                kv_ptr = cache_ptr + offset[:, None] + d[None, :]
+                if D == BLOCK_D:
+                    k = tl.load(kv_ptr).to(q.dtype)
+                else:
+                    k = tl.load(kv_ptr, in_head[None, :], 0.0).to(q.dtype)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+                seen = valid[None, :]
+                if not ONE_QUERY:  # the only query of a tile sees all of its tokens
+                    seen &= held[None, :] | (place[None, :] <= q_position[:, None])
+                s = tl.where(seen, s, float("-inf"))
+                m_new = tl.maximum(m, tl.max(s, 1))
+                shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # rows that have seen nothing
+                p = tl.exp2(s - shift[:, None])
+                alpha = tl.exp2(m - shift)
+                norm = norm * alpha + tl.sum(p, 1)
+                # Transposed and back: fp8 values would else be loaded 8 bytes at a time.
+                if D == BLOCK_D:
+                    v = tl.load(kv_ptr + D)
+                else:
+                    v = tl.load(kv_ptr + D, in_head[None, :], 0.0)
+                v = tl.trans(tl.trans(v).to(q.dtype))
+                acc = tl.dot(p.to(q.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+                m = m_new
+
+            if (first == begin) & (stop == end):  # the whole item
+                out = acc / tl.where(norm == 0, 1.0, norm)[:, None]  # rows that have seen nothing
                 if HAS_V_SCALE:
                     out *= tl.load(v_scale_ptr)
-                o_offset = (first_query + q_index)[:, None] * stride_ot + q_head[
-                    :, None
-                ] * stride_oh
+                o_offset = (first_query + q_index)[:, None] * stride_ot
+                o_offset += q_head[:, None] * stride_oh
                 tl.store(output_ptr + o_offset + d[None, :], out, q_mask)
-        else:
-            part = program * 2 + (begin >= program * share).to(tl.int32)
-            part_row = part.to(tl.int64) * ROWS + m_row
-            tl.store(partial_ptr + part_row[:, None] * D + d[None, :], acc, q_mask)
-            tl.store(stats_ptr + part_row * 2, m, q_valid)
-            tl.store(stats_ptr + part_row * 2 + 1, norm, q_valid)
+            else:
+                part = program * 2 + (first == begin).to(tl.int32)
+                part_row = part.to(tl.int64) * ROWS + m_row
+                tl.store(partial_ptr + part_row[:, None] * D + d[None, :], acc, q_mask)
+                tl.store(stats_ptr + part_row * 2, m, q_valid)
+                tl.store(stats_ptr + part_row * 2 + 1, norm, q_valid)
+                first_program = begin // share
+                last_program = (end - 1) // share
+                tl.debug_barrier()  # all of this is stored before the program says so
+                earlier = tl.atomic_add(arrived_ptr + item, 1, sem="acq_rel")
+                if earlier == last_program - first_program:
+                    tl.store(arrived_ptr + item, 0)  # for the next layer
+                    out = _combine_parts(
+                        partial_ptr,
+                        stats_ptr,
+                        first_program,
+                        last_program,
+                        queries * G,
+                        D,
+                        ROWS,
+                        BLOCK_R,
+                        BLOCK_D,
+                    )
+                    if HAS_V_SCALE:
+                        out *= tl.load(v_scale_ptr)
+                    r = tl.arange(0, BLOCK_R)
+                    o_offset = (first_query + r // G)[:, None] * stride_ot
+                    o_offset += (head * G + r % G)[:, None] * stride_oh
+                    o_mask = (r < queries * G)[:, None] & in_head[None, :]
+                    tl.store(output_ptr + o_offset + d[None, :], out, o_mask)
         tile = stop
         item += 1
 
 
-@triton.jit(do_not_specialize=["layer", "num_items"])
-def _combine(
-    output_ptr,
-    v_scale_ptr,
-    rows_ptr,
-    first_tile_ptr,
-    partial_ptr,
-    stats_ptr,
-    layer,
-    num_items,
-    stride_ot,
-    stride_oh,
-    stride_items,
-    Hkv: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    ROWS: tl.constexpr,
-    HAS_V_SCALE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    item = tl.program_id(0)
-    first_tile_ptr += layer.to(tl.int64) * (stride_items + 1)
-    begin = tl.load(first_tile_ptr + item)
-    end = tl.load(first_tile_ptr + item + 1)
-    share = tl.cdiv(tl.load(first_tile_ptr + num_items), PROGRAMS)
-    if end == begin:
-        return
-    first = begin // share
-    last = (end - 1) // share
-    if first == last:
-        return
+def cache_units(cache: torch.Tensor) -> tuple[int, int, int, int]:
+    """Strides of the cache's layers, blocks, heads and tokens, in units of a token's elements.
 
-    row_ptr = rows_ptr + 8 * (item // Hkv)
-    first_query = tl.load(row_ptr + 1).to(tl.int64)
-    queries = tl.load(row_ptr + 2)
-    m_row = tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
-    q_index = m_row // G
-    q_head = item % Hkv * G + m_row % G
-    q_valid = q_index < queries
-    mask = q_valid[:, None] & (d < D)[None, :]
+    Args:
+        cache: ``[L, B, Hkv, P, 2 * D]``.
 
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    norm = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for program in range(first, last + 1):
-        # The item is the last one of its first program, and the first one of the others.
-        part_row = (program * 2 + (program == first).to(tl.int32)).to(tl.int64) * ROWS + m_row
-        part_m = tl.load(stats_ptr + part_row * 2, q_valid, 0.0)
-        part_norm = tl.load(stats_ptr + part_row * 2 + 1, q_valid, 0.0)
-        part = tl.load(partial_ptr + part_row[:, None] * D + d[None, :], mask, 0.0)
-        m_new = tl.maximum(m, part_m)
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha, beta = tl.exp2(m - shift), tl.exp2(part_m - shift)
-        norm = norm * alpha + part_norm * beta
-        acc = acc * alpha[:, None] + part * beta[:, None]
-        m = m_new
-    out = acc / tl.where(norm == 0, 1.0, norm)[:, None]  # padded rows have seen nothing
-    if HAS_V_SCALE:
-        out *= tl.load(v_scale_ptr)
-    offset = (first_query + q_index)[:, None] * stride_ot + q_head[:, None] * stride_oh
-    tl.store(output_ptr + offset + d[None, :], out, mask)
+    Raises:
+        ValueError: if a token's keys and values do not lie side by side at a multiple of their
+            size, or if 32 bits do not hold the cache's units.
+    """
+    width = cache.shape[4]
+    strides = cache.stride()
+    if strides[4] != 1 or any(stride % width for stride in strides[:4]):
+        raise ValueError(
+            f"strides {list(strides)} of a cache {list(cache.shape)} [L, B, Hkv, P, 2 * D]: each "
+            f"but the last must be a multiple of {width}, the last 1"
+        )
+    last = sum(
+        (size - 1) * (step // width) for size, step in zip(cache.shape, strides, strict=True)
+    )
+    if last >= 2**31:
+        raise ValueError(f"a cache of {last} tokens times heads: 32 bits do not hold them")
+    return tuple(stride // width for stride in strides[:4])
 
 
 def sparse_decode(
@@ -250,24 +307,26 @@ def sparse_decode(
     scale: float,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
-) -> None:
+) -> Any:
     """Causal attention of the scheduled rows: head pages first, then the tail.
 
     Pruned rows attend per KV head to what it kept, then to the tokens from ``n - W`` on; the others
     to all of their tokens. What each program computes stands in the schedule, on the device, so a
-    launch can be captured in a CUDA graph. Flash decoding with the split of `schedule_decode`:
-    parts that several programs share are combined by a second kernel.
+    launch can be captured in a CUDA graph. Flash decoding with the split of `schedule_decode`.
 
     Args:
-        query: the step's queries, ``[T, Hq, D]``.
-        cache: ``[L, B, Hkv, P, 2 * D]``, fp8 (e4m3) or the query's dtype.
-        layer: the layer that attends.
-        block_table: int32 ``[R, max_blocks]``.
-        batch: its schedule has been written by `schedule_decode`.
+        query: queries of the step, ``[T, Hq, D]``.
+        cache: keys and values, ``[L, B, Hkv, P, 2 * D]``, fp8 (e4m3) or the query's dtype.
+        layer: index of the layer that attends.
+        block_table: block numbers, int32 ``[R, max_blocks]``.
+        batch: rows to compute; `schedule_decode` has written their schedule.
         output: ``[T, Hq, D]``; the scheduled queries are written, nothing else is.
-        scale: of the logits.
-        k_scale: per-tensor scale of the cached keys, float32, one element; 1 if not given.
+        scale: factor of the logits.
+        k_scale: scale of the cached keys, float32, one element; 1 if not given.
         v_scale: the same for values.
+
+    Returns:
+        Triton's compiled kernel, which knows its registers; None in the interpreter.
 
     Raises:
         ValueError: for shapes, strides or dtypes that do not fit together.
@@ -275,26 +334,25 @@ def sparse_decode(
     _, Hq, D = query.shape
     L, _, Hkv, P, width = cache.shape
     G = Hq // Hkv
+    buffers, options = batch.buffers, batch.options
     if width != 2 * D or Hq % Hkv or output.shape != query.shape:
         raise ValueError(
             f"query {list(query.shape)} [T, Hq, D], output {list(output.shape)} and cache "
             f"{list(cache.shape)} [L, B, Hkv, P, 2 * D] do not fit together"
         )
-    if query.stride(2) != 1 or output.stride(2) != 1 or cache.stride(4) != 1:
-        raise ValueError("the last dimension of query, output and cache must be contiguous")
+    if query.stride(2) != 1 or output.stride(2) != 1:
+        raise ValueError("the last dimension of query and output must be contiguous")
     if cache.dtype not in (query.dtype, torch.float8_e4m3fn):
         raise ValueError(f"a cache of {cache.dtype} beside queries of {query.dtype}")
     if block_table.dtype != torch.int32 or block_table.stride(1) != 1:
         raise ValueError("block_table must be int32 with contiguous rows")
-    buffers = batch.buffers
-    BLOCK_M = query_block(batch.block_q * G)
-    BLOCK_D = triton.next_power_of_2(D)
-    num_items = batch.query_tiles * Hkv
-    has_k_scale, has_v_scale = k_scale is not None, v_scale is not None
-    _sparse_decode[(buffers.programs,)](
+    if options.pdl and torch.version.cuda is None:
+        raise ValueError("programmatic dependent launch needs CUDA")
+    return _sparse_decode[(batch.programs,)](
         query,
         cache,
         block_table,
+        batch.page_units,
         output,
         k_scale,
         v_scale,
@@ -302,50 +360,37 @@ def sparse_decode(
         buffers.items,
         buffers.first_tile,
         buffers.first_item,
+        buffers.arrived,
         buffers.partial,
         buffers.stats,
         layer,
-        num_items,
+        batch.query_tiles * Hkv,
         scale,
         *query.stride()[:2],
         *output.stride()[:2],
-        *cache.stride()[:4],
+        *cache_units(cache),
         block_table.stride(0),
         buffers.items.shape[1],
+        buffers.max_programs,
         L=L,
         Hkv=Hkv,
         G=G,
         D=D,
         P=P,
-        PROGRAMS=buffers.programs,
         ROWS=buffers.max_rows,
-        HAS_K_SCALE=has_k_scale,
-        HAS_V_SCALE=has_v_scale,
+        SETUP=SETUP_TILES,
+        HAS_K_SCALE=k_scale is not None,
+        HAS_V_SCALE=v_scale is not None,
+        HAS_PAGE_UNITS=batch.page_units is not None,
+        ONE_QUERY=batch.block_q == 1,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=buffers.block_n,
-        BLOCK_D=BLOCK_D,
-        **launch_options(BLOCK_M, D, query.dtype),
-    )
-    _combine[(num_items,)](
-        output,
-        v_scale,
-        buffers.rows,
-        buffers.first_tile,
-        buffers.partial,
-        buffers.stats,
-        layer,
-        num_items,
-        *output.stride()[:2],
-        buffers.items.shape[1],
-        Hkv=Hkv,
-        G=G,
-        D=D,
-        PROGRAMS=buffers.programs,
-        ROWS=buffers.max_rows,
-        HAS_V_SCALE=has_v_scale,
-        BLOCK_M=BLOCK_M,
-        BLOCK_D=BLOCK_D,
-        num_warps=8 if BLOCK_M > 32 else 4,
-        maxnreg=255,
+        BLOCK_M=batch.block_m,
+        BLOCK_R=triton.next_power_of_2(batch.block_q * G),
+        BLOCK_N=options.block_n,
+        BLOCK_D=triton.next_power_of_2(D),
+        STAGES=options.stages,
+        PDL=options.pdl,
+        num_warps=options.num_warps,
+        maxnreg=options.maxnreg,
+        **({"launch_pdl": True} if options.pdl else {}),
     )

@@ -13,6 +13,7 @@ from .batch import (
     POSITION,
     PROMPT_BLOCKS,
     QUERIES,
+    SETUP_TILES,
     TAIL,
     TAIL_START,
     TILE_ROW,
@@ -139,6 +140,8 @@ def schedule_decode(
     )
     tiles = torch.stack(columns, -1).reshape(-1, 8).int()
     buffers.rows[: len(tiles)] = tiles
+    buffers.arrived[: len(tiles) * pages.lengths.shape[2]] = 0
+    max_pages = 0 if batch.page_units is None else batch.page_units.shape[1]
 
     tail = tiles[:, TAIL, None]
     for layer in range(L):
@@ -146,16 +149,19 @@ def schedule_decode(
             (x[request, layer] * pruned[:, None]).repeat_interleave(batch.tiles_per_row, 0)
             for x in (pages.lengths, pages.first_pages)
         )
-        read = -(-torch.where(tail > 0, kept + tail, 0) // buffers.block_n)
+        first = first + (request * max_pages).repeat_interleave(batch.tiles_per_row)[:, None]
+        read = SETUP_TILES + -(-(kept + tail) // batch.options.block_n)
+        read = torch.where(tail > 0, read, 0)
         items = read.numel()
         buffers.items[layer, :items] = torch.stack([kept, first], -1).reshape(items, 2)
         buffers.first_tile[layer, 0] = 0
         buffers.first_tile[layer, 1 : items + 1] = read.flatten().cumsum(0)
         total = int(buffers.first_tile[layer, items])
-        share = -(-total // buffers.programs)
-        begin = torch.arange(buffers.programs, device=device, dtype=torch.int32) * share
+        share = -(-total // batch.programs)
+        begin = torch.arange(batch.programs, device=device, dtype=torch.int32) * share
         ends = buffers.first_tile[layer, 1 : items + 1].contiguous()
-        buffers.first_item[layer] = torch.searchsorted(ends, begin, right=True).int()
+        found = torch.searchsorted(ends, begin, right=True).int()
+        buffers.first_item[layer, : batch.programs] = found
 
 
 def sparse_decode(
@@ -185,7 +191,7 @@ def sparse_decode(
             layer,
             block_table[row[TILE_ROW]],
             items[:, 0],
-            items[:, 1],
+            items[:, 1] if batch.page_units is None else items[:, 1] % batch.page_units.shape[1],
             int(items[:, 0].max()),
             row[TAIL_START],
             row[PROMPT_BLOCKS],
@@ -221,6 +227,21 @@ def correct_slots(
         slots[own] = block_table[row][entry].long() * page_size + position % page_size
 
 
+def list_pages(
+    cache: torch.Tensor, block_table: torch.Tensor, prompts: Prompts, pages: HeadPages
+) -> None:
+    """See `list_pages.list_pages`."""
+    assert pages.page_units is not None
+    L, _, Hkv, page_size, width = cache.shape
+    strides = [stride // width for stride in cache.stride()[:3]]
+    for row, request, _, n, _ in prompts.table.T.tolist():
+        page = torch.arange(int(pages.compact_blocks[request]) * L * Hkv, device=cache.device)
+        block = block_table[row, -(-n // page_size) + page // (L * Hkv)]
+        place = page // Hkv % L, block, page % Hkv
+        units = sum(x * stride for x, stride in zip(place, strides, strict=True))
+        pages.page_units[request, : len(page)] = units.int()
+
+
 def top_keys(
     query: torch.Tensor,
     layer_cache: torch.Tensor,
@@ -242,6 +263,7 @@ def top_keys(
 __all__ = [
     "compact_kv",
     "correct_slots",
+    "list_pages",
     "schedule_decode",
     "select_tokens",
     "sparse_decode",
