@@ -17,14 +17,14 @@ import torch
 from gpu_parts import bench, kernels, modes, pair, tune
 from gpu_parts.bench import VICUNA, Model
 from gpu_parts.device import Context, Device, Function
-from kernel_report import OPS, Gpu
+from kernel_report import Gpu
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from sparsemm_vllm import warm_up as serving
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.step import Heads, PrunedCache, SparseState
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
-from sparsemm_vllm.warm_up import warm_up
 
 MULTIPROCESSORS = 132  # of an H100 and of an H200
 
@@ -46,6 +46,10 @@ class Gpuless(Device):
     @property
     def has_fp8(self) -> bool:
         return True
+
+    def resident(self, launch: Function) -> int:
+        launch()
+        return 2 * self.multiprocessors
 
     def synchronize(self) -> None:
         pass
@@ -106,7 +110,7 @@ def without_memory(
 
 def checked(run: Run) -> None:
     """A case of `kernels`, whose kernels' results the twins compute."""
-    with twins(*OPS):
+    with twins(*triton_ops.__all__):
         run()
 
 
@@ -132,15 +136,16 @@ def engine(device: Device, model: Model, budget: int, length: int, fp8: bool, la
     dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
     own = slice(0, model.L), slice(0, model.Hkv)
     sizes = Heads(model.L, model.Hq, model.Hkv, model.D)
-    programs = bench.PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors
+    most = bench.MOST_PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors
     requests = modes.REQUESTS
-    state = SparseState(heads, own, sizes, dtype, requests, length, programs, device.torch)
+    state = SparseState(heads, own, sizes, dtype, requests, length, most, device.torch)
     state.ops = triton_ops
     cache = without_memory(device, model, 1 << 10, layout, dtype)
     state.attach(PrunedCache(cache, {}))
     width = -(-length // bench.P) + heads.most_compact_blocks(length, bench.P)
     table = torch.zeros(requests, width, dtype=torch.int32)
-    warm_up(state, torch.bfloat16, table)
+    with mock.patch.object(serving, "resident_programs", return_value=most):  # it asks a GPU
+        serving.warm_up(state, torch.bfloat16, table)
 
 
 def engines(device: Device) -> dict[str, Run]:

@@ -1,18 +1,20 @@
 """Time of the kernels beside the time that their bytes take at the measured bandwidth."""
 
-import importlib
 import json
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
+import decode_model
+import numpy as np
 import torch
+import triton
+from decode_model import COSTS, Costs, predict, program_cycles, read_costs
 from models.head_scores import concentrated_scores
+from sass import DecodeParts, Part
 
 from gpu_parts.device import Context, Device
 from gpu_parts.records import ROOT
@@ -23,8 +25,11 @@ from kernel_cases import head_pages, relative_error
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.triton_kernels import triton_ops
 from sparsemm_vllm.triton_kernels.batch import (
+    SETUP_TILES,
     DecodeBatch,
     DecodeBuffers,
+    DecodeOptions,
+    HeadPages,
     Prompts,
     PruneWorkspace,
     padded_queries,
@@ -33,7 +38,10 @@ from sparsemm_vllm.triton_kernels.batch import (
 NEEDS = 15
 P, W, KERNEL_SIZE = 16, 32, 5
 MOST_SPLITS = 32  # vLLM's flash_attn_max_num_splits_for_cuda_graph
-PROGRAMS_PER_MULTIPROCESSOR = 2  # as sparsemm_vllm.model_state has it, which needs vLLM
+MOST_PROGRAMS_PER_MULTIPROCESSOR = 4  # as sparsemm_vllm.model_state has it, which needs vLLM
+
+# Cycles where a kernel's machine code was not looked at: beginning an item costs about a tile.
+ASSUMED = DecodeParts(*(Part(cycles // 2, cycles) for cycles in (1000, 1600, 600, 400, 1000, 400)))
 
 
 @dataclass(frozen=True)
@@ -175,47 +183,6 @@ def make_cache(
     return cache if head_major else cache.transpose(2, 3)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """How a decode step is launched.
-
-    Attributes:
-        block_n: tokens of a KV tile.
-        stages: of the pipeline that loads them.
-        num_warps: of a program.
-        maxnreg: registers of a thread at most.
-        programs_each: programs on a multiprocessor.
-    """
-
-    block_n: int
-    stages: int
-    num_warps: int = 4
-    maxnreg: int = 255
-    programs_each: int = PROGRAMS_PER_MULTIPROCESSOR
-
-
-def decode_batch(
-    device: Device, model: Model, batch: int, dtype: torch.dtype, variant: Variant | None
-) -> DecodeBatch:
-    """Rows of one query each, spread as serving does it or as the variant says."""
-    each = variant.programs_each if variant else PROGRAMS_PER_MULTIPROCESSOR
-    sizes = batch * model.Hq, model.L, model.Hkv, model.D, dtype, each * device.multiprocessors
-    block_n = variant.block_n if variant else None
-    buffers = DecodeBuffers.allocate(*sizes, device.torch, block_n)
-    return DecodeBatch.of(buffers, 0, batch, 1, model.Hq // model.Hkv)
-
-
-def launched_as(variant: Variant | None) -> AbstractContextManager[Any]:
-    """While it lasts, decode steps are launched as the variant says."""
-    if variant is None:
-        return nullcontext()
-    options = {"num_warps": variant.num_warps, "maxnreg": variant.maxnreg}
-    options |= {"STAGES": variant.stages}
-    # The module, which its function hides.
-    kernel = importlib.import_module("sparsemm_vllm.triton_kernels.sparse_decode")
-    return mock.patch.object(kernel, "launch_options", return_value=options)
-
-
 class Decode:
     """One decode step of equal prompts, right after they were pruned; dense without a budget."""
 
@@ -225,8 +192,19 @@ class Decode:
         step: Step,
         scores: torch.Tensor,
         dtype: torch.dtype = torch.bfloat16,
-        variant: Variant | None = None,
+        options: DecodeOptions | None = None,
+        programs_each: int | None = None,
     ) -> None:
+        """Fill a cache and schedule the step.
+
+        Args:
+            device: where it runs.
+            step: lengths and budget.
+            scores: visual scores of the heads, ``[L, Hq]``.
+            dtype: type of the queries, and of the cache if it is not fp8.
+            options: how the kernel is compiled; as serving does it if not given.
+            programs_each: programs of a multiprocessor; as many as it runs at once if not given.
+        """
         model, n, batch, budget = step.model, step.n, step.batch, step.budget
         cache_dtype = torch.float8_e4m3fn if step.fp8 else dtype
         self.device, self.model, self.n, self.batch = device, model, n, batch
@@ -255,54 +233,86 @@ class Decode:
         self.seq_lens = torch.full((batch,), n + 1, dtype=torch.int32, device=device.torch)
         requests = self.start[:batch]
 
-        self.rows = decode_batch(device, model, batch, cache_dtype, variant)
-        self.schedule = partial(
-            triton_ops.schedule_decode, self.rows, pages, W, P, self.start, self.seq_lens, requests
+        if options is not None and options.lists_pages and C:
+            pages = self.list_pages(pages, C)
+        self.pages, self.requests = pages, requests
+        most = MOST_PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors
+        sizes = batch * Hq, L, Hkv, D, cache_dtype, most, device.torch, dtype
+        units = pages.page_units
+        self.rows = DecodeBatch.of(
+            DecodeBuffers.allocate(*sizes), 0, batch, 1, Hq // Hkv, None, options, units
         )
+        programs = (programs_each or 0) * device.multiprocessors
+        self.schedule()
+        programs = min(most, programs or device.resident(lambda: self.layer(0)))
+        self.rows = replace(self.rows, programs=programs)
         self.schedule()
         tokens = kept.sum(1) + Hkv * (W + 1 if C else n + 1)
         self.layer_bytes = (batch * 2 * D * cache_dtype.itemsize * tokens).tolist()
         self.bytes = sum(self.layer_bytes) / L  # of a layer, on average
 
-    def layer(self, layer: int) -> None:
+    def list_pages(self, pages: HeadPages, C: int) -> HeadPages:
+        """The same with the places of the head pages."""
+        most = C * self.model.L * self.model.Hkv
+        units = torch.zeros(self.batch, most, dtype=torch.int32, device=self.device.torch)
+        pages = replace(pages, page_units=units)
+        rows = [(i, i, 0, self.n) for i in range(self.batch)]
+        prompts = Prompts.pack(rows, 0, self.device.torch)
+        triton_ops.list_pages(self.cache, self.table, prompts, pages)
+        return pages
+
+    def schedule(self) -> None:
+        """As a step does it once."""
+        args = W, P, self.start, self.seq_lens, self.requests
+        triton_ops.schedule_decode(self.rows, self.pages, *args)
+
+    def layer(self, layer: int) -> Any:
+        """Attention of one layer; Triton's compiled kernel."""
         args = self.table, self.rows, self.output, self.model.D**-0.5, *self.scales
-        triton_ops.sparse_decode(self.query, self.cache, layer, *args)
+        return triton_ops.sparse_decode(self.query, self.cache, layer, *args)
 
     def step(self) -> None:
         for layer in range(self.model.L):
             self.layer(layer)
 
-    def items(self, layer: int) -> int:
-        """Items of the program that has most of them."""
-        buffers, items = self.rows.buffers, self.rows.query_tiles * self.model.Hkv
-        first = buffers.first_tile[layer, : items + 1].cpu().unique()  # empty items add nothing
-        share = -(-int(first[-1]) // self.programs)
-        inside = first[(first % share != 0) & (first < first[-1])]
-        return 1 + int(torch.bincount(inside // share).max()) if len(inside) else 1
+    def first_tiles(self) -> list[np.ndarray]:
+        """Of each layer the schedule's running sum of work."""
+        end = self.rows.query_tiles * self.model.Hkv + 1
+        return list(self.rows.buffers.first_tile[:, :end].cpu().numpy())
 
-    def balance(self) -> float:
-        """Tokens of the program that has most, over the mean; the worst layer's."""
-        buffers, Hkv = self.rows.buffers, self.model.Hkv
-        items = self.rows.query_tiles * Hkv
-        tails = buffers.rows[: self.rows.query_tiles, 7].repeat_interleave(Hkv).cpu()
-        worst = 0.0
-        for layer in range(self.model.L):
-            tokens = buffers.items[layer, :items, 0].cpu() + tails
-            tiles = buffers.first_tile[layer, : items + 1].cpu().diff()
-            held = torch.full((int(tiles.sum()),), buffers.block_n)
-            used = tiles > 0
-            held[tiles[used].cumsum(0) - 1] -= (tiles * buffers.block_n - tokens)[used].int()
-            share = -(-len(held) // buffers.programs)
-            padded = torch.zeros(share * buffers.programs)
-            padded[: len(held)] = held
-            own = padded.reshape(buffers.programs, share).sum(1)
-            worst = max(worst, float(own.max() / own.mean()))
-        return worst
+    def costs(self) -> Costs:
+        """What the kernel's pieces cost, read from its machine code if that is known."""
+        options, each = self.rows.options, self.rows.programs // self.device.multiprocessors
+        known = read_costs() if COSTS.exists() else {}
+        compiled = known.get(triton.__version__)
+        like_this = options.block_n, options.num_warps, self.model.D, self.cache.element_size()
+        if compiled is None or like_this != (compiled.block_n, compiled.num_warps, 128, 2):
+            compiled = Costs(ASSUMED, options.block_n, options.num_warps, each, SETUP_TILES)
+        return replace(compiled, programs_each=max(1, each))
 
-    @property
-    def programs(self) -> int:
-        """That share a layer."""
-        return self.rows.buffers.programs
+    def balance(self) -> tuple[float, list[int]]:
+        """Cycles of the longest program over their mean, the worst layer's; its items, by layer."""
+        costs, worst, items = self.costs(), 0.0, []
+        for first_tile in self.first_tiles():
+            cycles, _, held = program_cycles(first_tile, self.rows.programs, costs)
+            worst = max(worst, float(cycles.max() / cycles.mean()))
+            items.append(int(held[cycles.argmax()]))
+        return worst, items
+
+    def model_us(self, read: float) -> float | None:
+        """Time of a layer as the model predicts it; None if the kernel's costs are not known.
+
+        Args:
+            read: bytes that the device reads from memory in a second.
+        """
+        costs = self.costs()
+        if costs.parts is ASSUMED:
+            return None
+        name = "the device that is measured"
+        where = decode_model.Device(name, read, self.device.multiprocessors)
+        token_bytes = 2 * self.model.D * self.cache.element_size()
+        tokens = self.bytes / token_bytes
+        return predict(self.first_tiles(), token_bytes, tokens, costs, where).us
 
     def flash(self) -> Callable[[], None]:
         """The dense step in vLLM's FlashAttention, on the same cache, as vLLM calls it.
@@ -389,14 +399,17 @@ def decode(context: Context, step: Step) -> dict[str, Any]:
     time = per_layer(device.time(device.graph(setup.step)), L)
     rate = context.results["read bandwidth"]["bytes_per_second"]
     predicted = 1e6 * setup.bytes / rate
+    balance, items = setup.balance()
     result = time | {
         "layout": step.layout,
         "dtype": str(setup.cache.dtype).removeprefix("torch."),
         "kept_bytes": setup.bytes,
         "predicted_us": predicted,
         "ratio": time["us"] / predicted,
-        "balance": setup.balance(),
-        "most_items": max(map(setup.items, range(L))),
+        "model_us": setup.model_us(rate),
+        "balance": balance,
+        "most_items": max(items),
+        "programs": setup.rows.programs,
         "schedule_us": device.time(device.graph(setup.schedule))["us"],
     }
     if step.budget is None:
@@ -429,12 +442,13 @@ def trace(context: Context, step: Step) -> dict[str, Any]:
     found = device.kernels(replay)
     launches = {name: times for name, times in found.items() if len(times) == L}
     assert launches, f"no kernel runs {L} times: { {k: len(v) for k, v in found.items()} }"
+    _, items = setup.balance()
     layers = [
         {
             "us": sum(times[layer] for times in launches.values()),
             **{f"{name}_us": times[layer] for name, times in launches.items()},
             "bytes": setup.layer_bytes[layer],
-            "most_items": setup.items(layer),
+            "most_items": items[layer],
         }
         for layer in range(L)
     ]
@@ -532,6 +546,7 @@ def _line(r: dict[str, Any]) -> str:
     if "ratio" in r:
         line = f"{r['us']:8.1f} us/layer ({r['us_20']:.1f}..{r['us_80']:.1f})"
         line += f", {r['kept_bytes'] / 1e6:.1f} MB, {r['ratio']:.2f}x their read"
+        line += f", model {r['model_us']:.1f}" if r["model_us"] else ""
         line += f", balance {r['balance']:.2f}, {r['most_items']} items"
         if "times_flash" in r:
             line += f", {r['times_flash']:.2f}x FlashAttention"

@@ -43,6 +43,14 @@ class Device:
         """Whether Triton converts e4m3 here."""
         return self.dry or torch.cuda.get_device_capability() >= (8, 9)
 
+    def resident(self, launch: Function) -> int:
+        """Programs of a kernel that run at once; `launch` returns what Triton compiled."""
+        if self.dry:
+            return 2 * self.multiprocessors
+        from sparsemm_vllm.triton_kernels.occupancy import resident_programs
+
+        return resident_programs(launch(), self.torch)
+
     def synchronize(self) -> None:
         if not self.dry:
             torch.cuda.synchronize()
