@@ -444,14 +444,19 @@ def compiled_kernels() -> Iterator[Path]:
             yield path
 
 
-def prepare(bundle: Path, arguments: list[str]) -> int:
-    """Fill ``.gpu``: the bundle's parts and scripts, Triton's cache, and the commit."""
+def prepare(bundle: Path, wheels: list[Path]) -> int:
+    """Fill ``.gpu``: the bundle's parts and scripts, Triton's cache, and the commit.
+
+    Args:
+        bundle: folder of the parts and scripts.
+        wheels: Triton's wheels or folders of them; downloaded if not given.
+    """
     GPU.mkdir(exist_ok=True)
     wanted = [*bundle.glob("bundle.*"), bundle / "install_bundle.sh", bundle / "check_gpu.py"]
     for path in wanted:
         shutil.copy(path, GPU)
     (GPU / "commit").write_text(json.dumps(code_version()))
-    command = [sys.executable, str(HERE / "precompile.py"), "build", *arguments]
+    command = [sys.executable, str(HERE / "precompile.py"), "build", "--triton", *map(str, wheels)]
     if code := subprocess.run(command).returncode:
         return code
     return check_sizes()
@@ -485,13 +490,12 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
     parser.add_argument("--jobs", help="these only, separated by commas")
     parser.add_argument("--out", type=Path, help="folder of the tar; $OUT, or build/gpu-run")
-    args, others = parser.parse_known_args()
+    parser.add_argument("--triton", type=Path, nargs="*", default=[], help="wheels, to prepare")
+    args = parser.parse_args()
     if args.run == "prepare":
         if args.bundle is None:
             parser.error("prepare needs the bundle's folder")
-        return prepare(args.bundle, others)
-    if others:
-        parser.error(f"unknown arguments: {' '.join(others)}")
+        return prepare(args.bundle, args.triton)
     out = args.out or Path(os.environ.get("OUT") or ROOT / "build" / "gpu-run")
     out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))

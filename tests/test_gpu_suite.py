@@ -1,5 +1,6 @@
 """The GPU suite runs on the CPU, resumes, and says so when something fails."""
 
+import dataclasses
 import json
 import os
 import random
@@ -13,7 +14,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-from gpu_parts import kernels, modes, ncu
+import torch
+from gpu_parts import bench, kernels, modes, ncu
 from gpu_parts.bench import STEPS
 from gpu_parts.device import Context, Device
 from test_gpu_run import has_ended
@@ -395,6 +397,26 @@ def test_what_serving_uses_comes_first() -> None:
     assert len(set(dtypes)) == 4
     assert STEPS[0].name == "decode vicuna-7b B=256 batch=8"
     assert len({step.name for step in STEPS}) == len(STEPS)
+
+
+def test_the_model_predicts_what_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the costs of this very kernel, at the bandwidth that was measured; else nothing."""
+    model = bench.Model("wide", 2, 4, 2, 128, 1e6)
+    step = bench.Step(model, 2, 64, n=200)
+    scores = bench.head_scores(model, None)
+    device = Device.__new__(Device)
+    device.dry, device.torch = True, torch.device("cpu")
+    setup = bench.Decode(device, step, scores, torch.bfloat16)
+    assert setup.model_us(1e12) is None, "nobody has compiled this kernel"
+    costs = bench.Costs(bench.DecodeParts(*[bench.Part(10, 100)] * 6), 128, 4, 2)
+    monkeypatch.setattr(bench, "read_costs", lambda: {bench.triton.__version__: costs})
+    monkeypatch.setattr(bench, "COSTS", Path(__file__))
+    floor = 1e6 * setup.bytes / 1e6
+    assert setup.model_us(1e6) == pytest.approx(floor, rel=0.01), "a slow memory decides"
+    assert setup.model_us(1e15) < 0.1 * floor
+    other = {bench.triton.__version__: dataclasses.replace(costs, block_n=64)}
+    monkeypatch.setattr(bench, "read_costs", lambda: other)
+    assert setup.model_us(1e6) is None, "another tile"
 
 
 def test_waits_for_the_gpu_are_counted() -> None:
