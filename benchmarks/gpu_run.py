@@ -451,7 +451,8 @@ def prepare(bundle: Path, wheels: list[Path]) -> int:
         bundle: folder of the parts and scripts.
         wheels: Triton's wheels or folders of them; downloaded if not given.
     """
-    GPU.mkdir(exist_ok=True)
+    shutil.rmtree(GPU, ignore_errors=True)
+    GPU.mkdir()
     wanted = [*bundle.glob("bundle.*"), bundle / "install_bundle.sh", bundle / "check_gpu.py"]
     for path in wanted:
         shutil.copy(path, GPU)
