@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# The Triton of torch 2.11, for which the kernels are compiled too: see benchmarks/kernel_report.py.
+OTHER_TRITON := .cache/triton-3.6.0
 PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder  # the tests of a file share engines
 
 .PHONY: demo test lint slow
@@ -9,10 +11,10 @@ PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder  # the tests of a file 
 demo: $(INSTALLED)
 	@$(BIN)/sparsemm demo
 
-test: lint
+test: lint $(OTHER_TRITON)
 	$(BIN)/pytest $(PROCESSES) -m "not slow"
 
-slow: $(INSTALLED)
+slow: $(INSTALLED) $(OTHER_TRITON)
 	$(BIN)/pytest $(PROCESSES) --hypothesis-profile new
 
 lint: $(INSTALLED)
@@ -24,4 +26,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing vLLM, torch and this project into .venv: 8.7 GB, some minutes, the first time."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(OTHER_TRITON): $(INSTALLED)
+	@$(BIN)/pip install --disable-pip-version-check --no-deps --no-compile --quiet \
+		--target $@ triton==$(@:.cache/triton-%=%)
 	@touch $@

@@ -2,7 +2,7 @@
 
     python benchmarks/decode_model.py                   # a table: models, batches, budgets, devices
     python benchmarks/decode_model.py --json            # the same as one JSON array
-    python benchmarks/decode_model.py costs --triton FOLDER...   # compile again, and write the costs
+    python benchmarks/decode_model.py costs --triton FOLDER   # compile again, and write the costs
 
 What one layer takes is the largest of three, and the launch:
 
@@ -96,9 +96,16 @@ class Costs:
         return cls(**values | {"parts": DecodeParts(**parts)})
 
 
-def read_costs() -> dict[str, Costs]:
-    """Costs by version of Triton, "3.7.1", and of the kernel before, "3.7.1 before"."""
-    return {name: Costs.of(values) for name, values in json.loads(COSTS.read_text()).items()}
+def read_costs() -> dict[str, dict[str, Costs]]:
+    """Costs by version of Triton ("3.7.1", and of the kernel before: "3.7.1 before") and by heads.
+
+    The latter as in "bf16 G=7": type of the cache, and query heads of a KV head.
+    """
+    found = json.loads(COSTS.read_text())
+    return {
+        version: {heads: Costs.of(values) for heads, values in by_heads.items()}
+        for version, by_heads in found.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -227,6 +234,11 @@ class Attention:
     Hkv: int
     D: int
 
+    @property
+    def G(self) -> int:  # noqa: N802
+        """Query heads of a KV head."""
+        return self.Hq // self.Hkv
+
 
 MODELS = (Attention("vicuna-7b", 32, 32, 32, 128), Attention("qwen2-vl-7b", 28, 28, 4, 128))
 
@@ -281,7 +293,8 @@ def rows() -> Iterator[dict[str, Any]]:
                     for device in DEVICES.values():
                         row: dict[str, Any] = {"model": model.name, "prompt": n, "batch": batch}
                         row |= {"budget": budget or "dense", "device": device.name}
-                        for name, costs in found.items():
+                        for name, by_heads in found.items():
+                            costs = by_heads[f"bf16 G={model.G}"]
                             p = predict_step(model, n, batch, budget, costs, device)
                             row["floor_us"] = round(p.floor_us, 1)
                             row[name] = round(p.us, 1)
@@ -312,7 +325,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.command == "costs":
-        known = json.loads(COSTS.read_text()) if COSTS.exists() else {}
+        known = json.loads(COSTS.read_text())
         for folder in (None, *options.triton):
             known |= compile_costs(folder)
         COSTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")

@@ -4,6 +4,9 @@
     python benchmarks/kernel_report.py --json          # the same as one JSON array
     python benchmarks/kernel_report.py --full          # every supported configuration
     python benchmarks/kernel_report.py --kernel sparse_decode --target sm_90
+    python benchmarks/kernel_report.py --triton FOLDER # with another version's package
+
+`pip install --no-deps --target FOLDER triton==3.6.0` makes such a folder.
 
 It calls the launchers that serving calls, with CPU tensors, while Triton believes in a GPU of the
 target's kind and every launch ends after compiling. So a row is a kernel exactly as it is launched:
@@ -13,6 +16,7 @@ target has, or does not compile.
 
 Columns:
 
+* programs: programs that a multiprocessor runs at once;
 * registers: 32-bit registers of a thread, of at most 255;
 * spill_bytes: local memory of a thread, its stack frame included, as `cuobjdump -res-usage` tells
   it. Spilled registers live there, and nothing else in kernels without local arrays or calls, which
@@ -23,7 +27,11 @@ Columns:
 * wide_loads: the share of the bytes from global memory that instructions of 128 bits and more load,
   each counted once, however often it runs;
 * wide_loop_loads: the same of the loads in loops, null if there are none. A loop is what lies
-  between a backward branch and its target.
+  between a backward branch and its target;
+* loop_instructions, loop_cycles: instructions of a warp in the innermost loop with tensor-core
+  instructions, and the cycles that one warp is expected to take, see `sass.py`; null without one;
+* tile_tokens, begin_cycles: of sparse_decode, tokens that one turn of this loop reads, and cycles
+  from beginning a head to its first tile.
 """
 
 import argparse
@@ -39,13 +47,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
+from sass import decode_parts, hot_loop
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -62,6 +71,8 @@ from sparsemm_vllm.triton_kernels.batch import (
 )
 from sparsemm_vllm.triton_kernels.compact_kv import compact_kv
 from sparsemm_vllm.triton_kernels.correct_slots import correct_slots
+from sparsemm_vllm.triton_kernels.list_pages import list_pages
+from sparsemm_vllm.triton_kernels.occupancy import Multiprocessor
 from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
 from sparsemm_vllm.triton_kernels.select_tokens import select_tokens
 from sparsemm_vllm.triton_kernels.sparse_decode import sparse_decode
@@ -73,14 +84,19 @@ OPS = (
     "select_tokens",
     "compact_kv",
     "correct_slots",
+    "list_pages",
     "schedule_decode",
     "sparse_decode",
     "top_keys",
 )
 
-# Shared memory that a program may have. Source: CUDA C++ programming guide, technical
-# specifications per compute capability, less 1 KiB that the system takes.
+# Shared memory that a program may have, and what the programs of a multiprocessor share. Source:
+# CUDA C++ programming guide, technical specifications per compute capability; of the former the
+# system takes 1 KiB.
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MULTIPROCESSORS = {
+    arch: Multiprocessor(65536, shared + 1024, 2048) for arch, shared in SHARED_BYTES.items()
+}
 
 DTYPES = {
     "fp32": torch.float32,
@@ -90,7 +106,9 @@ DTYPES = {
 }
 FIRST_FP8 = 89  # Triton cannot convert e4m3 on older targets
 
-CONFIGURATION = ("target", "dtype", "D", "P", "G", "Q", "n", "single")
+VARIANTS = (None, "pdl", "lists_pages")
+
+CONFIGURATION = ("triton", "target", "dtype", "D", "P", "G", "Q", "n", "single", "variant")
 
 Row = dict[str, Any]
 
@@ -110,6 +128,7 @@ class Case:
         n: prompt tokens.
         single: one layer-1 launch for one request and one KV head. Triton compiles arguments that
             are 1 as constants, which is a kernel of its own.
+        variant: field of `DecodeOptions` that is switched on, "pdl" or "lists_pages".
     """
 
     op: str
@@ -121,6 +140,7 @@ class Case:
     Q: int | None = None
     n: int | None = None
     single: bool = False
+    variant: str | None = None
 
 
 def full_matrix() -> Iterator[Case]:
@@ -138,6 +158,8 @@ def reduced_matrix() -> Iterator[Case]:
         yield from cases(arch, dtype, D, 16, 4, 1)  # tiles of 16 queries
         yield from cases(arch, dtype, D, 16, 7, 16)  # of 64, of which 63 are used
     yield from cases(90, "bf16", 128, 16, 1, 1, single=True)
+    for dtype, G, variant in itertools.product(("bf16", "fp8"), (1, 7), VARIANTS):
+        yield Case("sparse_decode", 90, dtype, 128, 16, G, 1, variant=variant)
 
 
 def cases(
@@ -151,6 +173,7 @@ def cases(
         yield Case("select_tokens", arch, n=n, single=single)
     yield Case("compact_kv", arch, dtype, D, P, single=single)
     yield Case("correct_slots", arch, P=P, single=single)
+    yield Case("list_pages", arch, P=P, G=G, single=single)
     yield Case("schedule_decode", arch, dtype, D, None, G, Q, single=single)
     yield Case("sparse_decode", arch, dtype, D, P, G, Q, single=single)
     if Q == 16 or single:  # answers are recorded as a whole
@@ -175,14 +198,17 @@ def launch(case: Case) -> None:
     cache = torch.empty(L, 3, P, Hkv, 2 * D, dtype=dtype).transpose(2, 3)
     query = torch.empty(tokens, Hkv * G, D, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype)
     table = torch.zeros(requests, max_blocks, dtype=torch.int32)
-    pages = HeadPages.empty(max_requests, L, Hkv, cpu)
+    lists_pages = case.op == "list_pages" or case.variant == "lists_pages"
+    pages = HeadPages.empty(max_requests, L, Hkv, cpu, max_pages=20 * L * Hkv * lists_pages)
     query_start = torch.zeros(requests + 1, dtype=torch.int32)
     seq_lens = torch.zeros(requests, dtype=torch.int32)
     running = torch.zeros(requests, dtype=torch.int32)
     prompts = Prompts.pack([(i, i, (i + 1) * n, n) for i in range(requests)], 1025, cpu)
     workspace = PruneWorkspace.allocate(requests * (n + 16), Hkv * G, Hkv, window, cpu)
     buffers = DecodeBuffers.allocate(requests * Q * G, L, Hkv, D, dtype, 132, cpu)
-    batch = DecodeBatch.of(buffers, 0, requests, Q, G)
+    batch = DecodeBatch.of(buffers, 0, requests, Q, G, page_units=pages.page_units)
+    if case.variant is not None:
+        batch = replace(batch, options=replace(batch.options, **{case.variant: True}))
 
     if case.op == "window_scores":
         window_scores(query, cache[layer], table, prompts, workspace, window, 5, 0.1, scale)
@@ -196,6 +222,8 @@ def launch(case: Case) -> None:
         correct_slots(
             slots, positions, table, query_start, seq_lens, running, pages, P, max_query_len=Q
         )
+    elif case.op == "list_pages":
+        list_pages(cache, table, prompts, pages)
     elif case.op == "schedule_decode":
         schedule_decode(batch, pages, window, P, query_start, seq_lens, running)
     elif case.op == "top_keys":
@@ -226,33 +254,65 @@ class Gpu:
         return torch.device("cpu")
 
 
-def compiled(function: Callable[[], None], arch: int) -> list[Row]:
-    """Rows of the kernels that `function` launches, which are compiled and do not run."""
-    rows = []
+def compiled_kernels(
+    function: Callable[[], None], arch: int
+) -> list[tuple[JITFunction, Any, dict[str, Any]]]:
+    """Kernels that `function` launches, which are compiled and do not run.
+
+    Returns:
+        Of each launch the function, Triton's compiled kernel, and the arguments given by name.
+    """
+    found = []
     jit_run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, **kwargs: Any) -> None:
-        kernel = jit_run(self, *args, **kwargs | {"warmup": True})
-        name = f"{self.__module__.rpartition('.')[2]}.{self.__name__}"
-        rows.append({"kernel": name, "hash": kernel.hash} | inspect(kernel))
+        found.append((self, jit_run(self, *args, **kwargs | {"warmup": True}), kwargs))
 
     driver.set_active(Gpu(arch))
     with mock.patch.object(JITFunction, "run", compile_only):
         function()
+    return found
+
+
+def compiled(function: Callable[[], None], arch: int) -> list[Row]:
+    """Rows of the kernels that `function` launches, which are compiled and do not run."""
+    rows = []
+    for jit, kernel, given in compiled_kernels(function, arch):
+        name = f"{jit.__module__.rpartition('.')[2]}.{jit.__name__}"
+        tile = given["BLOCK_N"] if jit.__name__ == "_sparse_decode" else None
+        rows.append({"kernel": name, "hash": kernel.hash} | inspect(kernel, arch, tile))
     return rows
 
 
-def inspect(kernel: Any) -> Row:
-    """Resources and load widths of a `CompiledKernel`."""
+def listing(kernel: Any) -> str:
+    """Resource usage and instructions of a `CompiledKernel`."""
     (path,) = (path for name, path in kernel.metadata_group.items() if name.endswith(".cubin"))
-    text = disassemble(Path(path))
+    return disassemble(Path(path))
+
+
+def inspect(kernel: Any, arch: int, tile_tokens: int | None) -> Row:
+    """Resources, load widths and hot loop of a `CompiledKernel`.
+
+    Args:
+        kernel: compiled kernel.
+        arch: compute capability, as in ``sm_90``.
+        tile_tokens: tokens of a KV tile, if it is the decode kernel.
+    """
+    text = listing(kernel)
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    loop = hot_loop(text)
+    resources = kernel.metadata.num_warps, int(usage["REG"]), kernel.metadata.shared
     return {
         "num_warps": kernel.metadata.num_warps,
+        "programs": MULTIPROCESSORS[arch].programs(*resources),
         "registers": int(usage["REG"]),
         "spill_bytes": int(usage["STACK"]) + int(usage["LOCAL"]),
         "shared_bytes": kernel.metadata.shared,
         **widths(text),
+        "loop_instructions": loop and loop.instructions,
+        "loop_cycles": loop and loop.cycles,
+        "tile_tokens": tile_tokens,
+        "begin_cycles": decode_parts(text).begin.cycles if loop and tile_tokens else None,
     }
 
 
@@ -306,7 +366,7 @@ def wide_share(loads: list[tuple[int, int]]) -> float | None:
 
 def rows_of(case: Case) -> list[Row]:
     """Compile what the launcher of `case` launches."""
-    values = asdict(case) | {"target": f"sm_{case.arch}"}
+    values = asdict(case) | {"target": f"sm_{case.arch}", "triton": triton.__version__}
     configuration = {name: values[name] for name in CONFIGURATION}
     try:
         rows = compiled(lambda: launch(case), case.arch)
@@ -359,6 +419,41 @@ def report(matrix: Iterable[Case]) -> list[Row]:
     return list(rows.values())
 
 
+def with_triton(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """This command with another version of Triton, whose package lies in a folder.
+
+    Raises:
+        SystemExit: if there is none.
+    """
+    if not (folder / "triton" / "__init__.py").exists():
+        raise SystemExit(
+            f"{folder} holds no triton package: "
+            f"pip install --no-deps --target {folder} triton==VERSION"
+        )
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, __file__, *arguments]
+    return subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
+    )
+
+
+def decode_costs() -> Row:
+    """Costs of `sparse_decode` for `decode_model.py`, by the version of Triton and the heads."""
+    found = {}
+    for dtype, G in itertools.product(("bf16", "fp8"), (1, 7)):
+        case = Case("sparse_decode", 90, dtype, 128, 16, G, 1)
+        ((_, kernel, given),) = compiled_kernels(functools.partial(launch, case), 90)
+        row = inspect(kernel, 90, given["BLOCK_N"])
+        found[f"{dtype} G={G}"] = {
+            "parts": asdict(decode_parts(listing(kernel))),
+            "block_n": row["tile_tokens"],
+            "num_warps": row["num_warps"],
+            "programs_each": row["programs"],
+            "parts_each": min(16, 8192 // (given["BLOCK_R"] * given["BLOCK_D"])),
+        }
+    return {triton.__version__: found}
+
+
 def table(rows: list[Row]) -> str:
     """Rows of text, aligned."""
     columns = list(dict.fromkeys(key for row in rows for key in row if key != "error"))
@@ -379,9 +474,19 @@ def main() -> int:
     targets = [f"sm_{arch}" for arch in SHARED_BYTES]
     parser.add_argument("--target", choices=targets, help="this target only")
     parser.add_argument("--kernel", choices=OPS, help="this launcher's kernels only")
+    parser.add_argument("--triton", type=Path, help="folder with another version's package")
+    parser.add_argument("--decode-costs", action="store_true", help="for decode_model.py only")
     options = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
+    if options.triton is not None:
+        at = sys.argv.index("--triton")
+        done = with_triton(options.triton.resolve(), *sys.argv[1:at], *sys.argv[at + 2 :])
+        print(done.stdout, end="")
+        return done.returncode
+    if options.decode_costs:
+        print(json.dumps(decode_costs()))
+        return 0
 
     matrix = full_matrix() if options.full else reduced_matrix()
     rows = report(

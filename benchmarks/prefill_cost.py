@@ -1,11 +1,13 @@
-"""What pruning costs a prefill: time to the first token with it and without, in one engine.
+"""Time to the first token: dense and pruned, each with caches of the model's type and of fp8.
 
     python benchmarks/prefill_cost.py                             # small form, on the CPU
     python benchmarks/prefill_cost.py --model llava-next-vicuna-7b
 
-Requests alone in the engine ask by turns to be pruned and to stay dense (`vllm_xargs`), each with a
-prompt that was never asked, without prefix caching. The share is the median of the pairs'
-differences over the median dense time. Resumable in pieces, as decode_latency.py. Needs vLLM only.
+Each variant has the device for itself, one after the other. Requests are alone in the engine, each
+with a prompt that was never asked, without prefix caching. An engine of SPARSEMM is asked by turns
+to prune and to leave the prompt whole (`vllm_xargs`): what the prune costs is the median of the
+neighbours' differences, as a share of the median time without it. Resumable in pieces, as
+decode_latency.py. Needs vLLM only.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from speed.command import finish, make_parser, measure_cells, prepare
 from speed.engines import Engine, random_prompts
 from speed.results import Deadline, Results
 from speed.subject import GIB, Subject
+from speed.variants import DENSE, VARIANTS, Variant, add_option, ratios, served_here, shown
 
 from sparsemm_vllm.environment import has_gpu
 
@@ -31,71 +34,119 @@ ROUNDS = 7
 POOL_GIB, SMALL_POOL_GIB = 24.0, 0.06
 
 
-def open_engine(subject: Subject, lengths: tuple[int, ...], options: dict[str, Any]) -> Engine:
-    """One of SPARSEMM."""
+def open_engine(
+    subject: Subject, variant: Variant, lengths: tuple[int, ...], options: dict[str, Any]
+) -> Engine:
+    """An engine of a variant."""
     budget, gib = (BUDGET, POOL_GIB) if has_gpu() else (SMALL_BUDGET, SMALL_POOL_GIB)
+    settings = None
+    if variant.method:
+        settings = {"profile": subject.profile, "budget": budget, "window": subject.window}
     return Engine(
         str(subject.folder),
-        "SPARSEMM",
-        {"profile": subject.profile, "budget": budget, "window": subject.window},
+        variant.backend,
+        settings,
         kv_cache_memory_bytes=round(gib * GIB),
         max_model_len=max(lengths) + 2,
         max_num_seqs=4,
         enable_prefix_caching=False,
         limit_mm_per_prompt={"image": 0},
-        **options,
+        **(variant.options | options),
     )
 
 
-def measure(engine: Engine, vocabulary: int, n: int, rounds: int) -> dict[str, Any]:
+def measure(
+    engine: Engine, variant: Variant, vocabulary: int, n: int, rounds: int
+) -> dict[str, Any]:
     """A cell: seconds to the first token, and what of it is the prune's."""
-    times: dict[str, list[float]] = {"dense": [], "pruned": []}
-    asked = {"dense": {"sparsemm": 0}, "pruned": {}}
+    asked: dict[str, Any] = {"whole": None}
+    if variant.method:
+        asked = {"whole": {"sparsemm": 0}, "pruned": {}}
+    times: dict[str, list[float]] = {name: [] for name in asked}
     for i in range(-1, rounds):  # the first round warms up
         for j, (name, extra_args) in enumerate(asked.items()):
             prompts = random_prompts(1, n, vocabulary, seed=10 * (1000 * n + i + 1) + j)
             seconds = engine.ask(prompts, 1, extra_args).first_token_s
             if i >= 0:
                 times[name].append(seconds)
-    dense, pruned = median(times["dense"]), median(times["pruned"])
-    differences = [b - a for a, b in zip(times["dense"], times["pruned"], strict=True)]
-    return {
-        "dense_s": round(dense, 5),
-        "pruned_s": round(pruned, 5),
-        "prune_share": round(median(differences) / dense, 4),
-        "shares": [round(difference / dense, 4) for difference in differences],
+    own = times["pruned" if variant.method else "whole"]
+    names = "first_token_s", "fastest_s", "slowest_s"
+    cell: dict[str, Any] = {
+        name: round(seconds, 5)
+        for name, seconds in zip(names, (median(own), min(own), max(own)), strict=True)
+    }
+    if not variant.method:
+        return cell
+    whole = median(times["whole"])
+    differences = [b - a for a, b in zip(times["whole"], own, strict=True)]
+    return cell | {
+        "whole_s": round(whole, 5),
+        "prune_share": round(median(differences) / whole, 4),
+        "shares": [round(difference / whole, 4) for difference in differences],
     }
 
 
+def measure_all(
+    subject: Subject,
+    names: list[str],
+    lengths: tuple[int, ...],
+    rounds: int,
+    results: Results,
+    deadline: Deadline,
+    options: dict[str, Any],
+) -> bool:
+    """Measure the missing cells, one engine after the other; whether none is left."""
+    for variant in (VARIANTS[name] for name in names):
+        cells = {n: f"n={n} {variant.name}" for n in lengths}
+        if set(cells.values()) <= results.cells.keys():
+            continue
+        if deadline.left <= 0:
+            return False
+        engine = open_engine(subject, variant, lengths, options)
+        try:
+            once = partial(measure, engine, variant, subject.config.vocab_size)
+            by_name = {name: partial(once, n, rounds) for n, name in cells.items()}
+            if not measure_cells(results, by_name, deadline):
+                return False
+        finally:
+            engine.close()
+    return True
+
+
 def table(results: Results) -> str:
-    """A line for each length."""
-    lines = ["      n    dense s   pruned s   prune"]
-    for name, r in results.cells.items():
-        lines.append(
-            f"{name.removeprefix('n='):>7} {r['dense_s']:10.4f} {r['pruned_s']:10.4f} "
-            f"{r['prune_share']:7.1%}"
-        )
+    """A line for each length and variant."""
+    by_length: dict[int, dict[str, Any]] = {}
+    for name, cell in results.cells.items():
+        length, variant = name.removeprefix("n=").split()
+        by_length.setdefault(int(length), {})[variant] = cell
+    dense = "  ".join(f"x {name}" for name in DENSE)
+    lines = [f"      n  variant        first token s  {dense}   prune"]
+    for n, cells in sorted(by_length.items()):
+        for variant, r in cells.items():
+            times = zip(DENSE, ratios(cells, variant, "first_token_s"), strict=True)
+            lines.append(
+                f"{n:>7}  {variant:14} {r['first_token_s']:13.4f}  "
+                + "  ".join(shown(ratio, 2 + len(name)) for name, ratio in times)
+                + (f" {r['prune_share']:7.1%}" if "prune_share" in r else "")
+            )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Measure what is missing and print the table."""
     parser = make_parser(__doc__)
+    add_option(parser)
     parser.add_argument("--lengths", type=int, nargs="+", help="prompt tokens")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="pairs of each length")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="requests of each kind")
     given = parser.parse_args()
     deadline = Deadline(given.pieces_of)
     subject, options = prepare(given.model, given.models, given.no_inductor)
+    names, skipped = served_here(given.variants, subject.head_size, options["dtype"])
     lengths = tuple(given.lengths or (LENGTHS if has_gpu() else SMALL_LENGTHS))
     asked = {"model": subject.name, "rounds": given.rounds, "options": options}
     results = Results.of(f"prefill-cost-{subject.name}", asked, not has_gpu(), given.out)
-    done = {f"n={n}" for n in lengths} <= results.cells.keys()
-    if not done:
-        engine = open_engine(subject, lengths, options)
-        vocabulary = subject.config.vocab_size
-        cells = {f"n={n}": partial(measure, engine, vocabulary, n, given.rounds) for n in lengths}
-        done = measure_cells(results, cells, deadline)
-        engine.close()
+    results.skipped.update(skipped)
+    done = measure_all(subject, names, lengths, given.rounds, results, deadline, options)
     finish(results, table(results), done)
 
 

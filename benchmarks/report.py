@@ -1,15 +1,20 @@
-"""Pictures and the README's tables from the JSON that the benchmarks wrote: no number is typed.
+"""Pictures, summaries and the README's tables from the JSON of the benchmarks: no number is typed.
 
     python benchmarks/report.py curves benchmarks/results/*/*/decode-latency-*.json
+    python benchmarks/report.py gpu results-1.tar.gz results-2.tar.gz
     python benchmarks/report.py readme
 
 `curves` draws a PNG beside each file: time of a decode step over the prompt's length, a panel for
-each batch, and the floors. `readme` writes the tables between the README's markers anew.
+each batch, and the floors. `gpu` takes what a run of `gpu_suite.py` or `gpu_run.sh` brought back,
+tars or folders, earlier runs first: it puts the records into
+``benchmarks/results/<device>/<date>/``, adds them to what is there, and writes a summary with
+pictures beside them. `readme` writes the tables between the README's markers anew.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,11 +22,18 @@ import matplotlib.pyplot as plt
 import typer
 from rich.console import Console
 
+sys.path.append(str(Path(__file__).parent))
+
+from gpu_report import archive, plots, summary
+from gpu_report.plots import COLOURS
+from gpu_report.readme import readme_table
+from speed.variants import by_size, split
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
 END = "<!-- end -->\n"
 SHOWN = (3072, 8192, 32768)  # prompt tokens
-COLOURS = {"dense": "#444444", "sparsemm": "#0072b2", "snapkv": "#d55e00"}
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = Console()
@@ -39,13 +51,10 @@ def curves(files: Annotated[list[Path], typer.Argument(help="Of decode_latency.p
 def decode_points(document: dict[str, Any]) -> dict[int, dict[str, list[tuple[int, float, float]]]]:
     """By batch and variant: prompt tokens, ms a step, and its floor. Dense is taken once."""
     points: dict[int, dict[str, list[tuple[int, float, float]]]] = {}
-    for name, cell in document["cells"].items():
-        n, batch = (int(part.partition("=")[2]) for part in name.split()[1:])
-        for variant, r in cell.items():
-            if not isinstance(r, dict):
-                continue
-            line = points.setdefault(batch, {}).setdefault(variant, [])
-            if all(n != other for other, *_ in line):
+    for (n, batch), figures in by_size(document["cells"]).items():
+        for variant, r in figures.items():
+            if "step_ms" in r:
+                line = points.setdefault(batch, {}).setdefault(variant, [])
                 line.append((n, r["step_ms"], r["floor_ms"]))
     return {batch: points[batch] for batch in sorted(points)}
 
@@ -54,12 +63,12 @@ def draw_decode(document: dict[str, Any], picture: Path) -> None:
     """A panel for each batch."""
     points = decode_points(document)
     figure, axes = plt.subplots(
-        1, len(points), figsize=(1.5 + 3.5 * len(points), 3.8), squeeze=False, layout="constrained"
+        1, len(points), figsize=(2.7 + 3.5 * len(points), 3.8), squeeze=False, layout="constrained"
     )
     for panel, (batch, variants) in zip(axes[0], points.items(), strict=True):
         for i, (variant, line) in enumerate(variants.items()):
             n, step, floor = zip(*sorted(line), strict=True)
-            colour = COLOURS[variant.partition("-")[0]]
+            colour = COLOURS[split(variant)[0].name]
             mark = "osD^v"[i % 5]
             panel.plot(n, step, marker=mark, color=colour, label=variant, linewidth=1.6)
             panel.plot(n, floor, color=colour, linestyle=":", linewidth=1)
@@ -70,7 +79,10 @@ def draw_decode(document: dict[str, Any], picture: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", alpha=0.3)
     axes[0][0].set_ylabel("ms a decode step")
-    axes[0][0].legend(frameon=False, fontsize=8)
+    handles = {line.get_label(): line for panel in axes[0] for line in panel.get_lines()[::2]}
+    figure.legend(
+        handles=list(handles.values()), loc="outside right center", frameon=False, fontsize=8.5
+    )
     machine, asked = document["machine"], document["asked"]
     figure.suptitle(f"{asked['model']} on {machine['device']} (dotted: floor)", fontsize=11)
     figure.savefig(picture, dpi=130)
@@ -78,9 +90,26 @@ def draw_decode(document: dict[str, Any], picture: Path) -> None:
 
 
 @app.command()
+def gpu(
+    files: Annotated[list[Path], typer.Argument(help="Tars or folders, earlier runs first.")],
+    results: Annotated[Path, typer.Option(help="Folder of all results.")] = RESULTS,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="They are of dry runs.")] = False,
+) -> None:
+    """Keep what a GPU run measured, and write its summary and pictures."""
+    try:
+        runs = [archive.read(file) for file in files]
+        kept = archive.keep(runs, results, dry_run)
+    except archive.ArchiveError as error:
+        console.print(f"[red]{error}[/]", soft_wrap=True)
+        raise typer.Exit(1) from None
+    for folder, parts in kept.items():
+        pictures = plots.draw(parts, summary.title(parts, folder.name), folder)
+        console.print(str(summary.write(folder, parts, pictures)), soft_wrap=True)
+
+
+@app.command()
 def readme(
-    file: Annotated[Path, typer.Option(help="Markdown file with the markers.")] = ROOT
-    / "README.md",
+    file: Annotated[Path, typer.Option(help="Markdown file with the markers.")] = README,
 ) -> None:
     """Write the tables between their markers."""
     try:
@@ -141,7 +170,12 @@ def simulation() -> list[str]:
     ]
 
 
-TABLES = {"accounting": accounting, "simulation": simulation}
+def measured() -> list[str]:
+    """What GPUs measured, or that none has."""
+    return readme_table(RESULTS, README)
+
+
+TABLES = {"gpu": measured, "accounting": accounting, "simulation": simulation}
 
 if __name__ == "__main__":
     app()

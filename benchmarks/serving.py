@@ -1,12 +1,15 @@
-"""Dense vLLM against SPARSEMM under load: two servers with the same memory, asked the same.
+"""Dense vLLM against SPARSEMM under load: servers with the same memory, asked the same.
 
     python benchmarks/serving.py                    # all that is missing, for some 7 minutes
     python benchmarks/serving.py --only unique-512  # one scenario
     python benchmarks/serving.py --quick            # a single scenario in its smallest form
+    python benchmarks/serving.py --variants dense,sparsemm
 
-A scenario's requests are put to each server by `vllm bench serve`, at rates from light to all at
+Four servers by default: dense and SPARSEMM, each with a cache of the model's type and with one of
+fp8, which has twice the blocks in the same memory (four times where the model is float32). A
+scenario's requests are put to each of them by `vllm bench serve`, at rates from light to all at
 once; `/metrics` is read meanwhile. With a GPU: 7B models of random weights and CUDA graphs, dense
-attention by FLASH_ATTN, both at the same ``--gpu-memory-utilization``. Without: the bundled model
+attention by FLASH_ATTN, all at the same ``--gpu-memory-utilization``. Without: the bundled model
 in a small block pool; how many run at once, blocks and preemptions are what they are, but times
 say nothing, since Triton is interpreted and attention is torch.
 
@@ -43,15 +46,16 @@ from speed.plans import plans_for
 from speed.results import Deadline, Results
 from speed.scenarios import Chats, Load, Plan, Scenario, write_requests
 from speed.side_by_side import beside
+from speed.variants import FOUR, VARIANTS, add_option, served_here
 
 from sparsemm_vllm.bundled_model import READER, reader_folder
 from sparsemm_vllm.environment import has_gpu, use_cpu
 from sparsemm_vllm.server import Server, ServerError
 
-DENSE, SPARSEMM = "dense", "sparsemm"
 WORK = ROOT / ".cache" / "serving"
 ON_CPU = "mean nothing: a CPU, Triton is interpreted, attention is torch; blocks and requests count"
 ON_GPU = "of the device"
+HEAD_SIZE = 128  # elements, of the 7B models; the CPU's backends take any
 START_SECONDS = 900  # that a server may take to start
 # /reset_prefix_cache, so that a cell does not depend on those before it; and no network.
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -59,7 +63,7 @@ ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAG
 
 @dataclass(frozen=True)
 class Cell:
-    """One server under one load, or in chats."""
+    """One server, named by its variant, under one load or in chats."""
 
     model: str
     server: str
@@ -95,12 +99,20 @@ def cells_of(plan: Plan, server: str, only: Sequence[str] = ()) -> list[Cell]:
     return found
 
 
-def visits(plans: Sequence[Plan], only: Sequence[str] = ()) -> list[tuple[Plan, list[Cell]]]:
-    """The servers in the order in which they are started: ABBA, so that drift meets both alike."""
+def visits(
+    plans: Sequence[Plan], only: Sequence[str] = (), servers: Sequence[str] = FOUR
+) -> list[tuple[Plan, list[Cell]]]:
+    """The servers in the order in which they are started: ABBA, so that drift meets all alike.
+
+    Args:
+        plans: one for each model.
+        only: names of scenarios, or "chats"; nothing means all.
+        servers: names of variants.
+    """
     order = []
     for number, plan in enumerate(plans):
-        servers = (DENSE, SPARSEMM) if number % 2 == 0 else (SPARSEMM, DENSE)
-        order += [(plan, cells_of(plan, server, only)) for server in servers]
+        turn = servers if number % 2 == 0 else servers[::-1]
+        order += [(plan, cells_of(plan, server, only)) for server in turn]
     return order
 
 
@@ -108,12 +120,15 @@ def server_options(plan: Plan, server: str, folder: Path, pictures: Path) -> lis
     """Arguments of `vllm serve`.
 
     Args:
-        folder: of the model.
+        plan: model and memory.
+        server: name of its variant.
+        folder: folder of the model.
         pictures: folder that the server may open pictures in.
     """
     words = [*plan.options, "--served-model-name", SERVED, "--enable-prompt-tokens-details"]
     words += ["--seed", "0", "--allowed-local-media-path", str(pictures)]
-    if server == DENSE:
+    words += VARIANTS[server].words
+    if VARIANTS[server].method is None:
         return [*words, *plan.dense]
     profile = folder / "profile.json"  # of a model that is not known by its name
     own = plan.sparsemm | ({"profile": str(profile)} if profile.exists() else {})
@@ -141,7 +156,8 @@ def measure_cell(bench: Bench, url: str, model: Path, work: Path, plan: Plan, ce
         numbers = put_load(bench, url, model, requests, cell.scenario, cell.load)
     finally:
         shutil.rmtree(folder)
-    if numbers["pruned_requests"] != (cell.load.requests if cell.server == SPARSEMM else 0):
+    pruned = cell.load.requests if VARIANTS[cell.server].method else 0
+    if numbers["pruned_requests"] != pruned:
         raise LoadError(f"{cell.name}: {numbers['pruned_requests']} prompts were pruned")
     return numbers
 
@@ -152,6 +168,7 @@ def measure(
     deadline: Deadline,
     work: Path = WORK,
     only: Sequence[str] = (),
+    servers: Sequence[str] = FOUR,
 ) -> list[str]:
     """Measure what is missing, until the time is over.
 
@@ -161,6 +178,7 @@ def measure(
         deadline: the cell that crosses it is the last.
         work: folder for logs and pictures.
         only: names of scenarios, or "chats"; nothing means all.
+        servers: names of variants.
 
     Returns:
         Names of the cells that are left.
@@ -172,7 +190,7 @@ def measure(
     work.mkdir(parents=True, exist_ok=True)
     todo = [
         (plan, [c for c in cells if c.name not in results.cells])
-        for plan, cells in visits(plans, only)
+        for plan, cells in visits(plans, only, servers)
     ]
     left = [cell.name for _, cells in todo for cell in cells]
     if not left:
@@ -204,13 +222,14 @@ def started(plan: Plan, server: str, work: Path) -> Iterator[tuple[str, Path]]:
 
 
 def print_tables(plans: Sequence[Plan], results: Results) -> None:
-    """All cells that there are, dense beside SPARSEMM."""
+    """All cells that there are, the servers side by side."""
     for plan in plans:
-        for cell in cells_of(plan, DENSE):
-            pair = [results.cells.get(replace(cell, server=s).name) for s in (DENSE, SPARSEMM)]
-            if pair != [None, None]:
+        for cell in cells_of(plan, FOUR[0]):
+            named = {server: replace(cell, server=server).name for server in FOUR}
+            found = {s: results.cells[name] for s, name in named.items() if name in results.cells}
+            if found:
                 purpose = "first tokens" if cell.load is None else cell.scenario.purpose
-                print("", *beside(f"{cell.kind}: {purpose}", *pair), sep="\n")
+                print("", *beside(f"{cell.kind}: {purpose}", found), sep="\n")
 
 
 def main() -> int:
@@ -218,6 +237,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="one scenario, two small loads")
+    add_option(parser)
     parser.add_argument("--only", default="", help="scenarios, separated by commas; or chats")
     parser.add_argument(
         "--pieces-of", type=float, default=450, metavar="SECONDS", help="default: %(default)s"
@@ -237,8 +257,10 @@ def main() -> int:
     benchmark = "serving-quick" if args.quick else "serving"
     asked = {"times": ON_CPU if cpu else ON_GPU, "plans": [asdict(plan) for plan in plans]}
     results = Results.of(benchmark, asked, cpu, args.out)
+    servers, skipped = served_here(args.variants, HEAD_SIZE, "float32" if cpu else "bfloat16")
+    results.skipped.update(skipped)
     try:
-        left = measure(plans, results, deadline, args.work.resolve(), only)
+        left = measure(plans, results, deadline, args.work.resolve(), only, servers)
     except (LoadError, ServerError, httpx.HTTPError) as error:
         print(f"failed: {error!r}\nlogs: {args.work}", file=sys.stderr)
         return 1

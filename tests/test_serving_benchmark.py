@@ -21,6 +21,7 @@ from speed.plans import CPU, GPU, plans_for
 from speed.results import Deadline, Results
 from speed.scenarios import QUESTION, Chats, Load, Plan, Scenario, write_requests
 from speed.side_by_side import beside
+from speed.variants import FOUR
 
 from sparsemm_vllm.bundled_model import READER, reader_folder
 
@@ -28,6 +29,7 @@ SMALL = ((48, 32), (30, 45))
 UNIQUE = Scenario("unique", "its own pictures", SMALL, None, 8, (Load(0.5, 2), Load("inf", 5)))
 SHARED = Scenario("shared", "shared pictures", SMALL, 2, 8, (Load("inf", 5),))
 PLAN = Plan("model", ("--max-num-seqs", "4"), (), {"budget": 64}, (UNIQUE, SHARED), None, 1)
+SERVERS = ("dense", "sparsemm")
 TWO = (PLAN, replace(PLAN, model="other", chats=Chats(SMALL, 4, 2), scenarios=(SHARED,)))
 
 
@@ -143,19 +145,31 @@ def test_vllm_reads_the_arguments_and_the_requests(tmp_path: Path) -> None:
 def test_servers_differ_in_their_attention_only(tmp_path: Path) -> None:
     dense, own = (
         serving.server_options(GPU[0], server, tmp_path, tmp_path)
-        for server in (serving.DENSE, serving.SPARSEMM)
+        for server in ("dense", "sparsemm")
     )
     assert dense[-2:] == ["--attention-backend", "FLASH_ATTN"]
     assert own[:-4] == dense[:-2]
     assert own[-4:-1] == ["--attention-backend", "SPARSEMM", "--additional-config"]
     assert json.loads(own[-1]) == {"sparsemm": {"budget": 256}}
     (tmp_path / "profile.json").touch()
-    own = serving.server_options(GPU[0], serving.SPARSEMM, tmp_path, tmp_path)
+    own = serving.server_options(GPU[0], "sparsemm", tmp_path, tmp_path)
     assert json.loads(own[-1])["sparsemm"]["profile"] == str(tmp_path / "profile.json")
 
 
+@pytest.mark.parametrize("server", ["dense", "sparsemm"])
+def test_fp8_is_one_option_more(tmp_path: Path, server: str) -> None:
+    """The memory is the same, so its blocks are more."""
+    plain, fp8 = (
+        serving.server_options(GPU[0], name, tmp_path, tmp_path)
+        for name in (server, f"{server}-fp8")
+    )
+    at = fp8.index("--kv-cache-dtype")
+    assert fp8[at + 1] == "fp8"
+    assert fp8[:at] + fp8[at + 2 :] == plain
+
+
 @pytest.mark.parametrize("plan", GPU + CPU, ids=lambda plan: plan.model)
-@pytest.mark.parametrize("server", [serving.DENSE, serving.SPARSEMM])
+@pytest.mark.parametrize("server", FOUR)
 def test_vllm_takes_the_options(
     tmp_path: Path, folder_of: Callable[[str], Path], plan: Plan, server: str
 ) -> None:
@@ -168,6 +182,7 @@ def test_vllm_takes_the_options(
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", str(folder), *words])
     config = AsyncEngineArgs.from_cli_args(args).create_model_config()
     assert config.max_model_len <= config.hf_text_config.max_position_embeddings
+    assert args.kv_cache_dtype == ("fp8" if server.endswith("fp8") else "auto")
     assert config.multimodal_config.get_limit_per_prompt("image") == 2
 
 
@@ -175,19 +190,15 @@ def test_plans_name_each_cell_once() -> None:
     for plans in (CPU, GPU, plans_for(cpu=True, quick=True), plans_for(cpu=False, quick=True)):
         names = [cell.name for _, cells in serving.visits(plans) for cell in cells]
         assert len(set(names)) == len(names) > 0
-    ((quick, cells), _) = serving.visits(plans_for(cpu=True, quick=True))
+    (quick, cells), *others = serving.visits(plans_for(cpu=True, quick=True))
+    assert len(others) == 3
     assert len(cells) == 2
     assert quick.chats is None
 
 
-def test_drift_meets_both_alike() -> None:
+def test_drift_meets_all_alike() -> None:
     order = [(plan.model, cells[0].server) for plan, cells in serving.visits(TWO)]
-    assert order == [
-        ("model", "dense"),
-        ("model", "sparsemm"),
-        ("other", "sparsemm"),
-        ("other", "dense"),
-    ]
+    assert order == [("model", name) for name in FOUR] + [("other", name) for name in FOUR[::-1]]
 
 
 # Cells, pieces and failures
@@ -241,7 +252,8 @@ def results(folder: Path) -> Results:
 
 
 def run(folder: Path, seconds: float = 60, only: tuple[str, ...] = ()) -> list[str]:
-    return serving.measure(TWO, results(folder), Deadline(seconds), folder / "work", only)
+    work = folder / "work"
+    return serving.measure(TWO, results(folder), Deadline(seconds), work, only, SERVERS)
 
 
 def test_a_run_measures_everything_once(fakes: Fakes, tmp_path: Path) -> None:
@@ -258,7 +270,8 @@ def test_a_piece_ends_after_the_cell_that_crosses_its_time(fakes: Fakes, tmp_pat
     assert len(everything) == 10
     assert fakes.started == [], "no time, nothing begun"
     fakes.deadline = Deadline(60)
-    left = serving.measure(TWO, results(tmp_path), fakes.deadline, tmp_path / "work")
+    work = tmp_path / "work"
+    left = serving.measure(TWO, results(tmp_path), fakes.deadline, work, servers=SERVERS)
     assert fakes.started == ["model dense"]
     assert [*fakes.measured, *left] == everything
     assert len(fakes.measured) == 1
@@ -301,12 +314,12 @@ def test_the_command(
         assert "known: chats, unique-" in capsys.readouterr().err
         return
     assert serving.main() == 0
-    assert "4 cells" in capsys.readouterr().out
+    assert "8 cells" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*words, "--pieces-of", "0"])
     assert serving.main() == 0, "nothing is left"
     out.unlink()
     assert serving.main() == 3
-    assert capsys.readouterr().out.count("left: ") == 4
+    assert capsys.readouterr().out.count("left: ") == 8
     fakes.fail_at = fakes.measured[2]
     monkeypatch.setattr(sys, "argv", words)
     assert serving.main() == 1
@@ -318,11 +331,16 @@ def test_the_command(
 
 def test_cells_stand_side_by_side() -> None:
     dense = {"requests": 5, "output_tokens_per_second": 20.0, "preemptions": 0, "commit": "abc"}
-    lines = beside("title", dense, dense | {"output_tokens_per_second": 50.0, "preemptions": 2})
+    cells = {
+        "dense": dense,
+        "dense-fp8": dense | {"output_tokens_per_second": 40.0, "preemptions": 1},
+        "sparsemm": dense | {"output_tokens_per_second": 50.0, "preemptions": 2},
+    }
+    lines = beside("title", cells)
     assert lines[0] == "title"
-    assert [line.split()[-3:] for line in lines[2:]] == [
-        ["requests", "5", "5"],
-        ["20", "50", "2.50"],
-        ["preemptions", "0", "2"],
-    ]
-    assert [line.split()[-2:] for line in beside("title", dense, None)[3:4]] == [["20", "-"]]
+    assert lines[1].split() == ["dense", "dense-fp8", "sparsemm", "/", "dense", "/", "dense-fp8"]
+    assert lines[2].split()[-3:] == ["5", "5", "5"]
+    assert lines[3].split()[-5:] == ["20", "40", "50", "2.50", "1.25"]
+    assert lines[4].split()[-4:] == ["0", "1", "2", "2.00"], "nothing is a multiple of none"
+    assert beside("title", {"dense": dense})[3].split()[-1] == "20"
+    assert beside("title", {"sparsemm": dense})[1].split() == ["sparsemm"]

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, FP8, TOLERANCE, Paged, bits, head_pages, relative_error
@@ -51,6 +52,7 @@ class Requests:
     padded_rows: int = 1
     block_n: int | None = 16
     lists_pages: bool = False
+    pdl: bool = False
     cache: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -122,8 +124,7 @@ class Requests:
         buffers.stats.fill_(torch.nan)
         buffers.arrived.fill_(7)  # a new schedule sets it to zero
         options = decode_options(self.D, dtype, self.dtype, query_block(block_q * self.G))
-        if self.block_n is not None:
-            options = replace(options, block_n=self.block_n)
+        options = replace(options, block_n=self.block_n or options.block_n, pdl=self.pdl)
         units = self.page_units() if self.lists_pages else None
         batch = DecodeBatch.of(
             buffers, 0, rows, longest, self.G, self.programs, options, page_units=units
@@ -179,7 +180,7 @@ def test_head_sizes_and_types(D: int, dtype: torch.dtype) -> None:
     mixed(D=D, dtype=dtype, block_n=None).check()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("D", [80, 128])
 def test_fp8_cache(D: int, dtype: torch.dtype) -> None:
     mixed(D=D, dtype=dtype, cache_dtype=FP8).check(k_scale=0.5, v_scale=3.0)
@@ -262,6 +263,30 @@ def test_any_requests(data: st.DataObject) -> None:
 def test_listed_pages(P: int, query_lens: list[int]) -> None:
     """Places of head pages, looked up instead of computed."""
     Requests([61, 9, 37], query_lens, [4, 2, 20], P=P, lists_pages=True).check()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="what the interpreter lacks is replaced")
+def test_dependent_launch_waits_before_it_reads_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries and the newest keys come from the kernel before: they are there after the wait."""
+    requests = mixed(programs=3, pdl=True)
+    query, cache = requests.query.clone(), requests.cache.clone()
+    requests.query.fill_(torch.nan)
+    requests.cache.fill_(torch.nan)
+    waits = []
+
+    def wait() -> None:
+        waits.append(1)
+        requests.query.copy_(query)
+        requests.cache.copy_(cache)
+
+    monkeypatch.setattr(tl.extra.cuda, "gdc_wait", wait)
+    batch = requests.batch()
+    table = torch.cat([requests.block_table, requests.block_table[:1] * 0])
+    output, expected = requests.output, torch.full_like(requests.output, torch.nan).float()
+    sparse_decode(requests.query, requests.cache, 1, table, batch, output, SCALE)
+    assert len(waits) >= batch.programs, "every program waits"
+    torch_ops.sparse_decode(query, cache, 1, table, batch, expected, SCALE)
+    assert relative_error(output[:6], expected[:6]) < TOLERANCE[torch.float32]
 
 
 def test_a_launch_can_be_repeated() -> None:

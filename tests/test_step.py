@@ -8,8 +8,10 @@ import torch
 from kernel_cases import DEVICE
 from vllm.config.compilation import CUDAGraphMode
 
+from sparsemm_vllm import warm_up as warm_up_module
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.model_state import SparseMMModelState
+from sparsemm_vllm.sparse_attention import forward_sparse
 from sparsemm_vllm.step import (
     DECODE_QUERIES,
     Heads,
@@ -46,7 +48,9 @@ MAX_REQUESTS = 8
 LONG = DECODE_QUERIES + 1
 
 
-def make_state(prompts=(), G=2, D=16, max_requests=MAX_REQUESTS, max_tokens=1024, drafts=0):
+def make_state(
+    prompts=(), G=2, D=16, max_requests=MAX_REQUESTS, max_tokens=1024, drafts=0, max_pages=0
+):
     """A rank that runs requests of these prompts, by their indices."""
     own = LAYOUT.slice_of(0, 0)
     state = SparseState(
@@ -56,9 +60,10 @@ def make_state(prompts=(), G=2, D=16, max_requests=MAX_REQUESTS, max_tokens=1024
         torch.bfloat16,
         max_requests,
         max_tokens,
-        programs=3,
+        max_programs=3,
         device=DEVICE,
         max_decode_queries=1 + drafts,
+        max_pages=max_pages,
     )
     state.attach(PrunedCache(torch.empty(3, 1, 2, P, 2 * D, device=DEVICE), {}))
     for index, n in enumerate(prompts):
@@ -468,9 +473,10 @@ def test_padded_rows_are_scheduled_to_do_nothing(ops):
 @pytest.mark.parametrize(
     "dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)]
 )
-def test_warm_up_launches_every_serving_kernel_and_changes_nothing(monkeypatch, dtype):
+@pytest.mark.parametrize("max_pages", [0, 40])
+def test_warm_up_launches_every_serving_kernel_and_changes_nothing(monkeypatch, dtype, max_pages):
     """What vLLM hands over: a null block, tables of zeros."""
-    state = make_state()
+    state = make_state(max_pages=max_pages)
     state.ops = triton_ops
     cache = torch.zeros(3, 1, 2, P, 2 * 16, dtype=dtype, device=DEVICE)
     state.attach(PrunedCache(cache, {}))
@@ -485,10 +491,59 @@ def test_warm_up_launches_every_serving_kernel_and_changes_nothing(monkeypatch, 
         monkeypatch.setattr(triton_ops, name, watch)
     block_table = torch.zeros(MAX_REQUESTS, 128, dtype=torch.int32, device=DEVICE)
     warm_up(state, dtype, block_table)
-    assert launched == set(triton_ops.__all__) - {"top_keys"}, "which only profiling needs"
+    unused = {"top_keys"} if max_pages else {"top_keys", "list_pages"}  # of profiling, of a variant
+    assert launched == set(triton_ops.__all__) - unused
     assert not cache.any()
     assert not block_table.any()
     assert not state.pages.compact_blocks.any()
+
+
+def test_warm_up_asks_the_compiled_kernels_how_many_fit(monkeypatch):
+    """Tiles of 16, 32 and 64 query rows are kernels of their own, with registers of their own."""
+    state = make_state(G=4)
+    state.ops = SimpleNamespace(**{name: getattr(triton_ops, name) for name in triton_ops.__all__})
+    state.attach(
+        PrunedCache(torch.zeros(3, 1, 2, P, 2 * 16, dtype=torch.bfloat16, device=DEVICE), {})
+    )
+    state.ops.sparse_decode = lambda *args: args[4].block_m  # in place of a compiled kernel
+    fitting = {16: 2, 32: 1, 64: 100}
+    monkeypatch.setattr(warm_up_module, "resident_programs", lambda kernel, _: fitting[kernel])
+    warm_up(state, torch.bfloat16, torch.zeros(MAX_REQUESTS, 128, dtype=torch.int32, device=DEVICE))
+    programs = {queries: state.decode_batch(0, 2, queries).programs for queries in (1, 4, 8, 16)}
+    assert programs == {1: 2, 4: 2, 8: 1, 16: 3}, "no more than there is scratch memory for"
+    assert state.long_decode_batch(0, LONG).programs == 3
+
+
+@pytest.mark.parametrize("kernels", [torch_ops, triton_ops], ids=["torch", "triton"])
+def test_listed_pages_lead_to_the_same_tokens(kernels):
+    """A prompt is pruned and decoded, with places of head pages listed or computed."""
+    n, outputs = 90, []
+    C = LAYOUT.compact_blocks(n, P)
+    row = 1 + torch.randperm(20, generator=torch.Generator().manual_seed(1))
+    table = row.int().to(DEVICE)[None]
+    for max_pages in (0, C * 3 * 2 + 1):
+        state = make_state(max_pages=max_pages)
+        state.ops = kernels
+        generator = torch.Generator().manual_seed(2)
+        cache = torch.randn(3, 21, 2, P, 32, generator=generator).to(torch.bfloat16).to(DEVICE)
+        query = torch.randn(n, 4, 16, generator=generator).to(torch.bfloat16).to(DEVICE)
+        state.attach(PrunedCache(cache, {f"layers.{i}": i for i in range(3)}))
+        state.add(5, n)
+        for computed, queries in ((0, n), (n, 1)):
+            step = plan(state, [(5, computed, queries)])
+            lens = torch.tensor([computed + queries], dtype=torch.int32, device=DEVICE)
+            starts = torch.tensor([0, queries], dtype=torch.int32, device=DEVICE)
+            none = torch.zeros(queries, dtype=torch.int64, device=DEVICE)
+            request = torch.full((1,), 5, dtype=torch.int32, device=DEVICE)
+            step.prepare(none, none, table, starts, lens, request)
+            for layer in range(3):
+                output = torch.zeros_like(query[:queries])
+                named = SimpleNamespace(layer_name=f"layers.{layer}")
+                forward_sparse(step, named, query[:queries], output, table, 0.25)
+                outputs.append(output)
+    half = len(outputs) // 2
+    assert all(map(torch.equal, outputs[:half], outputs[half:]))
+    assert all(output.abs().sum() > 0 for output in outputs[3:half]), "decoded"
 
 
 # The worker's view

@@ -2,8 +2,8 @@
 
 What a layer costs:
 
-* **Bytes**: the kept keys and values once, ``2 * D`` elements a token and KV head, and ``4 * D * G``
-  FLOP a query for each. With 16-bit elements that is `G * Q` FLOP a byte, far below what a GPU
+* **Bytes**: the kept keys and values once, ``2 * D`` elements a token and KV head. For each there
+  are ``4 * D * G`` FLOP a query: with 16-bit elements `G * Q` FLOP a byte, far below what a GPU
   needs to be busy computing (H200: 180). Rows of queries that pad a tile to 16 cost nothing.
 * **Instructions**: a KV tile of 128 tokens is 64 KiB (16 bits, `D` 128) and some 430 instructions
   of each warp, most of them addresses. Long heads are bound by bytes only if these are few.
@@ -119,6 +119,7 @@ def _sparse_decode(
     HAS_V_SCALE: tl.constexpr,
     HAS_PAGE_UNITS: tl.constexpr,
     ONE_QUERY: tl.constexpr,
+    CONVERTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -177,6 +178,8 @@ def _sparse_decode(
             if PDL:  # what the kernel before wrote: queries, and the newest keys and values
                 tl.extra.cuda.gdc_wait()
             q = tl.load(query_ptr + q_offset + d[None, :], q_mask, 0.0)
+            if CONVERTS:
+                q = (q.to(tl.float32) * scale).to(tl.float16)
             q_position = position + q_index
 
             m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -212,7 +215,9 @@ def _sparse_decode(
                     k = tl.load(kv_ptr).to(q.dtype)
                 else:
                     k = tl.load(kv_ptr, in_head[None, :], 0.0).to(q.dtype)
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                if not CONVERTS:
+                    s *= scale
                 seen = valid[None, :]
                 if not ONE_QUERY:  # the only query of a tile sees all of its tokens
                     seen &= held[None, :] | (place[None, :] <= q_position[:, None])
@@ -346,8 +351,6 @@ def sparse_decode(
         raise ValueError(f"a cache of {cache.dtype} beside queries of {query.dtype}")
     if block_table.dtype != torch.int32 or block_table.stride(1) != 1:
         raise ValueError("block_table must be int32 with contiguous rows")
-    if options.pdl and torch.version.cuda is None:
-        raise ValueError("programmatic dependent launch needs CUDA")
     return _sparse_decode[(batch.programs,)](
         query,
         cache,
@@ -383,6 +386,9 @@ def sparse_decode(
         HAS_V_SCALE=v_scale is not None,
         HAS_PAGE_UNITS=batch.page_units is not None,
         ONE_QUERY=batch.block_q == 1,
+        # e4m3 becomes float16 in one instruction and without an error, bfloat16 in several. Scaled
+        # queries fit into float16: an overflow would be a logit of tens of thousands.
+        CONVERTS=cache.dtype == torch.float8_e4m3fn and query.dtype != torch.float32,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         BLOCK_M=batch.block_m,
         BLOCK_R=triton.next_power_of_2(batch.block_q * G),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def prepare(
 
 
 def measure_cells(
-    results: Results, cells: dict[str, Callable[[], dict[str, Any]]], deadline: Deadline
+    results: Results, cells: Mapping[str, Callable[[], dict[str, Any]]], deadline: Deadline
 ) -> bool:
     """Measure what is missing, until the time is over; whether nothing is left."""
     for name, cell in cells.items():

@@ -14,9 +14,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from sparsemm_vllm.environment import has_gpu
-
-BLOCK_SIZE = 16
+from speed.variants import BLOCK_SIZE
 
 
 @dataclass(frozen=True)
@@ -145,8 +143,3 @@ def random_prompts(count: int, tokens: int, vocabulary: int, seed: int) -> list[
     rng = random.Random(seed)
     low = 100 if vocabulary > 1000 else 0
     return [[rng.randrange(low, vocabulary - 10) for _ in range(tokens)] for _ in range(count)]
-
-
-def dense_backend() -> str:
-    """What a user would run otherwise."""
-    return "FLASH_ATTN" if has_gpu() else "CPU_ATTN"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,16 @@ from gpu_parts.records import ROOT, machine
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def results_folder(device: str) -> Path:
-    """Today's folder of a device, by its name as its driver says it."""
+def results_folder(device: str, day: date | None = None, root: Path = RESULTS) -> Path:
+    """A day's folder of a device.
+
+    Args:
+        device: name of the device, as its driver says it.
+        day: day of the measurements; today if not given.
+        root: folder of all results.
+    """
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return RESULTS / slug / datetime.now(UTC).date().isoformat()
+    return root / slug / (day or datetime.now(UTC).date()).isoformat()
 
 
 class Results:
@@ -33,6 +39,7 @@ class Results:
 
     Attributes:
         cells: by name.
+        skipped: reasons why variants are left out, by their names.
 
     Raises:
         SystemExit: if the file holds something else.
@@ -40,12 +47,14 @@ class Results:
 
     def __init__(self, file: Path, asked: dict[str, Any], cpu: bool) -> None:
         self.file = file
-        self.data: dict[str, Any] = {"asked": asked, "machine": machine(cpu), "cells": {}}
+        self.data: dict[str, Any] = {"asked": asked, "machine": machine(cpu)}
+        self.data |= {"skipped": {}, "cells": {}}
         if file.exists():
             found = json.loads(file.read_text())
             if found["asked"] != json.loads(json.dumps(asked)):
                 raise SystemExit(f"{file} holds other measurements; give another --out")
             self.data["cells"] = found["cells"]
+            self.data["skipped"] = found.get("skipped", {})
 
     @classmethod
     def of(cls, benchmark: str, asked: dict[str, Any], cpu: bool, file: Path | None) -> Results:
@@ -57,6 +66,10 @@ class Results:
     @property
     def cells(self) -> dict[str, Any]:
         return self.data["cells"]
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        return self.data["skipped"]
 
     def save(self, name: str, cell: dict[str, Any]) -> None:
         """Write a cell and the commit it was measured at, at once or not at all."""

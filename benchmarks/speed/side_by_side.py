@@ -1,8 +1,10 @@
-"""Two servers' cells beside each other, in plain text."""
+"""Servers' cells beside each other, in plain text."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from speed.variants import DENSE
 
 ROWS = {
     "requests": "requests",
@@ -28,26 +30,46 @@ ROWS = {
     "second turn, prompt tokens": "second_turn_prompt_tokens_mean",
     "second turn, cached tokens": "second_turn_cached_tokens_mean",
 }
-# What was asked: these say nothing about either.
+# What was asked: these say nothing about any server.
 ASKED = ("requests", "prompt_tokens_mean", "output_tokens", "second_turn_prompt_tokens_mean")
-LABEL, NUMBER = 36, 11  # characters
+LABEL, NUMBER = 36, 10  # characters
 
 
-def beside(title: str, dense: dict[str, Any] | None, sparsemm: dict[str, Any] | None) -> list[str]:
-    """A title and a line for each number that either has, with SPARSEMM's over dense's.
+def beside(title: str, cells: dict[str, dict[str, Any]]) -> list[str]:
+    """A title and a line for each number that any has, with its ratio to each of the dense ones.
+
+    fp8 caches are what a user would switch on instead of pruning: what counts is the ratio to the
+    better of the dense servers.
 
     Args:
-        title: above the columns.
-        dense: a cell, or None.
-        sparsemm: the other server's of the same load.
+        title: text above the columns.
+        cells: cells of the same load by the server's variant.
     """
-    lines = [title, f"{'':{LABEL}}{'dense':>{NUMBER}}{'sparsemm':>{NUMBER}}    ratio"]
+    columns: list[tuple[str, str | None]] = []  # a variant, and the one that it is divided by
+    for name in cells:
+        columns.append((name, None))
+        if name not in DENSE:
+            columns += [(name, dense) for dense in DENSE if dense in cells]
+    heads = [f"/ {dense}" if dense else name for name, dense in columns]
+    widths = [max(NUMBER, 2 + len(head)) for head in heads]
+    lines = [title, _row("", heads, widths)]
     for label, key in ROWS.items():
-        numbers = [(cell or {}).get(key) for cell in (dense, sparsemm)]
-        if numbers == [None, None]:
+        numbers = {name: cell.get(key) for name, cell in cells.items()}
+        if set(numbers.values()) == {None}:
             continue
-        shown = "".join(f"{'-' if n is None else f'{n:,.5g}':>{NUMBER}}" for n in numbers)
-        both = None not in numbers and numbers[0] != 0 and key not in ASKED
-        ratio = f"{numbers[1] / numbers[0]:9.2f}" if both else ""
-        lines.append(f"{label:{LABEL}}{shown}{ratio}")
+        lines.append(_row(label, [_shown(numbers, key, *column) for column in columns], widths))
     return lines
+
+
+def _shown(numbers: dict[str, Any], key: str, name: str, dense: str | None) -> str:
+    number = numbers[name]
+    if dense is None:
+        return "-" if number is None else f"{number:,.5g}"
+    if key in ASKED or number is None or not numbers[dense]:
+        return ""
+    return f"{number / numbers[dense]:.2f}"
+
+
+def _row(label: str, words: list[str], widths: list[int]) -> str:
+    right = (f"{word:>{width}}" for word, width in zip(words, widths, strict=True))
+    return f"{label:{LABEL}}{''.join(right)}".rstrip()

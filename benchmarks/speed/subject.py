@@ -51,19 +51,20 @@ class Subject:
     def token_bytes(self) -> int:
         """KV bytes of a token, all layers and heads."""
         c = self.config
-        return c.num_hidden_layers * kv_heads(c) * 2 * self._head_size * self.element_size
+        return c.num_hidden_layers * kv_heads(c) * 2 * self.head_size * self.element_size
 
     @property
     def weight_bytes(self) -> int:
         """What a decode step reads of the weights: language model and output layer."""
         c = self.config
-        projections = 2 * (c.num_attention_heads + kv_heads(c)) * self._head_size * c.hidden_size
+        projections = 2 * (c.num_attention_heads + kv_heads(c)) * self.head_size * c.hidden_size
         layer = projections + 3 * c.hidden_size * c.intermediate_size
         weights = c.num_hidden_layers * layer + c.vocab_size * c.hidden_size
         return weights * self.element_size
 
     @property
-    def _head_size(self) -> int:
+    def head_size(self) -> int:
+        """Elements of a head."""
         c = self.config
         return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
 
@@ -124,3 +125,8 @@ def copy_bandwidth(repeats: int = 10) -> float:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
     return 2 * source.numel() / min(seconds)
+
+
+def device_memory() -> int | None:
+    """Bytes of the GPU; None without one."""
+    return torch.cuda.mem_get_info()[1] if has_gpu() else None

@@ -1,0 +1,340 @@
+"""The summary of a GPU run's folder, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from speed.variants import DENSE
+
+from gpu_report.rows import (
+    Parts,
+    decodes,
+    dense_us,
+    failures,
+    left,
+    pairs,
+    rates,
+)
+
+NAME = "summary.md"
+FACTS = ("driver", "cuda", "torch", "triton", "vllm", "transformers", "cores")
+BASELINE = (
+    "The baseline is the faster of vLLM's dense attention with a bf16 and with an fp8 cache; a "
+    "ratio above 1 means that SPARSEMM is faster."
+)
+KNOWN = ("pair", "bench", "tune", "modes", "kernels", "methods", "ncu")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table; without rows, nothing."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *lines, ""] if lines else []
+
+
+def number(value: float | None, digits: int = 1, unit: str = "") -> str:
+    """A number with its unit, or a dash for none."""
+    return "-" if value is None else f"{value:,.{digits}f}{unit}"
+
+
+def write(folder: Path, parts: Parts, pictures: dict[str, Path]) -> Path:
+    """Write the summary of a folder and return its file."""
+    file = folder / NAME
+    file.write_text("\n".join(summary(parts, folder.name, pictures)).rstrip() + "\n")
+    return file
+
+
+def title(parts: Parts, day: str) -> str:
+    """Device and day, and that a dry run is one."""
+    first = next(iter(parts.values()))
+    dry = " (a dry run: the figures mean nothing)" if first["dry_run"] else ""
+    return f"{first['machines'][0]['device']}, {day}{dry}"
+
+
+def summary(parts: Parts, day: str, pictures: dict[str, Path]) -> list[str]:
+    """Lines of the summary.
+
+    Args:
+        parts: records by part.
+        day: day of the measurements.
+        pictures: files in the same folder by name.
+    """
+    shown = {name: [f"![{name}]({file.name})", ""] for name, file in pictures.items()}
+    others = [part for part in parts if part not in KNOWN]
+    parts = {part: parts[part] for part in (*KNOWN, *others) if part in parts}
+    return [
+        f"# {title(parts, day)}",
+        "",
+        "Written by `python benchmarks/report.py gpu` from the records in this folder.",
+        "",
+        *machines(parts),
+        *overview(parts),
+        *problems(parts),
+        *_section("Whole decode steps (pair)", [*_steps(parts), *shown.get("steps", [])]),
+        *_section(
+            "Attention of one layer in a decode step (bench)",
+            [*_decode(parts), *shown.get("bytes", []), *shown.get("prediction", [])],
+        ),
+        *_section("Layers of one traced decode step (bench)", _traces(parts)),
+        *_section("Pruning a prompt (bench)", _prunes(parts)),
+        *_section("Variants of the decode kernel (tune)", _tune(parts)),
+        *_section("Answers of engines (modes, pair)", _answers(parts)),
+        *_section("Kernels beside their torch twins (kernels, methods)", _kernels(parts)),
+        *_section("Counters of one decode launch (ncu)", _counters(parts)),
+        *[line for part in others for line in _section(part, _other(parts[part]))],
+    ]
+
+
+def _section(name: str, lines: list[str]) -> list[str]:
+    return [f"## {name}", "", *lines] if lines else []
+
+
+def machines(parts: Parts) -> list[str]:
+    """Driver, versions and commits, a row for each different machine."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for part, record in parts.items():
+        for machine in record["machines"]:
+            facts = [str(machine.get(fact) or "-") for fact in FACTS]
+            found.setdefault((*facts, commit_of(machine)), []).append(part)
+    rows = [(*facts, ", ".join(names)) for facts, names in found.items()]
+    return table((*FACTS, "commit", "parts"), rows)
+
+
+def commit_of(machine: dict[str, Any]) -> str:
+    """The commit that was measured, and whether its files were changed."""
+    return machine["commit"][:12] + (" with changes" if machine.get("changed") else "")
+
+
+def overview(parts: Parts) -> list[str]:
+    """How far each part got."""
+    return table(
+        ("part", "cases passed", "failures", "state"),
+        [
+            (part, f"{len(r['cases'])} of {r['total'] or '?'}", str(len(r["failed"])), state(r))
+            for part, r in parts.items()
+        ],
+    )
+
+
+def state(record: dict[str, Any]) -> str:
+    """Whether a part is complete, in words."""
+    return "complete" if record["complete"] else "**partial**"
+
+
+def problems(parts: Parts) -> list[str]:
+    """What failed, what was not measured, and notes."""
+    lines = []
+    for each in failures(parts):
+        passed = "; passed in another run" if each["passed"] else ""
+        last = each["error"].strip().splitlines()[-1][:300] if each["error"].strip() else ""
+        lines.append(
+            f"* **failed**: {each['part']}, {each['case']} (commit {each['commit'][:12]}{passed}): "
+            f"`{last.replace('`', chr(39))}`"
+        )
+    for part, record in parts.items():
+        if names := left(record):
+            lines.append(f"* not measured: {part}: {', '.join(names)}")
+    lines += [f"* skipped: {part}, {name}: {why}" for part, name, why in skipped(parts)]
+    notes = dict.fromkeys(note for record in parts.values() for note in record["notes"])
+    lines += [f"* {note}" for note in notes]
+    return _section("What is missing", [*lines, ""]) if lines else []
+
+
+def skipped(parts: Parts) -> list[tuple[str, str, str]]:
+    """Cases, or FlashAttention beside them, that were left out: part, case and reason."""
+    return [
+        (part, name, reason.removeprefix("skipped: ").splitlines()[0])
+        for part, record in parts.items()
+        for name, case in record["cases"].items()
+        for reason in (case.get("skipped"), case.get("flash"))
+        if isinstance(reason, str) and reason
+    ]
+
+
+def _steps(parts: Parts) -> list[str]:
+    found = pairs(parts)
+    dense = [found[name]["step_ms"] for name in DENSE if name in found]
+    rows = [
+        (
+            name,
+            number(r["step_ms"], 2),
+            number(r.get("tokens_per_second")),
+            str(r.get("requests") or "-"),
+            str(r.get("most_blocks", "-")),
+            *(_ratio(found, name, other) for other in DENSE),
+        )
+        for name, r in found.items()
+    ]
+    lines = table(
+        ("variant", "ms a step", "tokens/s", "requests", "KV blocks at most", *_over()), rows
+    )
+    return [*lines, BASELINE, ""] if lines and dense else lines
+
+
+def _over() -> list[str]:
+    return [f"times faster than {name}" for name in DENSE]
+
+
+def _ratio(found: dict[str, dict[str, Any]], name: str, dense: str) -> str:
+    if name in DENSE or dense not in found:
+        return "-"
+    return number(found[dense]["step_ms"] / found[name]["step_ms"], 2)
+
+
+def _decode(parts: Parts) -> list[str]:
+    rows = decodes(parts)
+    speeds = rates(parts)
+    units = {name: (1e12, "TFLOP/s") if "product" in name else (1e9, "GB/s") for name in speeds}
+    lines = [
+        f"* {name}: {speed / units[name][0]:,.1f} {units[name][1]}"
+        for name, speed in speeds.items()
+    ]
+    cells = []
+    for row in rows:
+        flash = dense_us(rows, row.size)
+        faster = [
+            "-" if row.budget is None or name not in flash else number(flash[name] / row.us, 2)
+            for name in DENSE
+        ]
+        cells.append(
+            (
+                row.label,
+                row.layout or "-",
+                f"{row.us:,.1f} ({row.spread[0]:,.1f} to {row.spread[1]:,.1f})",
+                number(row.bytes / 1e6),
+                number(row.floor_us),
+                number(None if row.floor_us is None else row.us / row.floor_us, 2),
+                number(row.model_us),
+                number(row.balance, 2),
+                number(row.flash_us) + (" (another output)" if row.differs else ""),
+                *faster,
+            )
+        )
+    head = ("case", "layout", "us (20 to 80 %)", "MB", "floor us", "us / floor", "model us")
+    measured = table((*head, "balance", "FlashAttention us", *_over()), cells)
+    return [*lines, "", *measured] if lines or measured else []
+
+
+def _traces(parts: Parts) -> list[str]:
+    cases = parts.get("bench", {}).get("cases", {})
+    rows = []
+    for name, case in cases.items():
+        if layers := case.get("layers"):
+            times = sorted(layer["us"] for layer in layers)
+            mean = sum(times) / len(times)
+            rows.append(
+                (
+                    name,
+                    str(len(times)),
+                    *(number(us) for us in (mean, times[0], times[len(times) // 2], times[-1])),
+                    str(max(layer.get("most_items", 0) for layer in layers) or "-"),
+                )
+            )
+    head = ("step", "layers", "mean us", "fastest", "median", "slowest", "items of a program, most")
+    return table(head, rows)
+
+
+def _prunes(parts: Parts) -> list[str]:
+    rows = []
+    for name, case in parts.get("bench", {}).get("cases", {}).items():
+        if name.startswith("prune ") and "all" in case:
+            steps = (case[op]["us"] / 1e3 for op in ("all", "scores", "select", "compact"))
+            share = case.get("share_of_prefill")
+            rows.append(
+                (
+                    name.removeprefix("prune "),
+                    *(number(ms, 2) for ms in steps),
+                    number(None if share is None else 100 * share, 2, " %"),
+                )
+            )
+    return table(("prompt", "ms", "scores", "select", "compact", "of the prefill, estimated"), rows)
+
+
+def _tune(parts: Parts) -> list[str]:
+    cases = parts.get("tune", {}).get("cases", {})
+    rates_of = {name: case.get("bytes_per_second", 0.0) for name, case in cases.items()}
+    rows = [
+        (
+            name,
+            number(rates_of[name] / 1e9),
+            number(cases[name].get("balance"), 2),
+        )
+        for name in sorted(rates_of, key=lambda name: -rates_of[name])
+    ]
+    return table(("variant", "GB/s", "balance"), rows)
+
+
+def _answers(parts: Parts) -> list[str]:
+    rows = []
+    for part in ("modes", "pair"):
+        for name, case in parts.get(part, {}).get("cases", {}).items():
+            found = case.get("differences")
+            found = found if isinstance(found, dict) else {}
+            largest = found.get("largest", case.get("largest_difference"))
+            compared = "compared" in case
+            waits = case.get("sync_warnings")
+            rows.append(
+                (
+                    f"{part}: {name}",
+                    str(case.get("graphs", "-")),
+                    number(case.get("start_seconds"), 0, " s"),
+                    f"{case['compared']} of {case.get('of', '?')}" if compared else "-",
+                    str(case.get("swaps", "-")),
+                    *(_small(found.get(key)) for key in ("median", "q90", "q99")),
+                    _small(largest),
+                    str(sum(waits.values())) if isinstance(waits, dict) else "-",
+                )
+            )
+    head = ("engine", "graphs", "start", "tokens compared", "swaps", "median", "90 %", "99 %")
+    lines = table((*head, "largest", "waits for the GPU"), rows)
+    return [*lines, "Differences are of log-probabilities.", ""] if lines else []
+
+
+def _small(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
+def _kernels(parts: Parts) -> list[str]:
+    worst: dict[tuple[str, float], tuple[float, int]] = {}
+    lines = []
+    for case in parts.get("kernels", {}).get("cases", {}).values():
+        for op, error in case.get("errors", {}).items():
+            key = op, case.get("tolerance", float("nan"))
+            largest, count = worst.get(key, (0.0, 0))
+            worst[key] = max(largest, error), count + 1
+    rows = [
+        (op, _small(allowed), _small(error), str(count))
+        for (op, allowed), (error, count) in sorted(worst.items())
+    ]
+    lines += table(("kernel", "allowed", "largest error", "cases"), rows)
+    if "methods" in parts:
+        lines += [f"* methods: {len(parts['methods']['cases'])} cases are as on the CPU", ""]
+    return lines
+
+
+def _counters(parts: Parts) -> list[str]:
+    cases = parts.get("ncu", {}).get("cases", {})
+    found = {name: case["counters"] for name, case in cases.items() if case.get("counters")}
+    names = dict.fromkeys(key for counters in found.values() for key in counters)
+    rows = [(key, *(str(own.get(key, "-")) for own in found.values())) for key in names]
+    return table(("counter", *found), rows)
+
+
+def _other(record: dict[str, Any]) -> list[str]:
+    """A part that is not known here: the numbers of its cases."""
+    return table(
+        ("case", "figures"),
+        [
+            (name, ", ".join(f"{k} {_word(v)}" for k, v in case.items() if k != "commit"))
+            for name, case in record["cases"].items()
+        ],
+    )
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    if isinstance(value, dict | list):
+        return f"({len(value)} entries)"
+    return str(value).replace("|", "/").replace("\n", " ")[:80]
