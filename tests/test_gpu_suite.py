@@ -407,15 +407,16 @@ def test_the_model_predicts_what_it_knows(monkeypatch: pytest.MonkeyPatch) -> No
     device = Device.__new__(Device)
     device.dry, device.torch = True, torch.device("cpu")
     setup = bench.Decode(device, step, scores, torch.bfloat16)
-    assert setup.model_us(1e12) is None, "nobody has compiled this kernel"
+    assert setup.model_us(1e12) is None, "nobody has compiled it for two heads of a KV head"
     costs = bench.Costs(bench.DecodeParts(*[bench.Part(10, 100)] * 6), 128, 4, 2)
-    monkeypatch.setattr(bench, "read_costs", lambda: {bench.triton.__version__: costs})
+    known = {bench.triton.__version__: {"bf16 G=2": costs, "fp8 G=2": costs}}
+    monkeypatch.setattr(bench, "read_costs", lambda: known)
     monkeypatch.setattr(bench, "COSTS", Path(__file__))
     floor = 1e6 * setup.bytes / 1e6
     assert setup.model_us(1e6) == pytest.approx(floor, rel=0.01), "a slow memory decides"
     assert setup.model_us(1e15) < 0.1 * floor
-    other = {bench.triton.__version__: dataclasses.replace(costs, block_n=64)}
-    monkeypatch.setattr(bench, "read_costs", lambda: other)
+    other = dataclasses.replace(costs, block_n=64)
+    known[bench.triton.__version__]["bf16 G=2"] = other
     assert setup.model_us(1e6) is None, "another tile"
 
 

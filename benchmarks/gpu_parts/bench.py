@@ -282,13 +282,15 @@ class Decode:
 
     def costs(self) -> Costs:
         """What the kernel's pieces cost, read from its machine code if that is known."""
-        options, each = self.rows.options, self.rows.programs // self.device.multiprocessors
+        options, model = self.rows.options, self.model
+        each = max(1, self.rows.programs // self.device.multiprocessors)
+        assumed = Costs(ASSUMED, options.block_n, options.num_warps, each, SETUP_TILES)
         known = read_costs() if COSTS.exists() else {}
-        compiled = known.get(triton.__version__)
-        like_this = options.block_n, options.num_warps, self.model.D, self.cache.element_size()
-        if compiled is None or like_this != (compiled.block_n, compiled.num_warps, 128, 2):
-            compiled = Costs(ASSUMED, options.block_n, options.num_warps, each, SETUP_TILES)
-        return replace(compiled, programs_each=max(1, each))
+        kind = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8"}.get(self.cache.dtype)
+        heads = f"{kind} G={model.Hq // model.Hkv}" if model.D == 128 else ""
+        compiled = known.get(triton.__version__, {}).get(heads, assumed)
+        as_here = (compiled.block_n, compiled.num_warps) == (options.block_n, options.num_warps)
+        return replace(compiled, programs_each=each) if as_here else assumed
 
     def balance(self) -> tuple[float, list[int]]:
         """Cycles of the longest program over their mean, the worst layer's; its items, by layer."""
