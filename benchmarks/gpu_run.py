@@ -350,6 +350,8 @@ class Run:
         lines = [f"\nafter {self.now:.0f} s: {self.places.tar.name}, {mebibytes(self.places.tar)}"]
         lines += self.machine()
         lines += self.said("cache")
+        compiled = sum(path.suffix == ".cubin" for path in compiled_kernels())
+        lines.append(f"cache: {compiled} kernels were compiled here")
         lines += self.said("sanitizer", "=========")  # compute-sanitizer's own lines
         if self.ended.get("check_gpu", "ok") != "ok":
             lines += self.said("check_gpu")
@@ -444,12 +446,13 @@ def compiled_kernels() -> Iterator[Path]:
             yield path
 
 
-def prepare(bundle: Path, wheels: list[Path]) -> int:
+def prepare(bundle: Path, wheels: list[Path], results: list[Path]) -> int:
     """Fill ``.gpu``: the bundle's parts and scripts, Triton's cache, and the commit.
 
     Args:
         bundle: folder of the parts and scripts.
         wheels: Triton's wheels or folders of them; downloaded if not given.
+        results: tars of earlier runs, for what Triton compiled there.
     """
     shutil.rmtree(GPU, ignore_errors=True)
     GPU.mkdir()
@@ -457,7 +460,8 @@ def prepare(bundle: Path, wheels: list[Path]) -> int:
     for path in wanted:
         shutil.copy(path, GPU)
     (GPU / "commit").write_text(json.dumps(code_version()))
-    command = [sys.executable, str(HERE / "precompile.py"), "build", "--triton", *map(str, wheels)]
+    command = [sys.executable, str(HERE / "precompile.py"), "build"]
+    command += ["--triton", *map(str, wheels), "--add", *map(str, results)]
     if code := subprocess.run(command).returncode:
         return code
     return check_sizes()
@@ -492,11 +496,12 @@ def main() -> int:
     parser.add_argument("--jobs", help="these only, separated by commas")
     parser.add_argument("--out", type=Path, help="folder of the tar; $OUT, or build/gpu-run")
     parser.add_argument("--triton", type=Path, nargs="*", default=[], help="wheels, to prepare")
+    parser.add_argument("--add", type=Path, nargs="*", default=[], help="tars, to prepare")
     args = parser.parse_args()
     if args.run == "prepare":
         if args.bundle is None:
             parser.error("prepare needs the bundle's folder")
-        return prepare(args.bundle, args.triton)
+        return prepare(args.bundle, args.triton, args.add)
     out = args.out or Path(os.environ.get("OUT") or ROOT / "build" / "gpu-run")
     out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))

@@ -2,6 +2,7 @@
 
     python benchmarks/precompile.py build                      # writes .gpu/triton-cache.tar.xz
     python benchmarks/precompile.py build --triton WHEEL ...   # with wheels that are here already
+    python benchmarks/precompile.py build --add RESULTS.tar.gz # and what was compiled there before
     python benchmarks/precompile.py unpack                     # there, into TRITON_CACHE_DIR
 
 On the GPU machine, compiling the kernels of `gpu_run.sh` takes minutes of the fifteen that it is
@@ -57,7 +58,8 @@ def compiler_facts() -> dict[str, str | None]:
 
 def facts_of(folder: Path, library: bytes) -> dict[str, str | None]:
     """The same of an unpacked wheel, with the library of another."""
-    ptxas = folder / "triton" / "backends" / "nvidia" / "bin" / "ptxas"
+    bundled = folder / "triton" / "backends" / "nvidia" / "bin" / "ptxas"
+    ptxas = os.environ.get("TRITON_PTXAS_PATH", str(bundled))
     said = subprocess.run([ptxas, "--version"], capture_output=True, text=True)
     return {"libtriton": hashlib.sha256(library).hexdigest(), "ptxas": said.stdout.strip()}
 
@@ -98,9 +100,23 @@ def write_groups(cache: Path) -> None:
             group.write_text(json.dumps({"child_paths": files}))
 
 
+def add_results(results: Path, cache: Path) -> None:
+    """Put what a run of `gpu_run.sh` compiled into a cache: vLLM's kernels, and launchers."""
+    with tarfile.open(results) as tar:
+        for entry in tar:
+            folder, _, name = entry.name.partition("/")
+            if folder == "triton" and entry.isfile():
+                entry.name = name
+                tar.extract(entry, cache, filter="data")
+
+
 def pack(cache: Path, archive: Path, facts: dict[str, Any]) -> int:
-    """Write the machine code and its metadata of all kernels into an archive; how many."""
-    files = [path for path in sorted(cache.glob("*/*")) if path.suffix in (".cubin", ".json")]
+    """Write what a later run can use into an archive: how many kernels.
+
+    Of each the machine code and its metadata; and the launchers, if there are any.
+    """
+    kinds = (".cubin", ".json", ".so")
+    files = [path for path in sorted(cache.glob("*/*")) if path.suffix in kinds]
     files = [path for path in files if not path.name.startswith(GROUP)]
     count = sum(path.suffix == ".cubin" for path in files)
     archive.parent.mkdir(exist_ok=True)
@@ -149,8 +165,18 @@ def install(wheel: Path, folder: Path) -> None:
         program.chmod(0o755)
 
 
-def build(given: list[Path], archive: Path, processes: int, pattern: str) -> int:
-    """Compile all kernels, pack them, and prove with a fresh process that they are found."""
+def build(
+    given: list[Path], archive: Path, processes: int, pattern: str, results: list[Path]
+) -> int:
+    """Compile all kernels, pack them, and prove with a fresh process that they are found.
+
+    Args:
+        given: wheels, or folders of them.
+        archive: where they are packed.
+        processes: number of them, to compile in.
+        pattern: regular expression of the launches' names.
+        results: tars of runs, whose kernels are packed too.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         found = wheels(given, folder)
@@ -161,6 +187,8 @@ def build(given: list[Path], archive: Path, processes: int, pattern: str) -> int
         begin = time.monotonic()
         counts = compile_all(own, folder / "cache", str(facts["libtriton"]), processes, pattern)
         seconds = time.monotonic() - begin
+        for tar in results:
+            add_results(tar, folder / "cache")
         kernels = pack(folder / "cache", archive, facts)
         size = archive.stat().st_size
         print(f"{kernels} kernels, {counts['misses']} compiled, {seconds:.0f} s, {size} bytes")
@@ -256,6 +284,7 @@ def main() -> int:
     parser.add_argument(
         "--triton", type=Path, nargs="*", default=[], help="wheels or folders of them"
     )
+    parser.add_argument("--add", type=Path, nargs="*", default=[], help="tars of gpu_run.sh")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--cases", default="", help="of these names only: a regular expression")
     parser.add_argument("--library", help=argparse.SUPPRESS)
@@ -267,7 +296,7 @@ def main() -> int:
     if args.command == "compile":
         print(json.dumps(compile_share(args.library, args.share, args.cases)))
         return 0
-    return build(args.triton, args.archive, args.processes, args.cases)
+    return build(args.triton, args.archive, args.processes, args.cases, args.add)
 
 
 if __name__ == "__main__":

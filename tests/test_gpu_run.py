@@ -201,6 +201,37 @@ def test_the_output_is_short(places: Places, capsys: pytest.CaptureFixture[str])
     assert clip(["a", "b"], 100) == "a\nb"
 
 
+def test_what_travels_is_not_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The parts, the scripts, the commit and the cache, beside the tree."""
+    bundle, gpu = tmp_path / "bundle", tmp_path / "gpu"
+    bundle.mkdir()
+    for name in ("bundle.part00", "bundle.sha256", "install_bundle.sh", "check_gpu.py"):
+        (bundle / name).write_bytes(1000 * b"x")
+    stub = tmp_path / "here"
+    stub.mkdir()
+    build = (
+        f"import pathlib, sys; pathlib.Path({str(gpu)!r}, 'cache').write_text(str(sys.argv[1:]))"
+    )
+    (stub / "precompile.py").write_text(build)
+    monkeypatch.setattr(gpu_run, "GPU", gpu)
+    monkeypatch.setattr(gpu_run, "HERE", stub)
+    gpu.mkdir()
+    (gpu / "bundle.part07").touch()  # of an earlier bundle
+    assert gpu_run.prepare(bundle, [Path("wheel")], [Path("tar")]) == 0
+    assert {path.name for path in gpu.iterdir()} == {
+        *(path.name for path in bundle.iterdir()),
+        "commit",
+        "cache",
+    }
+    assert (gpu / "cache").read_text() == "['build', '--triton', 'wheel', '--add', 'tar']"
+    assert len(json.loads((gpu / "commit").read_text())["commit"]) == 40
+    (bundle / "bundle.part01").write_bytes(bytes(60 << 20))
+    assert gpu_run.prepare(bundle, [], []) == 1
+    assert "too much" in capsys.readouterr().out
+
+
 def dry_run(name: str, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in CPU_VARIABLES}
     environment |= {"PYTHON": PYTHON, "TRITON_CACHE_DIR": str(out / "triton"), "OUT": str(out)}

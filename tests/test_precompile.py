@@ -51,6 +51,30 @@ def test_another_triton_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture
     assert f"libtriton: '{64 * '0'}' there" in said
 
 
+def test_what_a_run_compiled_travels_back(tmp_path: Path) -> None:
+    """Kernels and launchers of a run's results; nothing else of them."""
+    results = tmp_path / "results.tar.gz"
+    for name in ("triton/OTHER/sample.cubin", "triton/OTHER/sample.json", "bench.json"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    (tmp_path / "triton" / "STUB").mkdir()
+    (tmp_path / "triton" / "STUB" / "launcher.so").write_text("code")
+    with tarfile.open(results, "w:gz") as tar:
+        for name in ("triton", "bench.json"):
+            tar.add(tmp_path / name, name)
+    cache = tmp_path / "cache"
+    precompile.add_results(results, cache)
+    assert sorted(path.name for path in cache.iterdir()) == ["OTHER", "STUB"]
+    archive = tmp_path / "archive.tar.xz"
+    assert precompile.pack(cache, archive, FACTS) == 1
+    warm = tmp_path / "warm"
+    precompile.unpack(archive, warm)
+    assert (warm / "STUB" / "launcher.so").read_text() == "code"
+    group = json.loads((warm / "OTHER" / "__grp__sample.json").read_text())
+    assert set(group["child_paths"]) == {"sample.cubin", "sample.json"}
+
+
 def test_no_archive_costs_only_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     precompile.unpack(tmp_path / "none.tar.xz", tmp_path / "cache")
     assert "there is no none.tar.xz" in capsys.readouterr().out
