@@ -221,7 +221,7 @@ def decode_options(
     if query_dtype == torch.float32:
         return DecodeOptions(tokens, stages=2, num_warps=8)
     if block_m > 16:
-        return DecodeOptions(tokens, stages=3, num_warps=8)
+        return DecodeOptions(min(64, tokens), stages=3, num_warps=8)
     if D > 128 or cache_dtype == torch.float8_e4m3fn:  # converted, fp8 values need registers too
         return DecodeOptions(tokens, stages=3, num_warps=4)
     return DecodeOptions(min(128, 2 * tokens), stages=2, num_warps=4)

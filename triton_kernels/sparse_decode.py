@@ -43,7 +43,7 @@ def _combine_parts(
     As many parts at a time as registers hold, each in slots of its own, which are summed up at the
     end: what counts is how many loads are on their way.
     """
-    PARTS: tl.constexpr = max(1, min(16, 8192 // (BLOCK_R * BLOCK_D)))
+    PARTS: tl.constexpr = max(1, min(16, (8192 if BLOCK_R <= 16 else 4096) // (BLOCK_R * BLOCK_D)))
     SLOTS: tl.constexpr = PARTS * BLOCK_R
     slot, d = tl.arange(0, SLOTS), tl.arange(0, BLOCK_D)
     row = slot % BLOCK_R
