@@ -30,7 +30,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gpu_parts.records import ROOT, code_version
@@ -183,6 +183,23 @@ def second_run(places: Places, dry: bool) -> list[Job]:
     ]
 
 
+def some_jobs(plan: list[Job], names: set[str]) -> list[Job]:
+    """These jobs of a plan, in its order: each waits for all of them that come before it."""
+    before: dict[str, set[str]] = {}
+    for job in plan:
+        direct = {*job.after, *job.needs}
+        before[job.name] = direct.union(*(before[name] for name in direct))
+    return [
+        replace(
+            job,
+            after=tuple(before[job.name] & names),
+            needs=tuple(name for name in job.needs if name in names),
+        )
+        for job in plan
+        if job.name in names
+    ]
+
+
 RUNS = {"1": (first_run, 330), "2": (second_run, 270)}
 
 
@@ -260,8 +277,7 @@ class Run:
 
     def may_begin(self, job: Job) -> bool:
         """Whether all that comes before has ended."""
-        planned = {other.name for other in self.jobs}
-        return all(name in self.ended for name in {*job.after, *job.needs} & planned)
+        return all(name in self.ended for name in (*job.after, *job.needs))
 
     def reason_to_skip(self, job: Job) -> str | None:
         """Why a job will not run, if that is known."""
@@ -511,7 +527,10 @@ def main() -> int:
         plan, seconds = RUNS[args.run]
         jobs = plan(places, args.dry_run)
         if args.jobs:
-            jobs = [job for job in jobs if job.name in args.jobs.split(",")]
+            names = set(args.jobs.split(","))
+            if unknown := names - {job.name for job in jobs}:
+                parser.error(f"unknown jobs: {', '.join(sorted(unknown))}")
+            jobs = some_jobs(jobs, names)
         run = Run(jobs, places, args.dry_run, seconds)
         run.go()
         run.report()

@@ -15,6 +15,7 @@ from sparsemm_vllm.environment import CPU_VARIABLES
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import gpu_run
+from gpu_copies import copy, has_ended
 from gpu_run import CHARACTERS, Job, Places, Run, clip
 
 ROOT = Path(__file__).parents[1]
@@ -48,12 +49,6 @@ def in_tar(places: Places) -> dict[str, bytes]:
     """Files of the tar by name."""
     with tarfile.open(places.tar) as tar:
         return {entry.name: tar.extractfile(entry).read() for entry in tar}
-
-
-def has_ended(process: int) -> bool:
-    """Whether a process is gone, or dead and not yet waited for."""
-    status = Path(f"/proc/{process}/stat")
-    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def kernels_record(places: Places, passed: bool) -> str:
@@ -188,6 +183,14 @@ def test_timed_jobs_are_alone(name: str, places: Places) -> None:
     assert before["sanitizer"] == {"cache", "smoke"}
 
 
+def test_some_jobs_keep_their_order(places: Places) -> None:
+    """Through those that are left out, too."""
+    plan = gpu_run.first_run(places, False)
+    smoke, timings = gpu_run.some_jobs(plan, {"timings", "smoke"})
+    assert (smoke.name, smoke.after) == ("smoke", ())
+    assert (timings.name, timings.after, timings.needs) == ("timings", ("smoke",), ())
+
+
 def test_the_output_is_short(places: Places, capsys: pytest.CaptureFixture[str]) -> None:
     whole = Run([], places, dry=True, seconds=60)
     for i in range(50):
@@ -232,10 +235,13 @@ def test_what_travels_is_not_too_large(
     assert "too much" in capsys.readouterr().out
 
 
-def dry_run(name: str, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def dry_run(
+    name: str, out: Path, *arguments: str, root: Path = ROOT, path: str = ""
+) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in CPU_VARIABLES}
     environment |= {"PYTHON": PYTHON, "TRITON_CACHE_DIR": str(out / "triton"), "OUT": str(out)}
-    command = ["sh", str(ROOT / "benchmarks" / "gpu_run.sh"), name, "--dry-run", *arguments]
+    environment["PATH"] = path + environment["PATH"]
+    command = ["sh", str(root / "benchmarks" / "gpu_run.sh"), name, "--dry-run", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=850)
 
 
@@ -265,6 +271,29 @@ def test_dry_run_of_the_timings(tmp_path: Path) -> None:
     check_dry_run(tmp_path, done, {"kernels", "bench", "tune", "ncu"})
     for line in ("cache: ok", "decode tiny dense batch=2", "read bandwidth", "trace of tiny"):
         assert line in done.stdout
+
+
+def test_a_wrong_kernel_is_sanitized(tmp_path: Path) -> None:
+    """The whole command, with a kernel that forgets a token and a stand-in for the sanitizer."""
+    root = copy(tmp_path / "copy")
+    kernel = root / "triton_kernels" / "compact_kv.py"
+    text = kernel.read_text()
+    assert "token < length\n" in text
+    kernel.write_text(text.replace("token < length\n", "token < length - 1\n"))
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\necho "========= LOOKING"\nshift 4\nexec "$@"\n')
+    tool.chmod(0o755)
+    out = tmp_path / "out"
+    jobs = ("--jobs", "smoke,sanitizer,timings")
+    done = dry_run("1", out, *jobs, root=root, path=f"{tool.parent}{os.pathsep}")
+    assert done.returncode == 1, done.stderr
+    assert "timings: skipped: the kernels' first case failed" in done.stdout
+    assert "sanitizer: ========= LOOKING" in done.stdout
+    assert "FAILED smoke dtype=fp32 D=32 P=16 G=1 Q=1 layout=LBHNC: AssertionError" in done.stdout
+    with tarfile.open(out / "results.tar.gz") as tar:
+        seen = json.load(tar.extractfile("sanitizer/kernels.partial.json"))
+    assert list(seen["failed"]) == seen["names"][:1], "that case and no other"
 
 
 @pytest.mark.slow

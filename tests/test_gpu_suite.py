@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -15,10 +14,10 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import torch
+from gpu_copies import copy, has_ended
 from gpu_parts import bench, kernels, modes, ncu
 from gpu_parts.bench import STEPS
 from gpu_parts.device import Context, Device
-from test_gpu_run import has_ended
 
 from sparsemm_vllm import environment
 from sparsemm_vllm.environment import CPU_VARIABLES
@@ -72,17 +71,6 @@ def suite(
 
 def last_line(done: subprocess.CompletedProcess[str]) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def copy(folder: Path) -> Path:
-    """A repository to break."""
-    ignore = shutil.ignore_patterns("__pycache__", "results")
-    for name in ("benchmarks", "sparsemm_vllm", "triton_kernels", "head_profiles"):
-        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-    (folder / "tests").mkdir()
-    for name in ("pyproject.toml", "tests/kernel_cases.py"):
-        shutil.copy(ROOT / name, folder / name)
-    return folder
 
 
 def check(out: Path, done: subprocess.CompletedProcess[str], parts: set[str]) -> None:
