@@ -194,8 +194,8 @@ def launch(case: Case) -> None:
 
     dtype = DTYPES[case.dtype or "bf16"]
     scale = torch.ones(1) if dtype.itemsize == 1 else None
-    # vLLM's default layout, in which a token's heads lie side by side; nothing is read or written.
-    cache = torch.empty(L, 3, P, Hkv, 2 * D, dtype=dtype).transpose(2, 3)
+    # As served: a head's tokens of a block lie side by side. Nothing is read or written.
+    cache = torch.empty(L, 3, Hkv, P, 2 * D, dtype=dtype)
     query = torch.empty(tokens, Hkv * G, D, dtype=torch.bfloat16 if dtype.itemsize == 1 else dtype)
     table = torch.zeros(requests, max_blocks, dtype=torch.int32)
     lists_pages = case.op == "list_pages" or case.variant == "lists_pages"

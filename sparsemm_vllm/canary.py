@@ -33,6 +33,9 @@ OVERRIDDEN = {
         get_supported_kernel_block_sizes(kv_cache_spec) get_impl_cls() get_builder_cls()
         supports_head_size(head_size) supports_attn_type(attn_type) supports_mm_prefix()
         supports_non_causal() supports_sink() supports_rswa() supports_batch_invariance()
+        supports_alibi_sqrt() supports_per_head_quant_scales() supports_dcp() supports_pcp()
+        supports_non_causal_dcp() supports_device_cpu_query_lens_mismatch()
+        supported_kv_cache_layouts()
     """,
     "vllm.v1.attention.backend:AttentionImpl": """
         forward(layer query key value kv_cache attn_metadata output output_scale
@@ -47,6 +50,7 @@ OVERRIDDEN = {
         get_impl_cls() get_builder_cls() get_name() supports_head_size(head_size)
         supports_attn_type(attn_type) supports_sliding_window() supports_mm_prefix()
         supports_non_causal() supports_sink() supports_rswa() supports_batch_invariance()
+        supports_per_head_quant_scales()
     """,
     "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl": """
         forward(layer query key value kv_cache attn_metadata output output_scale
@@ -107,6 +111,7 @@ ATTRIBUTES = {
     "vllm.config:SpeculativeConfig": "method num_speculative_tokens",
     "vllm.config:AttentionConfig": "backend backend_per_kind",
     "vllm.engine.arg_utils:EngineArgs": "attention_backend attention_config create_engine_config",
+    "vllm.model_executor.layers.attention.attention:Attention": "get_attn_backend impl kv_cache",
     "vllm.v1.core.block_pool:BlockPool": "get_num_free_blocks num_gpu_blocks",
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator": "single_type_managers",
     "vllm.v1.core.kv_cache_manager:KVCacheManager": "coordinator",

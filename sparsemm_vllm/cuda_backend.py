@@ -14,6 +14,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 from vllm.v1.kv_cache_interface import get_kv_quant_mode, is_quantized_kv_cache
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from sparsemm_vllm import patches
 from sparsemm_vllm.kv_cache import SparseMMSpec
@@ -24,6 +25,7 @@ from sparsemm_vllm.sparse_attention import (
     refuse_variants,
 )
 from sparsemm_vllm.step import Step
+from sparsemm_vllm.triton_kernels.batch import to_device
 
 
 @dataclass
@@ -51,6 +53,9 @@ class SparseMMMetadataBuilder(FlashAttentionMetadataBuilder):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         patches.require_installed()
         super().__init__(*args, **kwargs)
+        # FlashAttention 3 schedules its rows ahead, and fails for types that it does not compute.
+        if not _flash_attends(self.model_config.dtype, self.cache_config.cache_dtype):
+            self.aot_schedule = False
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -79,19 +84,29 @@ class SparseMMMetadataBuilder(FlashAttentionMetadataBuilder):
         )
 
 
+def _flash_attends(dtype: torch.dtype, kv_cache_dtype: str) -> bool:
+    """Whether FlashAttention computes dense rows: not float32, nor bytes beside wider queries.
+
+    Args:
+        dtype: type of the queries.
+        kv_cache_dtype: vLLM's name of the cache's type.
+    """
+    return dtype != torch.float32 and not is_quantized_kv_cache(kv_cache_dtype)
+
+
 def _dense_part(
     common: CommonAttentionMetadata, step: Step, first_token: int
 ) -> CommonAttentionMetadata:
     """The batch without its decode rows."""
     first = step.short_rows
-    seq_lens = common.seq_lens[first:]
+    # In memory of its own, which is aligned: Triton compiles another kernel for what is not.
+    seq_lens = common.seq_lens[first:].clone()
     if step.pruned_rows:
         # The decode kernel computes these, whose prompt blocks are gone: read next to nothing.
         pruned = torch.zeros(len(seq_lens), dtype=torch.bool)
         pruned[[row - first for row in step.pruned_rows]] = True
         query_lens = common.query_start_loc[first:].diff().to(seq_lens.dtype)
-        pruned = pruned.to(seq_lens.device, non_blocking=True)
-        seq_lens = torch.where(pruned, query_lens, seq_lens)
+        seq_lens = torch.where(to_device(pruned, seq_lens.device), query_lens, seq_lens)
     return common.replace(
         query_start_loc=common.query_start_loc[first:] - first_token,
         query_start_loc_cpu=common.query_start_loc_cpu[first:] - first_token,
@@ -174,15 +189,11 @@ class SparseMMImpl(FlashAttentionImpl):
         meta: FlashAttentionMetadata | None,
         output: torch.Tensor,
     ) -> None:
-        """FlashAttention, or vLLM's Triton kernel for what FlashAttention does not take.
-
-        That is float32, and an fp8 cache beside queries that are not fp8.
-        """
-        quantized = is_quantized_kv_cache(self.kv_cache_dtype)
-        if meta is None or not (quantized or query.dtype == torch.float32):
+        """FlashAttention, or vLLM's Triton kernel for what FlashAttention does not take."""
+        if meta is None or _flash_attends(query.dtype, self.kv_cache_dtype):
             super().forward(layer, query, key, value, kv_cache, meta, output)
             return
-        if quantized:
+        if is_quantized_kv_cache(self.kv_cache_dtype):
             kv_cache = kv_cache.view(torch.float8_e4m3fn)
         key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         shape = (meta.query_start_loc.shape[0] - 1, self.num_kv_heads)
@@ -208,6 +219,37 @@ class SparseMMImpl(FlashAttentionImpl):
             kv_quant_mode=get_kv_quant_mode(self.kv_cache_dtype),
         )
 
+    def warm_up_dense(self, layer: Any, dtype: torch.dtype, block_table: torch.Tensor) -> None:
+        """Compile the kernel for dense rows, if it is vLLM's Triton kernel.
+
+        Reads a token of the null block. Triton compiles numbers of rows apart that are 1, divide by
+        16, or neither.
+
+        Args:
+            layer: vLLM's attention layer, with its cache.
+            dtype: type of the queries.
+            block_table: int32 ``[max_requests, max_blocks]``, of the layer's group; only its width
+                and its device count.
+        """
+        if _flash_attends(dtype, self.kv_cache_dtype):
+            return
+        device = block_table.device
+        for rows in (1, 2, 16):
+            meta = FlashAttentionMetadata(
+                num_actual_tokens=rows,
+                max_query_len=2,  # a bound: of one query, vLLM might take it for a decode
+                query_start_loc=torch.arange(rows + 1, dtype=torch.int32, device=device),
+                max_seq_len=1,
+                seq_lens=torch.ones(rows, dtype=torch.int32, device=device),
+                block_table=torch.zeros(
+                    rows, block_table.shape[1], dtype=torch.int32, device=device
+                ),
+                slot_mapping=torch.full((rows,), -1, device=device),
+            )
+            query = torch.zeros(rows, self.num_heads, self.head_size, dtype=dtype, device=device)
+            output = torch.empty_like(query)
+            self._attend_dense(layer, query, query, query, layer.kv_cache, meta, output)
+
 
 class SparseMMBackend(SparseBackendMixin, FlashAttentionBackend):
     """SPARSEMM on CUDA."""
@@ -218,6 +260,15 @@ class SparseMMBackend(SparseBackendMixin, FlashAttentionBackend):
     def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
         """Plain caches and fp8 (e4m3) with one scale a tensor."""
         return kv_cache_dtype is None or kv_cache_dtype in cls.supported_kv_cache_dtypes
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """All, rather the one in which a head's tokens of a block lie side by side.
+
+        The decode kernel reads such head pages. ``VLLM_KV_CACHE_LAYOUT`` chooses another layout.
+        """
+        preferred = KVCacheLayout.LBHNC
+        return preferred, *(layout for layout in KVCacheLayout if layout != preferred)
 
     @classmethod
     def supports_combination(
@@ -236,6 +287,9 @@ class SparseMMBackend(SparseBackendMixin, FlashAttentionBackend):
         quantized = kv_cache_dtype is not None and is_quantized_kv_cache(kv_cache_dtype)
         if quantized and device_capability < DeviceCapability(8, 9):
             return "an fp8 KV cache needs compute capability 8.9: older GPUs do not convert e4m3"
+        plain = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+        if plain.get(kv_cache_dtype, dtype) != dtype:
+            return "a KV cache of 16 bits must have the type of the queries: leave it at auto"
         return None
 
     @staticmethod

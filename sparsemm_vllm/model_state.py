@@ -22,6 +22,7 @@ from sparsemm_vllm.layer_spec import uses_sparsemm
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.masked_heads import mask_layers
 from sparsemm_vllm.patches import install_in_worker
+from sparsemm_vllm.plugin import NAME
 from sparsemm_vllm.recording import KeptRecorder
 from sparsemm_vllm.request_settings import request_layout
 from sparsemm_vllm.settings import Settings
@@ -62,6 +63,12 @@ class SparseMMModelState(DefaultModelState):
             rank = get_tp_group().rank_in_group
             mask_layers(layers, settings.mask_heads, rank)
 
+    def release_kv_cache(self) -> None:
+        """Let go of the KV cache, before vLLM allocates another."""
+        self._state.detach()
+        if self.device.type == "cuda":
+            torch.accelerator.empty_cache()
+
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: Any) -> None:
         """Find the pruned layers' cache, now that it has been allocated."""
         super().initialize_kv_cache(kv_cache_config, block_tables)
@@ -97,7 +104,21 @@ class SparseMMModelState(DefaultModelState):
                 )
             )
         if self.device.type == "cuda":
-            warm_up(self._state, self.dtype, block_tables.input_block_tables[self._group])
+            self._warm_up(kv_cache_config, block_tables.input_block_tables)
+
+    def _warm_up(self, kv_cache_config: KVCacheConfig, block_tables: list[torch.Tensor]) -> None:
+        """Compile what serving launches, also in layers that stay dense.
+
+        Args:
+            kv_cache_config: which layers belong to which group.
+            block_tables: int32 ``[max_requests, max_blocks]`` of each group.
+        """
+        warm_up(self._state, self.dtype, block_tables[self._group])
+        layers = self.vllm_config.compilation_config.static_forward_context
+        for group, table in zip(kv_cache_config.kv_cache_groups, block_tables, strict=True):
+            for layer in map(layers.__getitem__, group.layer_names):
+                if layer.get_attn_backend().get_name() == NAME:
+                    layer.impl.warm_up_dense(layer, self.dtype, table)
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Enter a request that starts, or resumes after preemption."""

@@ -192,6 +192,18 @@ def _stat_loggers(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
+def _graph_memory(original: Callable[..., Any]) -> Callable[..., Any]:
+    from sparsemm_vllm.model_state import SparseMMModelState
+
+    def profile_cudagraph_memory(self: Any, *args: Any, **kwargs: Any) -> Any:
+        estimate = original(self, *args, **kwargs)
+        if isinstance(self.model_state, SparseMMModelState):
+            self.model_state.release_kv_cache()
+        return estimate
+
+    return profile_cudagraph_memory
+
+
 def _prune_seconds(original: Callable[..., Any]) -> Callable[..., Any]:
     from sparsemm_vllm.metrics import PRUNE_SECONDS
     from sparsemm_vllm.model_state import SparseMMModelState
@@ -261,6 +273,12 @@ WRAPPED = (
 )
 # Only workers import the model runner: it takes seconds.
 WRAPPED_IN_WORKERS = (
+    Wrap(
+        Symbol("vllm.v1.worker.gpu.model_runner:GPUModelRunner.profile_cudagraph_memory", ()),
+        "the model runner drops the KV cache that it measured CUDA graphs with, and no hook of a "
+        "model state is called then; its memory is wanted for the real cache",
+        _graph_memory,
+    ),
     Wrap(
         Symbol("vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens", ("grammar_output",)),
         "a model state cannot add to a step's output; the time of pruning is known to the worker",

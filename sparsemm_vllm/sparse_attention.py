@@ -55,6 +55,36 @@ class SparseBackendMixin:
         return False
 
     @classmethod
+    def supports_alibi_sqrt(cls) -> bool:
+        """No ALiBi of any kind."""
+        return False
+
+    @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        """The kernels read one scale a tensor, FlashAttention would read one a head."""
+        return False
+
+    @classmethod
+    def supports_dcp(cls) -> bool:
+        """Context parallelism spreads a head's tokens over ranks."""
+        return False
+
+    @classmethod
+    def supports_pcp(cls) -> bool:
+        """The same for prefills."""
+        return False
+
+    @classmethod
+    def supports_non_causal_dcp(cls) -> bool:
+        """Neither of the two."""
+        return False
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """A step is planned by the query lengths that the host knows."""
+        return False
+
+    @classmethod
     def supports_rswa(cls) -> bool:
         """Frees blocks on its own."""
         return False

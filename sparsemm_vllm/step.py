@@ -78,6 +78,10 @@ class SparseState:
     Device memory is allocated here, once, before vLLM measures what is left for the KV cache. A
     request keeps its index, by which the kernels find its head pages.
 
+    The memory comes from vLLM's pool of weights: sleep of level 2 discards what it holds, and
+    nothing restores it. So nothing here may have to be right before a request writes it: a request
+    that is added writes its head pages, a step its schedule, a prune its workspace.
+
     Args:
         layout: budgets of the whole model; of requests that have no budget of their own.
         own: the layers and heads of the layout that this rank owns.
@@ -152,6 +156,10 @@ class SparseState:
         """Work on this cache from now on."""
         self._cache = cache
 
+    def detach(self) -> None:
+        """Let go of the cache, so that its memory is free for another."""
+        self._cache = None
+
     @property
     def page_size(self) -> int:
         """Tokens of a block, `P`."""
@@ -165,14 +173,14 @@ class SparseState:
         seed: int = 0,
         layout: CacheLayout | None = None,
     ) -> None:
-        """Enter a request; overwrites what had the index before.
+        """Enter a request; overwrites what had the index before. Does not wait for the device.
 
         Args:
-            index: of the request.
-            prompt_tokens: `n`.
-            request_id: for the recorder.
-            seed: for random scores.
-            layout: by the request's own budget, if it has one.
+            index: index of the request.
+            prompt_tokens: tokens of its prompt, `n`.
+            request_id: name under which its kept tokens are recorded.
+            seed: seed of random scores.
+            layout: layout by the request's own budget, if it has one.
         """
         layout = layout or self.layout
         lengths = layout.kept_tokens(prompt_tokens)[self.own]
@@ -184,13 +192,13 @@ class SparseState:
         self.compact_blocks[index] = layout.compact_blocks(prompt_tokens, self.page_size)
         self.max_kept[index] = layout.most_kept(prompt_tokens, self.own)
         self.seeds[index] = seed
-        self.pages.prompt_tokens[index] = prompt_tokens
-        self.pages.compact_blocks[index] = int(self.compact_blocks[index])
-        for tensor, values in (
-            (self.pages.lengths, lengths),
-            (self.pages.first_pages, first_pages),
-        ):
-            tensor[index].copy_(torch.from_numpy(values), non_blocking=True)
+        self.pages.enter(
+            index,
+            prompt_tokens,
+            int(self.compact_blocks[index]),
+            torch.from_numpy(lengths),
+            torch.from_numpy(first_pages),
+        )
 
     def spread(self, block_m: int, programs: int) -> None:
         """Spread decode batches over this many programs from now on, as far as buffers are there.

@@ -9,6 +9,7 @@ import torch
 from kernel_cases import DEVICE, FP8, TOLERANCE, relative_error
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from sparsemm_vllm import cuda_backend
 from sparsemm_vllm.cuda_backend import SparseMMBackend, SparseMMImpl, SparseMMMetadataBuilder
@@ -349,9 +350,39 @@ def test_layers_that_stay_dense(flash: Flash) -> None:
     assert torch.equal(before.nan_to_num(7), cache.nan_to_num(7)), "nothing is pruned"
 
 
+@pytest.mark.parametrize("layout", KVCacheLayout, ids=lambda layout: layout.name)
+def test_every_layout_gives_the_same(flash: Flash, layout: KVCacheLayout) -> None:
+    """The kernels read strides; what they write lies where a reader of the same view finds it."""
+    answers, caches = [], []
+    for chosen in (KVCacheLayout.LBHNC, layout):
+        state = make_state(triton_ops)
+        laid_out = lay_out(state.cache.tensor, chosen)
+        state.attach(PrunedCache(laid_out, LAYERS))
+        torch.manual_seed(1)
+        batch = Batch(state, [(PRUNED, PRUNED + 3, 1), (PRUNED, PRUNED, 30)])
+        query = torch.randn(31, HKV * G, D).to(DEVICE, HALF)
+        common, output = batch.common(), torch.full_like(query, torch.nan)
+        meta = build(common, batch.step)
+        batch.prepare(common)
+        for layer in range(L):
+            attend(meta, laid_out, layer, query, output)
+        answers.append(output)
+        caches.append(laid_out.nan_to_num(7))
+    assert torch.equal(*answers)
+    assert torch.equal(*caches)
+
+
+def lay_out(cache: torch.Tensor, layout: KVCacheLayout) -> torch.Tensor:
+    """The same ``[L, B, Hkv, P, 2 * D]`` in another order in memory."""
+    order = layout.stride_order
+    inverse = sorted(range(5), key=order.__getitem__)
+    return cache.permute(order).contiguous().permute(inverse)
+
+
 # Caches that FlashAttention does not take
 
 
+@pytest.mark.parametrize("layout", [KVCacheLayout.LBHNC, KVCacheLayout.LBNHC])
 @pytest.mark.parametrize("sliding_window", [None, 11])  # less than a block and a half
 @pytest.mark.parametrize(("dtype", "cache_dtype"), [
     (torch.float32, "auto"),
@@ -359,7 +390,11 @@ def test_layers_that_stay_dense(flash: Flash) -> None:
     (torch.float32, "fp8_e4m3"),
 ])  # fmt: skip
 def test_dense_rows_of_other_types(
-    flash: Flash, dtype: torch.dtype, cache_dtype: str, sliding_window: int | None
+    flash: Flash,
+    dtype: torch.dtype,
+    cache_dtype: str,
+    sliding_window: int | None,
+    layout: KVCacheLayout,
 ) -> None:
     """vLLM's Triton kernel, told of the page layout and of the scales that a byte stands for."""
     if DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
@@ -370,7 +405,7 @@ def test_dense_rows_of_other_types(
     query = torch.randn(51, HKV * G, D).to(DEVICE, dtype)
     output = torch.full((53, HKV * G, D), torch.nan, dtype=dtype, device=DEVICE)
     scales = {"_k_scale": torch.tensor(1.0), "_v_scale": torch.tensor(1.0)}
-    cache = state.cache.tensor[0].float()
+    cache = lay_out(state.cache.tensor.float(), layout)[0]
     if cache_dtype != "auto":
         scales = {"_k_scale": torch.tensor(0.5), "_v_scale": torch.tensor(3.0)}
         cache = cache.to(FP8).view(torch.uint8)

@@ -1,5 +1,6 @@
 """What SPARSEMM cannot serve is refused when the configuration is built, with one clear reason."""
 
+import importlib
 import json
 import logging
 from pathlib import Path
@@ -224,23 +225,88 @@ LAYERS = {
     "int8 caches": ({"kv_cache_dtype": "int8_per_token_head"}, "kv_cache_dtype not supported"),
     "fp8 caches of e5m2": ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype not supported"),
     "large heads": ({"head_size": 264}, "head_size not supported"),
+    "odd heads": ({"head_size": 36}, "head_size not supported"),
+    "8-byte numbers": ({"dtype": torch.float64}, "dtype not supported"),
+    "MLA": ({"use_mla": True}, "MLA not supported"),
+    "sparse attention": ({"use_sparse": True}, "sparse not supported"),
+    "reference sliding window": ({"use_rswa": True}, "R-SWA not supported"),
+    "decode context parallelism": ({"use_dcp": True}, "DCP not supported"),
+    "prefill context parallelism": ({"use_pcp": True}, "PCP not supported"),
+    "drafts that the device shortens": (
+        {"use_adaptive_verification": True},
+        "device-cpu query lens mismatch not supported, this is needed for adaptive verification",
+    ),
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_layers_that_the_backend_does_not_take(name: str) -> None:
-    """vLLM asks the backend about each layer, and refuses with these words."""
+@pytest.fixture(params=["cpu", "cuda"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """SPARSEMM on this platform; of GPUs an H100, where FlashAttention 3 and 4 can do most."""
+    from vllm.v1.attention.backends import flash_attn
+
+    monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda *_, **__: 3)
+    monkeypatch.setattr(flash_attn, "is_fa_version_supported", lambda *_: True)
+    module = importlib.import_module(f"sparsemm_vllm.{request.param}_backend")
+    return module.SparseMMBackend
+
+
+def refused(backend: Any, capability: tuple[int, int] = (9, 0), **options: Any) -> list[str]:
+    """What vLLM answers to a layer like this one."""
+    from vllm.platforms.interface import DeviceCapability
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
-    from sparsemm_vllm.cpu_backend import SparseMMBackend
+    config = AttentionSelectorConfig(256, torch.bfloat16, "auto", 16)._replace(**options)
+    gpu = DeviceCapability(*capability)
+    return backend.validate_configuration(**config._asdict(), device_capability=gpu)  # type: ignore[no-any-return]
 
-    def reasons(config: AttentionSelectorConfig) -> list[str]:
-        return SparseMMBackend.validate_configuration(**config._asdict(), device_capability=None)
 
-    plain = AttentionSelectorConfig(256, torch.float32, "auto", 16)
-    assert reasons(plain) == []
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_that_the_backend_does_not_take(backend: Any, name: str) -> None:
+    """vLLM asks the backend about each layer, and refuses with these words."""
+    assert refused(backend) == []
     options, reason = LAYERS[name]
-    assert reasons(plain._replace(**options)) == [reason]
+    assert refused(backend, **options) == [reason]
+
+
+def test_what_a_gpu_does_not_take() -> None:
+    from sparsemm_vllm.cuda_backend import SparseMMBackend
+
+    assert refused(SparseMMBackend, (8, 0)) == []
+    assert refused(SparseMMBackend, (7, 5)) == ["compute capability not supported"]
+    for taken in ({"kv_cache_dtype": "bfloat16"}, {"kv_cache_dtype": "fp8"}):
+        assert refused(SparseMMBackend, **taken) == []
+    (reason,) = refused(SparseMMBackend, kv_cache_dtype="float16")
+    assert reason.startswith("a KV cache of 16 bits must have the type of the queries")
+    for dtype in (torch.float16, torch.float32):
+        assert refused(SparseMMBackend, dtype=dtype) == []
+        assert refused(SparseMMBackend, dtype=dtype, kv_cache_dtype="bfloat16") == [reason]
+
+
+# What vLLM's own answer is right for.
+INHERITED = {
+    "supports_dtype": "looks in supported_dtypes, which are ours",
+    "supports_block_size": "asks get_supported_kernel_block_sizes: the kernels take any page, "
+    "FlashAttention says which it takes",
+    "supports_compute_capability": "our kernels run wherever FlashAttention does",
+}
+INHERITED_ON_THE_CPU = INHERITED | {
+    "supports_kv_cache_dtype": "looks in supported_kv_cache_dtypes, which are ours",
+    "supports_combination": "nothing depends on two of them",
+}
+
+
+def test_every_question_of_vllms_has_an_answer_of_ours(backend: Any) -> None:
+    """A new one would be answered by a base class, for dense attention."""
+    inherited = INHERITED if "cuda" in backend.__module__ else INHERITED_ON_THE_CPU
+    answered = {
+        name
+        for base in backend.__mro__
+        if base.__module__.startswith("sparsemm_vllm.")
+        for name in vars(base)
+    }
+    asked = {name for name in dir(backend) if name.startswith("supports_")}
+    assert len(asked) >= 20
+    assert asked - answered == inherited.keys()
 
 
 @pytest.mark.parametrize(

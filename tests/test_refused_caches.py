@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from tiny import KV_HEADS, LAYERS, skewed_profile
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from sparsemm_vllm import layer_spec, model_state
+from sparsemm_vllm.cuda_backend import SparseMMBackend
 from sparsemm_vllm.kv_cache import SparseMMSpec
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.support import UnsupportedError
@@ -61,6 +63,39 @@ def test_equal_distances_are_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None
     own[2][1, 3, 4] = 7
     assert cache.tensor.shape == (LAYERS, *own[0].shape)
     assert cache.tensor[2, 1, 3, 4, 0] == 7
+
+
+def test_every_sparsemm_layer_of_a_gpu_is_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that stay dense too, each with its group's block table; other backends' are not."""
+    monkeypatch.setattr(model_state.DefaultModelState, "initialize_kv_cache", lambda *_: None)
+    warmed: list[Any] = []
+    monkeypatch.setattr(model_state, "warm_up", lambda *args: warmed.append(args))
+    config = make_config(caches())
+    layers = config.compilation_config.static_forward_context
+    impl = SimpleNamespace(warm_up_dense=lambda *args: warmed.append(args))
+    layers |= {"window.0": SimpleNamespace(), "window.1": SimpleNamespace()}
+    for name, layer in layers.items():
+        layer.impl = impl
+        layer.get_attn_backend = lambda name=name: (
+            FlashAttentionBackend if name == "window.1" else SparseMMBackend
+        )
+    state: Any = object.__new__(model_state.SparseMMModelState)
+    state.vllm_config, state.device, state.dtype = config, torch.device("cuda"), torch.float16
+    state._state = SimpleNamespace(heads=SimpleNamespace(L=LAYERS), attach=lambda cache: None)
+    pruned = [f"layers.{i}" for i in range(LAYERS)]
+    groups = [
+        SimpleNamespace(
+            kv_cache_spec=FullAttentionSpec(**SHAPE), layer_names=["window.0", "window.1"]
+        ),
+        SimpleNamespace(kv_cache_spec=SPEC, layer_names=pruned),
+    ]
+    kv_cache_config = SimpleNamespace(kv_cache_groups=groups, num_blocks=5)
+    state.initialize_kv_cache(kv_cache_config, SimpleNamespace(input_block_tables=["w", "p"]))
+    assert warmed == [
+        (state._state, torch.float16, "p"),
+        (layers["window.0"], torch.float16, "w"),
+        *((layers[name], torch.float16, "p") for name in pruned),
+    ]
 
 
 SEVERAL = [torch.zeros(5, KV_HEADS, P, 2 * D) for _ in range(LAYERS)]

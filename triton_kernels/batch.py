@@ -25,6 +25,22 @@ SETUP_TILES = 1
 OFFSET_ALIGNMENT = 16  # tokens: 16-byte loads of scores begin at multiples of it
 
 
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor of the host's; the host goes on at once.
+
+    A copy is asynchronous only from pinned memory. This one gets memory of its own, which PyTorch
+    gives to nobody else before the copy has ended: nothing that a copy still reads is overwritten,
+    however many steps are under way.
+
+    Args:
+        values: tensor on the host, of any shape and type.
+        device: where the kernels run.
+    """
+    if device.type != "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class HeadPages:
     """Where the head pages of each running request lie; a request has a fixed index.
@@ -62,6 +78,34 @@ class HeadPages:
         if max_pages:
             shapes.append((max_requests, max_pages))
         return cls(*(torch.zeros(shape, dtype=torch.int32, device=device) for shape in shapes))
+
+    def enter(
+        self,
+        request: int,
+        prompt_tokens: int,
+        compact_blocks: int,
+        lengths: torch.Tensor,
+        first_pages: torch.Tensor,
+    ) -> None:
+        """Overwrite what stands at a request's index. Does not wait for the device.
+
+        One copy from the host, then copies on the device, which come after the kernels that were
+        launched before: a step that is under way still reads the old entries.
+
+        Args:
+            request: index of the request.
+            prompt_tokens: tokens of its prompt, `n`.
+            compact_blocks: its compact blocks, `C`.
+            lengths: tokens in each head's pages, ``[L, Hkv]``, on the host.
+            first_pages: first head page of each head, ``[L, Hkv]``, on the host.
+        """
+        numbers = torch.tensor([prompt_tokens, compact_blocks], dtype=torch.int32)
+        row = torch.cat([numbers, lengths.flatten().int(), first_pages.flatten().int()])
+        heads = lengths.numel()
+        targets = (self.prompt_tokens, self.compact_blocks, self.lengths, self.first_pages)
+        parts = to_device(row, self.lengths.device).split([1, 1, heads, heads])
+        for target, part in zip(targets, parts, strict=True):
+            target[request].copy_(part.view(target.shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -103,10 +147,8 @@ class Prompts:
             placed.append((*place, n, end))
             end += columns(n)
         table = torch.tensor(placed, dtype=torch.int32).T.contiguous()
-        if device.type == "cuda":
-            table = table.pin_memory()
         longest = max(row[3] for row in rows)
-        return cls(table.to(device, non_blocking=True), longest, max_kept, placed)
+        return cls(to_device(table, device), longest, max_kept, placed)
 
 
 def columns(prompt_tokens: int) -> int:
@@ -256,11 +298,19 @@ def padded_queries(G: int, window: int) -> int:
 
 def _empty_schedule(
     max_query_tiles: int, L: int, Hkv: int, max_programs: int, device: torch.device
-) -> tuple[torch.Tensor, ...]:
+) -> dict[str, torch.Tensor]:
     """The tensors of `DecodeBuffers` that are a schedule's own; nothing is to be read."""
     items = max_query_tiles * Hkv
-    shapes = (max_query_tiles, 8), (L, items, 2), (L, items + 1), (L, max_programs), (items,)
-    return tuple(torch.zeros(shape, dtype=torch.int32, device=device) for shape in shapes)
+    shapes = {
+        "rows": (max_query_tiles, 8),
+        "items": (L, items, 2),
+        "first_tile": (L, items + 1),
+        "first_item": (L, max_programs),
+        "arrived": (items,),
+    }
+    return {
+        name: torch.zeros(shape, dtype=torch.int32, device=device) for name, shape in shapes.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -327,19 +377,23 @@ class DecodeBuffers:
             query_dtype = torch.bfloat16 if cache_dtype == torch.float8_e4m3fn else cache_dtype
         max_rows = decode_rows(D, cache_dtype)
         return cls(
-            *_empty_schedule(max_query_tiles, L, Hkv, max_programs, device),
-            torch.empty(max_programs, 2, max_rows, D, device=device),
-            torch.empty(max_programs, 2, max_rows, 2, device=device),
-            cache_dtype,
-            query_dtype,
+            **_empty_schedule(max_query_tiles, L, Hkv, max_programs, device),
+            partial=torch.empty(max_programs, 2, max_rows, D, device=device),
+            stats=torch.empty(max_programs, 2, max_rows, 2, device=device),
+            cache_dtype=cache_dtype,
+            query_dtype=query_dtype,
         )
 
     def for_tiles(self, max_query_tiles: int, Hkv: int) -> "DecodeBuffers":
         """Buffers of another schedule, which shares the scratch memory with this one."""
         L, device = self.items.shape[0], self.rows.device
-        schedule = _empty_schedule(max_query_tiles, L, Hkv, self.max_programs, device)
-        scratch = self.partial, self.stats, self.cache_dtype, self.query_dtype
-        return DecodeBuffers(*schedule, *scratch)
+        return DecodeBuffers(
+            **_empty_schedule(max_query_tiles, L, Hkv, self.max_programs, device),
+            partial=self.partial,
+            stats=self.stats,
+            cache_dtype=self.cache_dtype,
+            query_dtype=self.query_dtype,
+        )
 
     @property
     def max_rows(self) -> int:
@@ -466,6 +520,4 @@ class QueryTiles:
             for i in range(0, queries, block_q)
         ]
         table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 5)
-        if device.type == "cuda":
-            table = table.pin_memory()
-        return cls(table.to(device, non_blocking=True), block_q)
+        return cls(to_device(table, device), block_q)

@@ -11,7 +11,7 @@ from .sparse_decode import cache_units
 BLOCK_PAGES = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_prompts"])
 def _list_pages(
     page_units_ptr,
     block_table_ptr,

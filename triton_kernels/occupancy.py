@@ -29,7 +29,7 @@ class Multiprocessor:
     @classmethod
     def of(cls, device: torch.device) -> "Multiprocessor":
         """The multiprocessor of a CUDA device."""
-        found = torch.cuda.get_device_properties(device)
+        found: Any = torch.cuda.get_device_properties(device)  # its stubs lack the registers
         return cls(
             found.regs_per_multiprocessor,
             found.shared_memory_per_multiprocessor,

@@ -15,6 +15,8 @@ NUM_WARPS = 16
 
 @triton.jit(
     do_not_specialize=[
+        "stride_items",
+        "stride_programs",
         "first_row",
         "num_items",
         "num_requests",

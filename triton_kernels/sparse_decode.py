@@ -78,7 +78,7 @@ def _combine_parts(
     return acc / tl.where(norm == 0, 1.0, norm)[:, None]  # rows that have seen nothing
 
 
-@triton.jit(do_not_specialize=["layer", "num_items"])
+@triton.jit(do_not_specialize=["layer", "num_items", "stride_items", "stride_programs"])
 def _sparse_decode(
     query_ptr,
     cache_ptr,
@@ -288,18 +288,18 @@ def cache_units(cache: torch.Tensor) -> tuple[int, int, int, int]:
             size, or if 32 bits do not hold the cache's units.
     """
     width = cache.shape[4]
-    strides = cache.stride()
-    if strides[4] != 1 or any(stride % width for stride in strides[:4]):
+    *strides, last = cache.stride()
+    if last != 1 or any(stride % width for stride in strides):
         raise ValueError(
-            f"strides {list(strides)} of a cache {list(cache.shape)} [L, B, Hkv, P, 2 * D]: each "
-            f"but the last must be a multiple of {width}, the last 1"
+            f"strides {[*strides, last]} of a cache {list(cache.shape)} [L, B, Hkv, P, 2 * D]: "
+            f"each but the last must be a multiple of {width}, the last 1"
         )
-    last = sum(
-        (size - 1) * (step // width) for size, step in zip(cache.shape, strides, strict=True)
-    )
-    if last >= 2**31:
-        raise ValueError(f"a cache of {last} tokens times heads: 32 bits do not hold them")
-    return tuple(stride // width for stride in strides[:4])
+    layer, block, head, token = (stride // width for stride in strides)
+    units = layer, block, head, token
+    most = sum((size - 1) * unit for size, unit in zip(cache.shape, units, strict=False))
+    if most >= 2**31:
+        raise ValueError(f"a cache of {most} tokens times heads: 32 bits do not hold them")
+    return units
 
 
 def sparse_decode(

@@ -237,8 +237,7 @@ def list_pages(
     for row, request, _, n, _ in prompts.table.T.tolist():
         page = torch.arange(int(pages.compact_blocks[request]) * L * Hkv, device=cache.device)
         block = block_table[row, -(-n // page_size) + page // (L * Hkv)]
-        place = page // Hkv % L, block, page % Hkv
-        units = sum(x * stride for x, stride in zip(place, strides, strict=True))
+        units = page // Hkv % L * strides[0] + block * strides[1] + page % Hkv * strides[2]
         pages.page_units[request, : len(page)] = units.int()
 
 
