@@ -2,14 +2,19 @@
 
     python benchmarks/gpu_suite.py --out build/gpu                  # every part
     python benchmarks/gpu_suite.py --out build/gpu --parts kernels  # needs neither vLLM nor a model
+    python benchmarks/gpu_suite.py --out build/gpu --parts kernels --cases ^smoke
     python benchmarks/gpu_suite.py --out build/dry --dry-run        # the same on a CPU, tiny
 
 * kernels: every launcher against its torch twin, and decoding in a CUDA graph;
 * methods: what AdaKV and random do of their own, as on the CPU and without waiting for the GPU;
 * bench: time of the kernels beside the time that their bytes take at the measured bandwidth;
 * modes: a model of four layers gives the same tokens without graphs and in every graph mode;
-* pair: dense and pruned 7B models in full size, their log-probabilities and decode throughput;
-* tune: bandwidth of decode variants.
+* pair: dense and pruned 7B models in full size, with a bf16 and an fp8 cache: their
+  log-probabilities and decode throughput;
+* tune: bandwidth of decode variants;
+* ncu: Nsight Compute's counters of two decode launches, where it is installed.
+
+`gpu_run.sh` calls this for a machine that is there for minutes only.
 
 A part runs in a process of its own for `--minutes` at most and saves every case. Called again, it
 goes on where it stopped, repeats what failed, and skips what is done: ``<part>.json`` in the folder
@@ -25,20 +30,25 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 import traceback
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from gpu_parts.records import ROOT, Record, digest, machine
 
-PARTS = ("kernels", "methods", "bench", "modes", "pair", "tune")
+IMPORTANCE = ("pair", "bench", "modes", "kernels", "ncu", "tune", "methods")  # in the table
+PARTS = ("kernels", "methods", "bench", "modes", "pair", "tune", "ncu")
 GRACE = 30  # seconds after its time in which a part may end by itself
 RESTARTS = 3  # of a part that died; a GPU is useless to a process after an illegal access
 TIME_IS_OVER = 3
@@ -78,34 +88,72 @@ def child(args: argparse.Namespace) -> int:
     try:
         device = Device(args.dry_run)
         part = importlib.import_module(f"gpu_parts.{args.child}")
-        context = Context(device, args.scores, args.out, start + args.seconds, data["cases"])
+        deadline = start + args.seconds
+        context = Context(device, args.scores, args.out, deadline, data["cases"], data["failed"])
         cases = part.cases(context)
     except Exception:
         data["failed"]["the part itself"] = traceback.format_exc()
         record.save()
         raise
     data |= {"total": len(cases), "machine": machine(args.dry_run)}
-    todo = [name for name in cases if name not in data["cases"] and name not in data["failed"]]
-    begun = False
-    for name in sorted(todo, key=data["earlier"].__contains__):
-        if begun and context.left < part.NEEDS:
-            return TIME_IS_OVER
-        begun, data["running"] = True, name
-        record.save()
-        case_start = time.monotonic()
+    data["names"] = list(cases)
+    left = (name for name in cases if name not in data["cases"] and name not in data["failed"])
+    todo = chosen(left, args.cases)
+    todo.sort(key=data["earlier"].__contains__)
+    run = CaseRunner(record, context, cases, part.NEEDS)
+    if args.at_once == 1:  # in the main thread: the GPU's state is a thread's own
+        finished = list(map(run, todo))
+    else:
+        with ThreadPoolExecutor(args.at_once) as pool:
+            finished = list(pool.map(run, todo))
+    return 0 if all(finished) else TIME_IS_OVER
+
+
+def chosen(names: Iterable[str], pattern: str) -> list[str]:
+    """The names in which the regular expression finds something."""
+    return [name for name in names if re.search(pattern, name)]
+
+
+class CaseRunner:
+    """Runs a part's cases one by one and saves what each found, or why it failed."""
+
+    def __init__(
+        self,
+        record: Record,
+        context: Any,
+        cases: dict[str, Callable[[], dict[str, Any]]],
+        needs: float,
+    ) -> None:
+        self.record, self.context, self.cases, self.needs = record, context, cases, needs
+        self.begun = False
+        self.lock = threading.Lock()
+
+    def __call__(self, name: str) -> bool:
+        """Run a case; False if there is no time left to begin it."""
+        data, device = self.record.data, self.context.device
+        with self.lock:
+            if self.begun and self.context.left < self.needs:
+                return False
+            self.begun = True
+            data["running"].append(name)
+            self.record.save()
+        start = time.monotonic()
         try:
-            result = cases[name]()
+            result = self.cases[name]()
             device.synchronize()
-            data["cases"][name] = result | {"seconds": round(time.monotonic() - case_start, 2)}
+            found = {"cases": {name: result | {"seconds": round(time.monotonic() - start, 2)}}}
         except Exception:
-            data["failed"][name] = traceback.format_exc()
-            print(f"{args.child}: {name} failed\n{data['failed'][name]}", flush=True)
-        data["running"] = None
-        record.save()
-        print(f"{args.child}: {name}, {time.monotonic() - case_start:.1f} s", flush=True)
+            found = {"failed": {name: traceback.format_exc()}}
+            print(f"{self.record.part}: {name} failed\n{found['failed'][name]}", flush=True)
+        with self.lock:
+            for kind, entry in found.items():
+                data[kind] |= entry
+            data["running"].remove(name)
+            self.record.save()
+        print(f"{self.record.part}: {name}, {time.monotonic() - start:.1f} s", flush=True)
         device.synchronize()  # raises, and ends this process, if the GPU is lost to it
         device.free()
-    return 0
+        return True
 
 
 def run_part(part: str, args: argparse.Namespace, environment: dict[str, str]) -> None:
@@ -115,8 +163,9 @@ def run_part(part: str, args: argparse.Namespace, environment: dict[str, str]) -
         other = "" if record.data["source"] == args.source else ", with other code"
         print(f"{part}: done before{other}", flush=True)
         return
-    record.data["earlier"] = list(record.data["failed"])
-    record.data["failed"] = {}
+    record.data["earlier"] = chosen(record.data["failed"], args.cases)
+    for name in record.data["earlier"]:
+        del record.data["failed"][name]
     record.save()
     start = time.monotonic()
     deadline = start + 60 * args.minutes
@@ -124,6 +173,7 @@ def run_part(part: str, args: argparse.Namespace, environment: dict[str, str]) -
         seconds = deadline - time.monotonic()
         command = [sys.executable, __file__, "--out", str(args.out), "--child", part]
         command += ["--seconds", str(seconds), "--source", args.source]
+        command += ["--cases", args.cases, "--at-once", str(args.at_once)]
         command += ["--dry-run"] if args.dry_run else []
         command += ["--scores", str(args.scores)] if args.scores else []
         process = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -137,11 +187,11 @@ def run_part(part: str, args: argparse.Namespace, environment: dict[str, str]) -
         record = Record(args.out, part, args.dry_run, args.source)
         if code in (0, TIME_IS_OVER):
             break
-        name = record.data["running"] or "the part itself"
-        if record.data["running"] or not record.data["failed"]:
+        names = record.data["running"] or ["the part itself"] * (not record.data["failed"])
+        for name in names:
             record.data["failed"][name] = why
             print(f"{part}: {name}: {why}", flush=True)
-        record.data["running"] = None
+        record.data["running"] = []
         record.save()
         if record.data["total"] is None or deadline - time.monotonic() < GRACE:
             break
@@ -157,22 +207,24 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def report(args: argparse.Namespace, called: list[str]) -> int:
-    """Print the table of all results so far and one JSON object; the exit status."""
+    """Print what failed, the table of all results so far and one JSON object; the exit status."""
     overview: dict[str, Any] = {}
+    tables: dict[str, list[str]] = {}
     print("\n" + "=" * 100)
     for part in PARTS:
         record = Record(args.out, part, args.dry_run, args.source)
         data = record.data
-        if record.status == "not begun" and part not in called:
+        if record.status == "not begun" and (part not in called or args.report):
             continue
         counts = f"{len(data['cases'])} of {data['total']} cases"
         failed = f", {len(data['failed'])} failed" if data["failed"] else ""
         print(f"{part}: {record.status}, {counts}{failed}, {data['seconds']:.0f} s")
-        if data["cases"]:
-            module = importlib.import_module(f"gpu_parts.{part}")
-            print(*(f"  {line}" for line in module.summary(data["cases"])), sep="\n")
         for name, error in data["failed"].items():
             print(f"  FAILED {name}: {error.strip().splitlines()[-1][:200]}")
+        if data["cases"]:
+            module = importlib.import_module(f"gpu_parts.{part}")
+            lines = (f"  {line}" for line in module.summary(data["cases"]))
+            tables[part] = [f"{part}:", *lines]
         overview[part] = {
             "status": record.status,
             "cases": len(data["cases"]),
@@ -182,10 +234,18 @@ def report(args: argparse.Namespace, called: list[str]) -> int:
             "machine": data.get("machine"),
             "source": data["source"],
         }
-    statuses = [overview[part]["status"] for part in called]
-    code = 1 if "failed" in statuses else 0 if set(statuses) == {"done"} else TIME_IS_OVER
+    print(*(line for part in IMPORTANCE for line in tables.get(part, ())), sep="\n")
+    code = exit_status(args, called)
     print(json.dumps({"ok": code == 0, "parts": overview}))
     return code
+
+
+def exit_status(args: argparse.Namespace, called: list[str]) -> int:
+    """0 if all that was asked for is done, 1 if a case failed, else 3."""
+    records = [Record(args.out, part, args.dry_run, args.source) for part in called]
+    if any(record.status == "failed" for record in records):
+        return 1
+    return 0 if all(record.done(args.cases) for record in records) else TIME_IS_OVER
 
 
 def main() -> int:
@@ -196,6 +256,10 @@ def main() -> int:
     parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--minutes", type=float, default=7, help="time of a part (%(default)s)")
+    parser.add_argument("--cases", default="", help="of these names only: a regular expression")
+    parser.add_argument("--at-once", type=int, default=1, help="cases side by side (%(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="no table at the end")
+    parser.add_argument("--report", action="store_true", help="print what there is, run nothing")
     parser.add_argument("--scores", type=Path, help="head scores, as JSON; made up if not given")
     parser.add_argument("--child", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
@@ -209,6 +273,7 @@ def main() -> int:
         parser.error(f"unknown parts: {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TIME_IS_OVER))  # ends the part's process too
     with tempfile.TemporaryDirectory() as folder:
         tree = package_tree(Path(folder))
         sys.path.insert(0, str(tree))
@@ -219,9 +284,9 @@ def main() -> int:
             sparsemm_vllm.use_cpu()
         paths = [str(tree), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        for part in called:
+        for part in called if not args.report else ():
             run_part(part, args, environment)
-        return report(args, called)
+        return exit_status(args, called) if args.quiet else report(args, called)
 
 
 if __name__ == "__main__":

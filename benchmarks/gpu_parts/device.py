@@ -7,8 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch.autograd import DeviceType
+from triton.runtime.interpreter import GridExecutor
 
 from gpu_parts.records import ROOT
 
@@ -39,6 +42,14 @@ class Device:
     def has_fp8(self) -> bool:
         """Whether Triton converts e4m3 here."""
         return self.dry or torch.cuda.get_device_capability() >= (8, 9)
+
+    def resident(self, launch: Function) -> int:
+        """Programs of a kernel that run at once; `launch` returns what Triton compiled."""
+        if self.dry:
+            return 2 * self.multiprocessors
+        from sparsemm_vllm.triton_kernels.occupancy import resident_programs
+
+        return resident_programs(launch(), self.torch)
 
     def synchronize(self) -> None:
         if not self.dry:
@@ -78,6 +89,23 @@ class Device:
         p20, *_, p80 = statistics.quantiles(times, n=5)
         return {"us": statistics.median(times), "us_20": p20, "us_80": p80}
 
+    def kernels(self, function: Function) -> dict[str, list[float]]:
+        """Microseconds of each kernel that `function` launches, by name, in their order."""
+        if self.dry:
+            return _interpreted_kernels(function)
+        from torch.profiler import ProfilerActivity, profile
+
+        function()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            function()
+            torch.cuda.synchronize()
+        on_device = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
+        found: dict[str, list[float]] = {}
+        for event in sorted(on_device, key=lambda event: event.time_range.start):
+            found.setdefault(event.name, []).append(event.time_range.elapsed_us())
+        return found
+
     def free(self) -> None:
         """Give back memory that no tensor holds."""
         if not self.dry:
@@ -94,6 +122,7 @@ class Context:
         folder: for files that outlive a case.
         deadline: of this call, by `time.monotonic`.
         results: of the cases that passed, by name.
+        failed: errors of the others, by name.
     """
 
     device: Device
@@ -101,11 +130,39 @@ class Context:
     folder: Path
     deadline: float
     results: dict[str, Any] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def wait(self, name: str) -> dict[str, Any]:
+        """The result of a case that may still run beside this one.
+
+        Raises:
+            RuntimeError: if there is none.
+        """
+        while name not in self.results and name not in self.failed and self.left > 0:
+            time.sleep(0.2)
+        if name not in self.results:
+            raise RuntimeError(f"there is nothing to compare with: {name} failed or did not end")
+        return self.results[name]
 
     @property
     def left(self) -> float:
         """Seconds until the deadline."""
         return self.deadline - time.monotonic()
+
+
+def _interpreted_kernels(function: Function) -> dict[str, list[float]]:
+    """`Device.kernels` of Triton's interpreter."""
+    found: dict[str, list[float]] = {}
+    run = GridExecutor.__call__
+
+    def timed(executor: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        begin = time.perf_counter()
+        run(executor, *args, **kwargs)
+        found.setdefault(executor.fn.__name__, []).append(1e6 * (time.perf_counter() - begin))
+
+    with mock.patch.object(GridExecutor, "__call__", timed):
+        function()
+    return found
 
 
 def imitate_gpu_machine() -> None:

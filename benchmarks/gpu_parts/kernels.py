@@ -3,6 +3,7 @@
 import itertools
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,17 +27,40 @@ from sparsemm_vllm.triton_kernels.batch import (
 
 NEEDS = 20
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": FP8}
-LAYOUTS = ("LBHNC", "LBNHC")  # head-major and token-major pages
+DTYPES = {"bf16": torch.bfloat16, "fp8": FP8, "fp16": torch.float16, "fp32": torch.float32}
+LAYOUTS = ("LBHNC", "LBNHC")  # head-major pages, which are served, and token-major ones
+# Values of serving first: cases come in this order.
 AXES: dict[str, tuple[Any, ...]] = {
-    "dtype": ("fp32", "fp16", "bf16", "fp8"),  # fp8: of the cache, beside bf16 queries
-    "D": (32, 64, 80, 96, 128, 256),
+    "dtype": ("bf16", "fp8", "fp16", "fp32"),  # fp8: of the cache, beside bf16 queries
+    "D": (128, 64, 80, 96, 256, 32),
     "P": (16, 32, 64, 128),
     "G": (1, 4, 7, 16),
     "Q": (1, 4, 16),
     "layout": LAYOUTS,
 }
-DRY_AXES = {"dtype": ("fp32", "fp8"), "D": (32, 80), "P": (16,), "G": (1, 4), "Q": (1, 4)}
+DRY_AXES = {"dtype": ("fp8", "fp32"), "D": (80, 32), "P": (16,), "G": (1, 4), "Q": (1, 4)}
+
+# What serving launches most, looked at before anything else: dtype, G, Q, layout; D 128, P 16.
+FIRST = [
+    ("bf16", 1, 1, "LBHNC"),
+    ("bf16", 4, 1, "LBHNC"),
+    ("bf16", 7, 1, "LBHNC"),
+    ("bf16", 7, 4, "LBHNC"),
+    ("fp8", 4, 1, "LBHNC"),
+    ("bf16", 1, 1, "LBNHC"),
+    ("bf16", 4, 1, "LBNHC"),
+    ("bf16", 7, 4, "LBNHC"),
+]
+DRY_FIRST = [("fp32", 1, 1, "LBHNC"), ("fp8", 4, 1, "LBNHC")]
+GRAPHS = [(G, Q) for Q in (1, 4) for G in (1, 4, 7)]
+FIRST_GRAPHS = [(1, 1), (7, 4)]
+DRY_GRAPHS = [(4, 1)]
+
+# Options of the decode kernel that are off by default; G and Q.
+VARIANTS = [
+    ({option: True}, G, Q) for option in ("lists_pages", "pdl") for G, Q in ((1, 1), (7, 1), (7, 4))
+]
+DRY_VARIANTS = [({"lists_pages": True}, 4, 1)]
 
 L, HKV = 2, 3
 ROWS = 6
@@ -72,6 +96,11 @@ def relayout(cache: torch.Tensor, layout: str) -> torch.Tensor:
     if layout == "LBHNC":
         return cache.contiguous()
     return cache.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def tensors(pages: HeadPages) -> list[torch.Tensor]:
+    """Those that are there."""
+    return [tensor for tensor in vars(pages).values() if tensor is not None]
 
 
 class Scene:
@@ -117,7 +146,7 @@ class Scene:
         order = torch.randperm(ROWS, generator=generator)  # a request's index in the pages
         by_row = head_pages(prompts, lengths, self.C, P)
         inverse = order.argsort().to(device.torch)
-        self.pages = HeadPages(*(x[inverse].contiguous() for x in vars(by_row).values()))
+        self.pages = HeadPages(*(x[inverse].contiguous() for x in tensors(by_row)))
         self.requests = order.int().to(device.torch)
         self.lengths = lengths
 
@@ -239,22 +268,44 @@ class Scene:
         assert torch.equal(mine, twin), "correct_slots"
         assert not torch.equal(mine, before), "correct_slots did nothing"
 
-    def batch(self, programs: int) -> DecodeBatch:
-        """Empty buffers for the decode rows."""
+    def programs(self) -> tuple[int, int]:
+        """Few, with long shares, and so many that each has a tile or two."""
+        return 5, max(64, 2 * self.device.multiprocessors)
+
+    def batch(self, programs: int, **changes: Any) -> DecodeBatch:
+        """Empty buffers for the decode rows.
+
+        Args:
+            programs: programs of a launch.
+            changes: fields of `DecodeOptions`, other than usual.
+        """
         tiles = ROWS * max(1, self.Q * self.G)
-        sizes = tiles, L, HKV, self.D, self.cache.dtype, programs
-        buffers = DecodeBuffers.allocate(*sizes, self.device.torch)
+        sizes = tiles, L, HKV, self.D, self.cache.dtype, max(self.programs())
+        buffers = DecodeBuffers.allocate(*sizes, self.device.torch, self.dtype)
         buffers.partial.fill_(torch.nan)
         buffers.stats.fill_(torch.nan)
-        return DecodeBatch.of(buffers, 0, ROWS, self.Q, self.G)
+        batch = DecodeBatch.of(buffers, 0, ROWS, self.Q, self.G, programs)
+        batch = replace(batch, options=replace(batch.options, **changes))
+        if batch.options.lists_pages:
+            batch = replace(batch, page_units=self.list_pages().page_units)
+        return batch
+
+    def list_pages(self) -> HeadPages:
+        """The head pages with their places."""
+        shape = ROWS, max(self.C) * L * HKV
+        units = torch.zeros(shape, dtype=torch.int32, device=self.device.torch)
+        pages = replace(self.pages, page_units=units)
+        triton_ops.list_pages(self.cache, self.block_table, self.prompts, pages)
+        return pages
 
     def schedule(self, ops: Any, batch: DecodeBatch) -> None:
+        pages = replace(self.pages, page_units=batch.page_units)
         rows = self.query_start, self.seq_lens, self.requests[: self.real]
-        ops.schedule_decode(batch, self.pages, self.W, self.P, *rows)
+        ops.schedule_decode(batch, pages, self.W, self.P, *rows)
 
-    def check_decode(self, programs: int) -> float:
+    def check_decode(self, programs: int, **changes: Any) -> float:
         """Schedule and decode every layer."""
-        mine, twin = self.batch(programs), self.batch(programs)
+        mine, twin = (self.batch(programs, **changes) for _ in range(2))
         self.schedule(triton_ops, mine)
         self.schedule(torch_ops, twin)
         items = twin.query_tiles * HKV
@@ -262,10 +313,9 @@ class Scene:
             a, b = getattr(mine.buffers, name), getattr(twin.buffers, name)
             a, b = (a, b) if end is None else (a[:, :end], b[:, :end])
             assert torch.equal(a, b), f"schedule_decode: {name}"
-        used = mine.buffers.first_item < items  # the others have nothing to do
-        assert torch.equal(mine.buffers.first_item[used], twin.buffers.first_item[used]), (
-            "schedule_decode: first_item"
-        )
+        first, expected = (batch.buffers.first_item[:, :programs] for batch in (mine, twin))
+        used = first < items  # the others have nothing to do
+        assert torch.equal(first[used], expected[used]), "schedule_decode: first_item"
         outputs = []
         for layer in range(L):
             output = torch.full_like(self.query, torch.nan)
@@ -299,15 +349,26 @@ def check(device: Device, **case: Any) -> dict[str, Any]:
     scene = Scene(device, **case)
     errors = scene.check_prune()
     scene.check_slots()
-    programs = (5, max(64, 2 * device.multiprocessors))  # few long shares, and a tile or two each
-    errors["sparse_decode"] = max(map(scene.check_decode, programs))
+    errors["sparse_decode"] = max(map(scene.check_decode, scene.programs()))
     return {"errors": errors, "tolerance": scene.tolerance}
 
 
-def check_graph(device: Device, G: int, Q: int, layout: str) -> dict[str, Any]:
+def served(device: Device) -> dict[str, Any]:
+    """Sizes of what is served, or tiny ones."""
+    return {"dtype": "fp32" if device.dry else "bf16", "D": 32 if device.dry else 128, "P": 16}
+
+
+def check_variant(device: Device, G: int, Q: int, **changes: Any) -> dict[str, Any]:
+    """Decoding as it is not launched by default."""
+    scene = Scene(device, **served(device), G=G, Q=Q, layout=LAYOUTS[0])
+    scene.check_prune()
+    error = max(scene.check_decode(programs, **changes) for programs in scene.programs())
+    return {"errors": {"sparse_decode": error}, "tolerance": scene.tolerance}
+
+
+def check_graph(device: Device, G: int, Q: int, layout: str, **changes: Any) -> dict[str, Any]:
     """Captured once with no requests, replayed for others: as a serving engine does it."""
-    case = {"dtype": "fp32" if device.dry else "bf16", "D": 32 if device.dry else 128}
-    case |= {"P": 16, "G": G, "Q": Q, "layout": layout}
+    case = served(device) | {"G": G, "Q": Q, "layout": layout}
     scenes = [Scene(device, **case, real=real, seed=seed) for real, seed in ((5, 0), (3, 1))]
     for scene in scenes:
         scene.check_prune()
@@ -321,8 +382,8 @@ def check_graph(device: Device, G: int, Q: int, layout: str) -> dict[str, Any]:
     query = torch.zeros_like(first.query)
     outputs = [torch.empty_like(query) for _ in range(L)]
     start, seq_lens = torch.zeros_like(first.query_start), torch.zeros_like(first.seq_lens)
-    pages = HeadPages(*map(torch.zeros_like, vars(first.pages).values()))
-    batch = first.batch(2 * device.multiprocessors)
+    pages = HeadPages(*map(torch.zeros_like, tensors(first.pages)))
+    batch = first.batch(2 * device.multiprocessors, **changes)
 
     def schedule(requests: torch.Tensor) -> None:
         triton_ops.schedule_decode(batch, pages, first.W, 16, start, seq_lens, requests)
@@ -341,7 +402,7 @@ def check_graph(device: Device, G: int, Q: int, layout: str) -> dict[str, Any]:
         query.copy_(scene.query)
         start.copy_(scene.query_start)
         seq_lens.copy_(scene.seq_lens)
-        for mine, its in zip(vars(pages).values(), vars(scene.pages).values(), strict=True):
+        for mine, its in zip(tensors(pages), tensors(scene.pages), strict=True):
             mine.copy_(its)
         for output in outputs:
             output.fill_(torch.nan)
@@ -351,28 +412,64 @@ def check_graph(device: Device, G: int, Q: int, layout: str) -> dict[str, Any]:
     return {"errors": {"sparse_decode": max(errors)}, "tolerance": first.tolerance}
 
 
+def smoke_cases(device: Device) -> dict[str, Callable[[], dict[str, Any]]]:
+    """The few launches that serving makes most, then decoding in a graph; names begin alike."""
+    first, graphs = (DRY_FIRST, DRY_GRAPHS) if device.dry else (FIRST, FIRST_GRAPHS)
+    D = 32 if device.dry else 128
+    found = {}
+    for dtype, G, Q, layout in first:
+        case = {"dtype": dtype, "D": D, "P": 16, "G": G, "Q": Q, "layout": layout}
+        found[f"smoke {_name(case)}"] = partial(check, device, **case)
+    return found | {f"smoke {_graph_name(G, Q)}": _graph(device, G, Q) for G, Q in graphs}
+
+
+def _name(case: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in case.items())
+
+
+def _graph_name(G: int, Q: int) -> str:
+    return f"graph G={G} Q={Q} layout={LAYOUTS[(G + Q) % 2]}"
+
+
+def _graph(device: Device, G: int, Q: int) -> Callable[[], dict[str, Any]]:
+    return partial(check_graph, device, G, Q, LAYOUTS[(G + Q) % 2])
+
+
 def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
-    """A covering selection of the sizes, then the graphs."""
+    """A first look, graphs and variants, then a covering selection of sizes, the served first."""
     device = context.device
     axes = AXES | DRY_AXES if device.dry else AXES
-    found: dict[str, Callable[[], dict[str, Any]]] = {}
-    for case in pairwise(axes):
-        name = " ".join(f"{key}={value}" for key, value in case.items())
-        found[name] = partial(check, device, **case)
-    for G, Q in ((4, 1),) if device.dry else itertools.product((1, 4, 7), (1, 4)):
-        layout = LAYOUTS[(G + Q) % 2]
-        found[f"graph G={G} Q={Q} layout={layout}"] = partial(check_graph, device, G, Q, layout)
+    graphs = DRY_GRAPHS if device.dry else GRAPHS
+    found = smoke_cases(device)
+    for G, Q in graphs:
+        if f"smoke {_graph_name(G, Q)}" not in found:
+            found[_graph_name(G, Q)] = _graph(device, G, Q)
+    for changes, G, Q in DRY_VARIANTS if device.dry else VARIANTS:
+        name = f"variant {' '.join(changes)} G={G} Q={Q}"
+        found[name] = partial(check_variant, device, G, Q, **changes)
+    if not device.dry:  # the interpreter has no graphs
+        found["graph pdl G=1 Q=1"] = partial(check_graph, device, 1, 1, LAYOUTS[0], pdl=True)
+    for case in sorted(pairwise(axes), key=partial(_distance, axes)):
+        if f"smoke {_name(case)}" not in found:
+            found[_name(case)] = partial(check, device, **case)
     return found
+
+
+def _distance(axes: dict[str, tuple[Any, ...]], case: dict[str, Any]) -> tuple[int, ...]:
+    """How far a case is from what is served: the later in the order, the farther."""
+    dtype, *rest = (axes[name].index(case[name]) for name in ("dtype", "D", "P"))
+    return (dtype, *(int(place > 0) for place in rest))
 
 
 def summary(results: dict[str, Any]) -> list[str]:
     """The worst error of each op, beside what is allowed."""
     lines = []
-    for dtype in (*DTYPES, "graph"):
-        own = [r for name, r in results.items() if dtype in name.split()[0] and "errors" in r]
+    for kind in (*(f"dtype={dtype}" for dtype in DTYPES), "graph", "variant"):
+        own = [r for name, r in results.items() if kind in name.split() and "errors" in r]
         for op in ("window_scores", "sparse_decode"):
             errors = [r["errors"][op] for r in own if op in r["errors"]]
             if errors:
                 allowed = own[0]["tolerance"]
-                lines.append(f"{dtype:6}{op:14} error {max(errors):.1e}, allowed {allowed:.0e}")
+                label = kind.removeprefix("dtype=")
+                lines.append(f"{label:8}{op:14} error {max(errors):.1e}, allowed {allowed:.0e}")
     return lines

@@ -1,20 +1,31 @@
 """A model of four layers: the same tokens without CUDA graphs and in every graph mode."""
 
 import json
+import math
 import os
 import random
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu_parts.bench import Model, head_scores
+from gpu_parts.bench import Model, W, head_scores
 from gpu_parts.device import Context
 
-NEEDS = 90
+NEEDS = 40
+# What torch and vLLM say under VLLM_GPU_SYNC_CHECK=warn, and where.
+SYNC_WARNING = re.compile(
+    r"^(\S+:\d+): UserWarning: .*(?:called a synchronizing CUDA operation|may be silently sync)",
+    re.MULTILINE,
+)
 VOCABULARY = 32000
+SMALL = Model("small", 4, 8, 4, 128, 0)
+BUDGET, LENGTH, REQUESTS = 128, 2048, 8
 
 # Options of `LLM` by name. Full graphs come without Inductor too, so that they are checked even
 # where it fails.
@@ -31,8 +42,32 @@ GRAPHS = {
     "both": "FULL_AND_PIECEWISE",
 }
 
-# Difference of log-probabilities, and gap between the best two tokens that may be swapped.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+
+@dataclass(frozen=True)
+class Gate:
+    """Differences of log-probabilities that rounding explains; larger ones are a bug.
+
+    Two engines round differently: Inductor fuses norms, FlashAttention and our kernel add in other
+    orders. Over the layers most differences are a fraction of a rounding step of the logits and a
+    few are several. So each gate is on what it holds for: half of the tokens, 99 of 100, all. Wrong
+    keys or values change every token that a request generates after them, at random: more than one
+    of 100 tokens even for a single request, and by more than the largest rounding error.
+
+    Attributes:
+        median: at most, of all compared tokens.
+        most: of 99 of 100.
+        largest: of any.
+    """
+
+    median: float
+    most: float
+    largest: float
+
+
+# Logits are below 8. bfloat16 rounds those of 4 to 8 to multiples of 1/32: two such steps are
+# `most`, and a quarter of one the median. float32: the same, less its 2**-16 and with room for
+# products that add up in another order.
+GATES = {"float32": Gate(1e-4, 1e-3, 1e-2), "bfloat16": Gate(8e-3, 6.25e-2, 0.5)}
 
 
 def write_model(folder: Path, model: Model, hidden: int, intermediate: int, length: int) -> Path:
@@ -77,8 +112,20 @@ def settings(context: Context, model: Model, budget: int, window: int) -> dict[s
     return {"budget": budget, "window": window, "profile": profile}
 
 
-def run_engine(context: Context, name: str, job: dict[str, Any]) -> dict[str, Any]:
-    """Start an engine in a process of its own and let it answer."""
+def run_engine(
+    context: Context, name: str, job: dict[str, Any], environment: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Start an engine in a process of its own and let it answer.
+
+    Args:
+        context: of the part.
+        name: of its files, in ``engines/``.
+        job: what `gpu_parts.engine` is told.
+        environment: variables for it, beside those of this process.
+
+    Returns:
+        The engine's result and its `sync_warnings`.
+    """
     folder = context.folder / "engines"
     folder.mkdir(exist_ok=True)
     job_path, result, log = (folder / f"{name}.{kind}" for kind in ("job", "result", "log"))
@@ -90,43 +137,81 @@ def run_engine(context: Context, name: str, job: dict[str, Any]) -> dict[str, An
     with log.open("w") as output:
         done = subprocess.run(
             command,
-            env=os.environ | {"PYTHONPATH": paths},
+            env=os.environ | {"PYTHONPATH": paths} | (environment or {}),
             stdout=output,
             stderr=subprocess.STDOUT,
             timeout=max(1.0, context.left),
         )
+    said = log.read_text()
     if done.returncode:
-        raise RuntimeError(f"the engine failed:\n{log.read_text()[-6000:]}")
-    return json.loads(result.read_text())
+        raise RuntimeError(f"the engine failed:\n{said[-6000:]}")
+    return json.loads(result.read_text()) | {"sync_warnings": sync_warnings(said)}
+
+
+def sync_warnings(log: str) -> dict[str, int]:
+    """How often an engine waited for the GPU where it should not, by file and line."""
+    return dict(Counter(SYNC_WARNING.findall(log)))
 
 
 def compare(
-    mine: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float
+    mine: list[dict[str, Any]], expected: list[dict[str, Any]], gate: Gate
 ) -> dict[str, Any]:
-    """Equal tokens up to where the expected best two are nearly alike, and log-probabilities.
+    """Compare log-probabilities, request by request up to the first token that is another.
+
+    There the best two of the expected ones count as one difference, as large as the gap between
+    them: less would not swap them.
+
+    Returns:
+        How many tokens were ``compared``, ``of`` how many, and the distribution of the differences.
 
     Raises:
-        AssertionError: saying which request and token differ.
+        AssertionError: if differences are not of rounding, or too few tokens can be compared.
     """
-    differences, wrong, swaps = [], [], 0
+    differences, where, swaps = [], [], 0
     for request, (a, b) in enumerate(zip(mine, expected, strict=True)):
         for i, (token, other) in enumerate(zip(a["tokens"], b["tokens"], strict=True)):
-            if token != other:  # what follows answers another text
-                gap = b["gaps"][i]
+            swapped = token != other
+            own = b["gaps"][i] if swapped else abs(a["logprobs"][i] - b["logprobs"][i])
+            differences.append(own)
+            where.append(f"request {request}, token {i}")
+            if swapped:  # what follows answers another text
                 swaps += 1
-                if gap >= tolerance:
-                    wrong.append(f"request {request}, token {i}: another, at a gap of {gap:.4f}")
                 break
-            differences.append(abs(a["logprobs"][i] - b["logprobs"][i]))
-            if differences[-1] > tolerance:
-                wrong.append(f"request {request}, token {i}: differs by {differences[-1]:.4f}")
     total = sum(len(b["tokens"]) for b in expected)
-    if len(differences) < total // 8:
-        wrong.append("too few tokens could be compared")
-    found = {"compared": len(differences), "of": total, "swaps": swaps}
-    found["largest_difference"] = max(differences, default=0.0)
-    assert not wrong, f"{found}: {'; '.join(wrong[:10])}"
+    found = distribution(differences)
+    result = {"compared": len(differences), "of": total, "swaps": swaps, "differences": found}
+    assert len(differences) >= total // 8, f"too few tokens could be compared: {result}"
+    wrong = [
+        f"{name} {found[name]:.1e}, at most {allowed:.1e}"
+        for name, allowed in (
+            ("median", gate.median),
+            ("q99", gate.most),
+            ("largest", gate.largest),
+        )
+        if not found[name] <= allowed  # NaN is wrong too
+    ]
+    worst = where[differences.index(found["largest"])] if wrong else None
+    assert not wrong, f"differences: {'; '.join(wrong)}, at {worst}; {result}"
+    return result
+
+
+def distribution(differences: list[float]) -> dict[str, float]:
+    """Quantiles, each a difference that occurs: as many per cent are at most as large."""
+    ordered = sorted(differences)
+    found = {"count": float(len(ordered))}
+    for name, share in (("median", 0.5), ("q90", 0.9), ("q99", 0.99), ("largest", 1.0)):
+        found[name] = ordered[math.ceil(share * len(ordered)) - 1]
     return found
+
+
+def describe_comparison(result: dict[str, Any]) -> str:
+    """For the table."""
+    found = result["differences"]
+    return (
+        f"{result['compared']} of {result['of']} tokens compared, {result['swaps']} swaps, "
+        f"log-probabilities differ by {found['median']:.1e} (half), {found['q99']:.1e} (99 %), "
+        f"{found['largest']:.1e} (all)"
+    )
 
 
 def serve(context: Context, mode: str, dtype: str) -> dict[str, Any]:
@@ -136,18 +221,19 @@ def serve(context: Context, mode: str, dtype: str) -> dict[str, Any]:
         model, hidden = Model("tiny", 4, 8, 4, 32, 0), 256
         lengths, tokens, budget, window = (60, 20, 75, 33), 6, 40, 8
     else:
-        model, hidden = Model("small", 4, 8, 4, 128, 0), 1024
-        lengths, tokens, budget, window = (700, 90, 1533, 40, 512, 257, 1024), 32, 128, 32
+        model, hidden = SMALL, 1024
+        lengths, tokens, budget, window = (700, 90, 1533, 40, 512, 257, 1024), 32, BUDGET, W
     folder = write_model(context.folder / "engines" / "small", model, hidden, 4 * hidden, 4096)
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     options = {
         "model": str(folder),
         "dtype": dtype,
         "attention_backend": "SPARSEMM",
-        "max_model_len": 2048,
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 2048,
+        "max_model_len": LENGTH,
+        "max_num_seqs": REQUESTS,
+        "max_num_batched_tokens": LENGTH,
         "kv_cache_memory_bytes": (64 << 20) if dry else (2 << 30),
+        "gpu_memory_utilization": 0.1,  # vLLM wants that much to be free; others run beside it
     }
     options |= MODES["eager"] if dry else MODES[mode]
     if mode != "eager" and not dry:
@@ -157,17 +243,16 @@ def serve(context: Context, mode: str, dtype: str) -> dict[str, Any]:
         "settings": settings(context, model, budget, window),
         "rounds": [{"prompts": prompts(lengths, vocabulary), "every": 3, "tokens": tokens}],
     }
-    result = run_engine(context, f"modes-{dtype}-{mode}", job)
+    check = {"VLLM_GPU_SYNC_CHECK": "warn"} if mode == "full" else {}
+    result = run_engine(context, f"modes-{dtype}-{mode}", job, check)
     (own,) = result["rounds"]
     assert result["backend"] == ["SPARSEMM"], f"vLLM chose {result['backend']}"
     assert dry or result["graphs"] == GRAPHS[mode], f"vLLM chose {result['graphs']}"
     assert own["idle"], "blocks are held by nobody"
     assert 0 < own["pruned"] < len(lengths), f"{own['pruned']} prompts are pruned"
     if mode != "eager":
-        expected = context.results.get(f"{dtype} eager")
-        assert expected is not None, "there is nothing to compare with: eager failed"
-        (other,) = expected["rounds"]
-        result |= compare(own["answers"], other["answers"], TOLERANCE[dtype])
+        (other,) = context.wait(f"{dtype} eager")["rounds"]
+        result |= compare(own["answers"], other["answers"], GATES[dtype])
     return result
 
 
@@ -189,7 +274,9 @@ def summary(results: dict[str, Any]) -> list[str]:
     for name, r in results.items():
         line = f"{name:20} started in {r['start_seconds']:.0f} s, graphs {r['graphs']}"
         if "compared" in r:
-            line += f", {r['compared']} of {r['of']} tokens compared, {r['swaps']} swaps of nearly"
-            line += f" equal ones, log-probabilities within {r['largest_difference']:.1e}"
+            line += f", {describe_comparison(r)}"
+        if r["sync_warnings"]:
+            line += f", {sum(r['sync_warnings'].values())} WAITS FOR THE GPU: "
+            line += " ".join(Path(place).name for place in r["sync_warnings"])
         lines.append(line)
     return lines

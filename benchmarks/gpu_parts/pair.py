@@ -4,15 +4,31 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from gpu_parts.bench import TINY, VICUNA, Model
+from gpu_parts.bench import TINY, VICUNA, Model, W
 from gpu_parts.device import Context
-from gpu_parts.modes import MODES, compare, prompts, run_engine, settings, write_model
+from gpu_parts.modes import (
+    GATES,
+    MODES,
+    REQUESTS,
+    compare,
+    describe_comparison,
+    prompts,
+    run_engine,
+    settings,
+    write_model,
+)
 
-NEEDS = 120
-TOLERANCE = 5e-2
+NEEDS = 40
+LONG, TOKENS = 8192, 128  # of a prompt and its answer, where speed is measured
+LENGTH = LONG + TOKENS + 64
+KEEPS_ALL = 1024  # a budget that the short prompts do not exceed
+BUDGET = 256
+BUDGETS = ((BUDGET, False), (BUDGET, True), (KEEPS_ALL, False))  # that are served; in fp8
 
 
-def serve(context: Context, budget: int | None, check: bool, measure: bool) -> dict[str, Any]:
+def serve(
+    context: Context, budget: int | None, check: bool, measure: bool, cache_dtype: str = "auto"
+) -> dict[str, Any]:
     """Short prompts to compare with dense attention; long ones at once, for their throughput.
 
     Both engines run without Inductor, whose compilation takes longer than all the rest, and with
@@ -21,8 +37,8 @@ def serve(context: Context, budget: int | None, check: bool, measure: bool) -> d
     dry = context.device.dry
     model: Model = TINY if dry else VICUNA
     short = (60, 21, 33) if dry else (700, 90, 1000, 33, 512, 257, 640, 128)
-    long, count, tokens = (150, 2, 5) if dry else (8192, 8, 128)
-    length = 512 if dry else long + tokens + 64
+    long, count, tokens = (150, 2, 5) if dry else (LONG, REQUESTS, TOKENS)
+    length = 512 if dry else LENGTH
     sizes = (256, 512) if dry else (4096, 11008)
     folder = write_model(context.folder / "engines" / "full", model, *sizes, length)
     vocabulary = 128 if dry else 32000
@@ -32,14 +48,19 @@ def serve(context: Context, budget: int | None, check: bool, measure: bool) -> d
         "dtype": "float32" if dry else "bfloat16",
         "attention_backend": dense if budget is None else "SPARSEMM",
         "max_model_len": length,
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 512 if dry else 8192,
+        "max_num_seqs": REQUESTS,
+        "max_num_batched_tokens": 512 if dry else LONG,
         "enable_prefix_caching": False,
+        "kv_cache_dtype": cache_dtype,
     }
     if dry:
         options |= MODES["eager"] | {"kv_cache_memory_bytes": 64 << 20}
     else:
-        options |= MODES["full"] | {"gpu_memory_utilization": 0.85}
+        # Timed, an engine has the GPU for itself; if not, others may run beside it.
+        memory: dict[str, Any] = {"gpu_memory_utilization": 0.85}
+        if not measure:
+            memory = {"gpu_memory_utilization": 0.4, "kv_cache_memory_bytes": 6 << 30}
+        options |= MODES["full"] | memory
         options["compilation_config"] |= {"cudagraph_capture_sizes": [1, 2, 4, 8]}
     rounds = []
     if check:
@@ -48,36 +69,38 @@ def serve(context: Context, budget: int | None, check: bool, measure: bool) -> d
     if measure:
         asked = prompts((long,) * count, vocabulary, seed=1)
         rounds.append({"prompts": asked, "every": 0, "tokens": tokens})
-    window = 8 if dry else 32
+    window = 8 if dry else W
     own = None if budget is None else settings(context, model, budget, window)
     job = {"options": options, "settings": own, "rounds": rounds}
-    result = run_engine(context, f"pair-{budget or 'dense'}", job)
+    name = f"pair-{budget or 'dense'}-{cache_dtype}"
+    result = run_engine(context, name, job)
     for each in result["rounds"]:
         assert each["idle"], "blocks are held by nobody"
     return result
 
 
-def dense(context: Context) -> dict[str, Any]:
-    """FlashAttention, for both."""
-    result = serve(context, None, check=True, measure=True)
+def dense(context: Context, cache_dtype: str = "auto") -> dict[str, Any]:
+    """Dense attention as vLLM has it, with prompts to compare with only in bf16."""
+    check = cache_dtype == "auto"
+    result = serve(context, None, check, True, cache_dtype)
     assert context.device.dry or result["backend"] == ["FLASH_ATTN"], result["backend"]
     return result
 
 
 def equal(context: Context) -> dict[str, Any]:
     """A budget that is larger than any prompt gives dense answers."""
-    expected = context.results.get("dense")
-    assert expected is not None, "there is nothing to compare with: the dense engine failed"
-    result = serve(context, 1024, check=True, measure=False)
+    expected = context.wait("dense")
+    result = serve(context, KEEPS_ALL, check=True, measure=False)
     assert result["backend"] == ["SPARSEMM"], result["backend"]
     (own,) = result["rounds"]
     assert own["pruned"] == 0, "a prompt was pruned that fits the budget"
-    return result | compare(own["answers"], expected["rounds"][0]["answers"], TOLERANCE)
+    gate = GATES["float32" if context.device.dry else "bfloat16"]
+    return result | compare(own["answers"], expected["rounds"][0]["answers"], gate)
 
 
-def pruned(context: Context) -> dict[str, Any]:
+def pruned(context: Context, cache_dtype: str = "auto") -> dict[str, Any]:
     """Long prompts, pruned."""
-    result = serve(context, 40 if context.device.dry else 256, check=False, measure=True)
+    result = serve(context, 40 if context.device.dry else BUDGET, False, True, cache_dtype)
     (own,) = result["rounds"]
     assert own["pruned"] == len(own["answers"]), f"{own['pruned']} prompts are pruned"
     return result
@@ -85,21 +108,33 @@ def pruned(context: Context) -> dict[str, Any]:
 
 def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
     """The dense engine first, since the others are compared with it."""
-    named = {"dense": dense, "budget over prompt": equal, "pruned": pruned}
-    return {name: partial(function, context) for name, function in named.items()}
+    return {
+        "dense": partial(dense, context),
+        "dense fp8": partial(dense, context, "fp8"),
+        "pruned": partial(pruned, context),
+        "budget over prompt": partial(equal, context),
+        "pruned fp8": partial(pruned, context, "fp8"),
+    }
 
 
 def summary(results: dict[str, Any]) -> list[str]:
-    """A line for each engine."""
+    """A line for each engine, with its throughput over the dense ones'."""
     lines = []
+    speeds = {
+        name: r["rounds"][-1]["tokens_per_second"]
+        for name, r in results.items()
+        if "tokens_per_second" in r["rounds"][-1] and "compared" not in r
+    }
     for name, r in results.items():
         last = r["rounds"][-1]
         line = f"{name:20} started in {r['start_seconds']:.0f} s, {'/'.join(r['backend'])}"
         if "compared" in r:
-            line += f", {r['compared']} of {r['of']} tokens compared, {r['swaps']} swaps"
-            line += f", log-probabilities within {r['largest_difference']:.1e}"
-        elif "tokens_per_second" in last:
-            line += f", decode {last['tokens_per_second']:.1f} tokens/s ({last['step_ms']:.2f} ms)"
+            line += f", {describe_comparison(r)}"
+        elif name in speeds:
+            line += f", decode {speeds[name]:.1f} tokens/s ({last['step_ms']:.2f} ms)"
             line += f", {last['most_blocks']} blocks at most"
+            others = (other for other in ("dense", "dense fp8") if other in speeds)
+            if "dense" not in name:
+                line += "".join(f", {speeds[name] / speeds[x]:.2f}x {x}" for x in others)
         lines.append(line)
     return lines

@@ -3,21 +3,23 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+COMMIT = ROOT / ".gpu" / "commit"
 
 
 class Record:
     """``<part>.partial.json`` while the part runs, ``<part>.json`` when every case has passed.
 
     Attributes:
-        data: ``source``, a digest of the code, ``cases`` by name, those that ``failed`` in this
-            call with their errors, those that failed ``earlier``, the one that is ``running``, the
-            machine, and the seconds of all calls.
+        data: ``source``, a digest of the code, ``names`` of all cases, ``cases`` that passed, by
+            name, those that ``failed`` in this call with their errors, those that failed
+            ``earlier``, those that are ``running``, the machine, and the seconds of all calls.
     """
 
     def __init__(self, folder: Path, part: str, dry: bool, code: str) -> None:
@@ -26,7 +28,7 @@ class Record:
         self.partial = folder / f"{part}.partial.json"
         self.failures = folder / f"{part}.failed.txt"
         self.data: dict[str, Any] = {"part": part, "dry_run": dry, "source": code}
-        self.data |= {"seconds": 0.0, "total": None, "running": None}
+        self.data |= {"seconds": 0.0, "total": None, "names": [], "running": []}
         self.data |= {"cases": {}, "failed": {}, "earlier": []}
         for path in (self.final, self.partial):
             if not path.exists():
@@ -42,6 +44,11 @@ class Record:
     def complete(self) -> bool:
         """Whether every case has passed."""
         return self.data["total"] is not None and len(self.data["cases"]) == self.data["total"]
+
+    def done(self, pattern: str) -> bool:
+        """Whether every case has passed in whose name the regular expression finds something."""
+        asked = [name for name in self.data["names"] if re.search(pattern, name)]
+        return bool(asked) and all(name in self.data["cases"] for name in asked)
 
     def save(self) -> None:
         """Write what there is, at once or not at all."""
@@ -105,6 +112,17 @@ def machine(dry: bool) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         **{package: _version(package) for package in ("triton", "vllm", "transformers")},
-        "commit": _output("git", "rev-parse", "HEAD") or "unknown",
-        "changed": bool(_output("git", "status", "--porcelain", "triton_kernels", "sparsemm_vllm")),
+        **code_version(),
     }
+
+
+def code_version() -> dict[str, Any]:
+    """The commit and whether the code was changed since: git's word, or ``.gpu/commit``'s.
+
+    A copy of the working tree has no history; ``gpu_run.sh prepare`` writes the file before.
+    """
+    commit = _output("git", "rev-parse", "HEAD")
+    if commit is None and COMMIT.exists():
+        return json.loads(COMMIT.read_text())
+    changed = _output("git", "status", "--porcelain", "triton_kernels", "sparsemm_vllm")
+    return {"commit": commit or "unknown", "changed": bool(changed)}

@@ -1,79 +1,101 @@
-"""Bandwidth of decode variants: programs on a multiprocessor, layouts, tiles, stages, warps."""
+"""Bandwidth of decode variants: tile, stages, registers and programs varied together."""
 
-import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest import mock
 
 from triton.runtime.errors import OutOfResources
 
-from gpu_parts.bench import DRY, QWEN, TINY, VICUNA, Decode, Model, head_scores
+from gpu_parts.bench import DRY, QWEN, TINY, VICUNA, Decode, Step, head_scores, sizes_of
 from gpu_parts.device import Context
+from sparsemm_vllm.triton_kernels.batch import DecodeOptions
 
-NEEDS = 20
-LAYOUTS = ("LBHNC", "LBNHC")
-# The module, which its function hides.
-kernel = importlib.import_module("sparsemm_vllm.triton_kernels.sparse_decode")
+NEEDS = 6
 
 
-def measure(
-    context: Context, model: Model, layout: str, programs_each: int, **options: int
-) -> dict[str, Any]:
-    """Bytes a second of eight prompts' decode."""
+@dataclass(frozen=True)
+class Variant:
+    """How a decode step is launched.
+
+    Attributes:
+        options: how the kernel is compiled.
+        programs_each: programs of a multiprocessor; as many as it runs at once if None.
+    """
+
+    options: DecodeOptions
+    programs_each: int | None = None
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        options = self.options
+        parts = [f"tile {options.block_n}, {options.stages} stages, {options.num_warps} warps"]
+        parts += [f"{options.maxnreg} registers"] if options.maxnreg < 255 else []
+        parts += ["pdl"] if options.pdl else []
+        parts += ["lists pages"] if options.lists_pages else []
+        parts += [f"{self.programs_each} programs"] if self.programs_each else []
+        return ", ".join(parts)
+
+
+# What the multiprocessor has is shared: larger tiles and more stages leave room for fewer
+# programs, and so do more registers. A point that says something is a whole of them.
+VARIANTS = (
+    Variant(DecodeOptions(128, 2, 4)),  # as it is served
+    Variant(DecodeOptions(128, 2, 4, pdl=True)),
+    Variant(DecodeOptions(128, 2, 4, lists_pages=True)),
+    Variant(DecodeOptions(128, 3, 4)),
+    Variant(DecodeOptions(64, 3, 4, maxnreg=168)),
+    Variant(DecodeOptions(64, 4, 4)),
+    Variant(DecodeOptions(128, 2, 4, maxnreg=168)),
+    Variant(DecodeOptions(128, 2, 4, pdl=True, lists_pages=True)),
+    Variant(DecodeOptions(128, 3, 4), programs_each=1),
+    Variant(DecodeOptions(64, 3, 4, maxnreg=128)),
+)
+STEPS = (Step(VICUNA, 8, 256), Step(QWEN, 32, 256))
+DRY_VARIANTS = (
+    Variant(DecodeOptions(16, 2, 4)),
+    Variant(DecodeOptions(32, 2, 4, lists_pages=True), programs_each=1),
+)
+DRY_STEPS = (Step(TINY, 2, 64, n=DRY.steps[0].n),)
+
+
+def measure(context: Context, step: Step, variant: Variant) -> dict[str, Any]:
+    """Bytes a second of a decode step."""
     device = context.device
-    usual = kernel.launch_options
-
-    def launch_options(*args: Any) -> dict[str, int]:
-        return usual(*args) | {k: v for k, v in options.items() if k != "block_n"}
-
-    n, batch, budget, dtype = 8192, 8, 1024, None
-    if device.dry:
-        n, batch, budget, dtype = DRY.prompt, 2, 64, DRY.dtype
-    setup = Decode(
-        device,
-        model,
-        head_scores(model, context.scores),
-        n,
-        batch,
-        budget,
-        layout,
-        programs_each=programs_each,
-        block_n=options.get("block_n"),
-        **({"dtype": dtype} if dtype else {}),
-    )
-    with mock.patch.object(kernel, "launch_options", launch_options):
-        try:
-            setup.layer(0)
-        except OutOfResources as error:
-            return {"bytes_per_second": 0.0, "balance": 0.0, "skipped": str(error)}
-        time = device.time(device.graph(setup.step))
-    rate = 1e6 * setup.bytes * model.L / time["us"]
-    return time | {"bytes_per_second": rate, "balance": setup.balance()}
+    scores, dtype = head_scores(step.model, context.scores), sizes_of(context).dtype
+    try:
+        setup = Decode(device, step, scores, dtype, variant.options, variant.programs_each)
+        setup.layer(0)
+    except OutOfResources as error:
+        return {"bytes_per_second": 0.0, "balance": 0.0, "programs": 0, "skipped": str(error)}
+    time = device.time(device.graph(setup.step))
+    rate = 1e6 * setup.bytes * step.model.L / time["us"]
+    balance, _ = setup.balance()
+    return time | {
+        "bytes_per_second": rate,
+        "balance": balance,
+        "programs": setup.rows.programs,
+    }
 
 
 def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Programs in both layouts, then the launch options one by one."""
+    """Every variant of each step; those that say most of both first."""
     dry = context.device.dry
-    found: dict[str, Callable[[], dict[str, Any]]] = {}
-    for model in (TINY,) if dry else (VICUNA, QWEN):
-        for layout in LAYOUTS:
-            variants: list[dict[str, int]] = [{"programs_each": each} for each in (1, 2, 3, 4)]
-            variants += [{"programs_each": 2, "block_n": size} for size in (16, 32, 128)]
-            variants += [{"programs_each": 2, "STAGES": stages} for stages in (2, 3, 4, 6)]
-            variants += [{"programs_each": 2, "num_warps": warps} for warps in (2, 8)]
-            for variant in variants[:1] + variants[4::3] if dry else variants:
-                options = " ".join(f"{key}={value}" for key, value in variant.items())
-                name = f"{model.name} {layout} {options}"
-                found[name] = partial(measure, context, model, layout, **variant)
-    return found
+    return {
+        f"{step.name.removeprefix('decode ')}: {variant.name}": partial(
+            measure, context, step, variant
+        )
+        for variant in (DRY_VARIANTS if dry else VARIANTS)
+        for step in (DRY_STEPS if dry else STEPS)
+    }
 
 
 def summary(results: dict[str, Any]) -> list[str]:
-    """Fastest first."""
+    """Each step's variants, the fastest first."""
     order = sorted(results, key=lambda name: -results[name]["bytes_per_second"])
     return [
-        f"{name:44} {results[name]['bytes_per_second'] / 1e9:8.1f} GB/s,"
-        f" balance {results[name]['balance']:.2f}"
-        for name in sorted(order, key=lambda name: name.split()[0])
+        f"{name:84} {results[name]['bytes_per_second'] / 1e9:8.1f} GB/s,"
+        f" {results[name]['programs']} programs"
+        for name in sorted(order, key=lambda name: name.partition(":")[0])
     ]
