@@ -31,8 +31,9 @@ class Scene:
         owned = [2, *(N + C for N, C in zip(self.N, self.C, strict=True))]
         self.paged = Paged.random(owned, self.L, self.Hkv, P, D, dtype, seed)
         own = head_pages(tokens, lengths, self.C, P)
-        spread = [torch.full_like(x.repeat_interleave(2, 0), FILLER) for x in vars(own).values()]
-        for wide, values in zip(spread, vars(own).values(), strict=True):
+        tensors = own.prompt_tokens, own.compact_blocks, own.lengths, own.first_pages
+        spread = [torch.full_like(x.repeat_interleave(2, 0), FILLER) for x in tensors]
+        for wide, values in zip(spread, tensors, strict=True):
             wide[1::2] = values
         self.pages = HeadPages(*spread)
         rows = [(i + 1, 2 * i + 1, 0, n) for i, n in enumerate(tokens)]

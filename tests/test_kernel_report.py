@@ -226,7 +226,8 @@ def test_the_report_sees_what_is_wrong(arch):
     assert (wide["widest_load"], wide["widest_store"]) == (128, 128)
     assert (wide["wide_loads"], wide["wide_loop_loads"]) == (1, 1)
     assert wide["loop_instructions"] is None, "no tensor cores"
-    assert wide["programs"] == 16, "2,048 threads"
+    registers = -(-wide["registers"] // 8) * 8 * 32 * wide["num_warps"]
+    assert wide["programs"] == 65536 // registers < 16, "registers are fewer than threads"
 
     narrow, failures = found["narrow"]
     assert not failures
@@ -236,13 +237,15 @@ def test_the_report_sees_what_is_wrong(arch):
     spill, failures = found["spill"]
     assert spill["spill_bytes"] > 0
     assert spill["registers"] <= 32
+    assert spill["programs"] == 2048 // (32 * spill["num_warps"]), "all threads"
     assert failures == [f"__main__._sum target=sm_{arch}: spills {spill['spill_bytes']} bytes"]
 
     shared, (failure,) = found["shared"]
     assert f"needs {shared['shared_bytes']} bytes of shared memory" in failure
     assert shared["programs"] == 0
-    assert shared["loop_instructions"] > 100
-    assert shared["loop_cycles"] > shared["loop_instructions"]
+    if arch < 100:  # there, products of this size are another unit's
+        assert shared["loop_instructions"] > 100
+        assert shared["loop_cycles"] > shared["loop_instructions"]
 
     assert ("error" in found) == (arch < 89)
     if arch < 89:
