@@ -72,7 +72,8 @@ def engine(ms: float, blocks: int, **fields: Any) -> dict[str, Any]:
     answers = [{"tokens": [1, 2], "logprobs": [-1.0, -2.0], "gaps": [1, 1]}] * 8
     timed = {"answers": answers, "step_ms": ms, "tokens_per_second": 8e3 / ms, "idle": True}
     case = {"start_seconds": 44.0, "graphs": "FULL", "backend": ["X"], "blocks": 9000}
-    return case | {"rounds": [timed | {"most_blocks": blocks}]} | fields
+    asked = {"of_model": "toy-7b", "prompt_tokens": 8192}
+    return case | {"rounds": [timed | {"most_blocks": blocks}]} | asked | fields
 
 
 COMPARED = {
@@ -82,8 +83,8 @@ COMPARED = {
 PAIR = {
     "dense": engine(12.5, 4096),
     "dense fp8": engine(8.0, 4096),
-    "pruned": engine(5.0, 300),
-    "pruned fp8": engine(4.0, 300),
+    "pruned": engine(5.0, 300, budget=256),
+    "pruned fp8": engine(4.0, 300, budget=256),
     "budget over prompt": engine(1.0, 300) | {"rounds": [{"idle": True}]} | COMPARED,
 }
 KERNELS = {
@@ -370,9 +371,8 @@ def test_the_readmes_table(tmp_path: Path, run: Any) -> None:
     assert run(first_run(tmp_path), second_run(tmp_path))[0] == 0
     lines = readme_table(tmp_path / "results", tmp_path / "README.md")
     text = "\n".join(lines)
-    assert row(text, "whole decode step, 7B model, 8 requests")[1:] == [
-        *("12.50 ms", "8.00 ms", "5.00 ms", "4.00 ms", "1.60", "2.00")
-    ]
+    name = "whole decode step, toy-7b, 8 requests of 8,192 tokens, B = 256"
+    assert row(text, name)[1:] == [*("12.50 ms", "8.00 ms", "5.00 ms", "4.00 ms", "1.60", "2.00")]
     name = "attention of a layer, toy-7b, 8 x 8,192 tokens, B = 256"
     assert row(text, name)[1:] == ["500.0 us", "260.0 us", "25.0 us", "20.0 us", "10.40", "13.00"]
     assert f"({(Path('results') / FOLDER / 'summary.md').as_posix()})" in text

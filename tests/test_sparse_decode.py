@@ -14,6 +14,7 @@ from sparsemm_vllm.triton_kernels.batch import (
     TAIL,
     DecodeBatch,
     DecodeBuffers,
+    HeadPages,
     Prompts,
     decode_options,
     decode_queries,
@@ -301,6 +302,17 @@ def test_a_launch_can_be_repeated() -> None:
     assert torch.equal(outputs[0][:6], outputs[1][:6])
 
 
+def test_a_share_of_beginnings_only_reads_nothing() -> None:
+    """Items of one tile between two programs: one gets the beginning, the other does the work."""
+    requests = Requests([9], [1], [2], Hkv=1, programs=2, padded_rows=0)
+    batch = requests.batch()
+    assert batch.buffers.first_tile[:, 1].tolist() == [2, 2], "a beginning and a tile"
+    arguments = requests.query, requests.cache, 0, requests.block_table, batch, requests.output
+    sparse_decode(*arguments, SCALE)
+    assert requests.output[:1].isfinite().all()
+    assert batch.buffers.partial.isnan().all(), "nobody shares it"
+
+
 def test_one_query_a_row_needs_no_causal_mask() -> None:
     """The kernel leaves it out: with a token more than a row may see, the answer must change."""
     requests = Requests([61, 9], [1, 1], [4, 2], programs=3)
@@ -339,6 +351,11 @@ def test_tokens_lie_at_multiples_of_their_size(
     cache = torch.zeros(shape, device="meta").permute(order)[..., :64]
     with pytest.raises(ValueError, match=message):
         cache_units(cache)
+
+
+def test_listed_pages_fit_into_32_bits() -> None:
+    with pytest.raises(ValueError, match="too many to list"):
+        HeadPages.empty(1024, 1, 1, torch.device("meta"), max_pages=2**21)
 
 
 def test_units_fit_into_32_bits() -> None:

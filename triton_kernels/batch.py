@@ -73,7 +73,12 @@ class HeadPages:
             Hkv: KV heads.
             device: where the kernels run.
             max_pages: head pages of a request at most, for `page_units`; 0 does without.
+
+        Raises:
+            ValueError: if 32 bits do not hold the places of all requests' head pages.
         """
+        if max_requests * max_pages >= 2**31:
+            raise ValueError(f"{max_requests} requests of {max_pages} head pages: too many to list")
         shapes = [(max_requests,), (max_requests,), (max_requests, L, Hkv), (max_requests, L, Hkv)]
         if max_pages:
             shapes.append((max_requests, max_pages))

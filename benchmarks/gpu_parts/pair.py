@@ -76,7 +76,8 @@ def serve(
     result = run_engine(context, name, job)
     for each in result["rounds"]:
         assert each["idle"], "blocks are held by nobody"
-    return result
+    asked = {"of_model": model.name, "prompt_tokens": long, "budget": budget}
+    return result | asked | {"kv_cache_dtype": cache_dtype}
 
 
 def dense(context: Context, cache_dtype: str = "auto") -> dict[str, Any]:

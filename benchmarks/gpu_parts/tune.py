@@ -1,15 +1,16 @@
 """Bandwidth of decode variants: tile, stages, registers and programs varied together."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from triton.runtime.errors import OutOfResources
 
 from gpu_parts.bench import DRY, QWEN, TINY, VICUNA, Decode, Step, head_scores, sizes_of
 from gpu_parts.device import Context
-from sparsemm_vllm.triton_kernels.batch import DecodeOptions
+from sparsemm_vllm.triton_kernels.batch import DecodeOptions, decode_options
 
 NEEDS = 6
 
@@ -38,17 +39,19 @@ class Variant:
         return ", ".join(parts)
 
 
+SERVED = decode_options(128, torch.bfloat16, torch.bfloat16, block_m=16)
+
 # What the multiprocessor has is shared: larger tiles and more stages leave room for fewer
 # programs, and so do more registers. A point that says something is a whole of them.
 VARIANTS = (
-    Variant(DecodeOptions(128, 2, 4)),  # as it is served
-    Variant(DecodeOptions(128, 2, 4, pdl=True)),
-    Variant(DecodeOptions(128, 2, 4, lists_pages=True)),
+    Variant(SERVED),
+    Variant(replace(SERVED, pdl=True)),
+    Variant(replace(SERVED, lists_pages=True)),
     Variant(DecodeOptions(128, 3, 4)),
     Variant(DecodeOptions(64, 3, 4, maxnreg=168)),
     Variant(DecodeOptions(64, 4, 4)),
     Variant(DecodeOptions(128, 2, 4, maxnreg=168)),
-    Variant(DecodeOptions(128, 2, 4, pdl=True, lists_pages=True)),
+    Variant(replace(SERVED, pdl=True, lists_pages=True)),
     Variant(DecodeOptions(128, 3, 4), programs_each=1),
     Variant(DecodeOptions(64, 3, 4, maxnreg=128)),
 )

@@ -47,10 +47,16 @@ def _compared_steps(parts: Parts) -> list[tuple[str, ...]]:
     found = pairs(parts)
     if not found:
         return []
-    asked = dict.fromkeys(str(r["requests"]) for r in found.values() if r.get("requests"))
-    requests = f", {' or '.join(asked)} requests" if asked else ""
-    times = {name: each["step_ms"] for name, each in found.items()}
-    return [_readme_row(f"whole decode step, 7B model{requests}", times, 2, " ms")]
+
+    def asked(key: str, form: str) -> str:
+        values = dict.fromkeys(r[key] for r in found.values() if r.get(key))
+        texts = (f"{x:,}" if isinstance(x, int) else x for x in values)
+        return form.format(" or ".join(texts)) if values else ""
+
+    name = "whole decode step" + asked("of_model", ", {}") + asked("requests", ", {} requests")
+    name += asked("prompt_tokens", " of {} tokens") + asked("budget", ", B = {}")
+    times = {variant: each["step_ms"] for variant, each in found.items()}
+    return [_readme_row(name, times, 2, " ms")]
 
 
 def _compared_layers(parts: Parts) -> list[tuple[str, ...]]:

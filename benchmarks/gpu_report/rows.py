@@ -125,13 +125,17 @@ def rates(parts: Parts) -> dict[str, float]:
 
 
 def pairs(parts: Parts) -> dict[str, dict[str, Any]]:
-    """Rounds in which whole models decoded, by variant: ms a step, tokens a second, blocks."""
+    """Rounds in which whole models decoded, by variant: ms a step, tokens a second, blocks.
+
+    And what was asked: ``of_model``, ``prompt_tokens`` and ``budget``, where the record says so.
+    """
     cases = parts.get("pair", {}).get("cases", {})
     found = {}
     for name, variant in PAIRS.items():
         timed = [r for r in cases.get(name, {}).get("rounds", ()) if "step_ms" in r]
         if timed:
-            found[variant] = timed[-1]
+            asked = ("of_model", "prompt_tokens", "budget")
+            found[variant] = timed[-1] | {key: cases[name].get(key) for key in asked}
     return {name: found[name] for name in VARIANTS if name in found}
 
 
