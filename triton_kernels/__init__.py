@@ -13,8 +13,8 @@ Vocabulary, used in every file:
 * in kernels: tiles `BLOCK_*`, pointers `x_ptr`, strides `stride_xy` (dimension `y` of `x`), flags
   `HAS_*`;
 * `cache` `[L, B, Hkv, P, 2 * D]`: the paged KV cache of all layers, K before V in the last
-  dimension, which is contiguous; other strides are any multiples of ``2 * D``; a *page* is `cache[l, b, h]`, the `P` token slots of one head in one
-  block;
+  dimension, which is contiguous; the other strides are any multiples of ``2 * D``. A *page* is
+  `cache[l, b, h]`, the `P` token slots of one head in one block;
 * `row` `[max_blocks]`: a request's row of the block table,
   `[prompt blocks 0..N-1 | C compact blocks | growth blocks ...]` with `N = ceil(n / P)`;
 * *head page* `i` of a request: pages of its compact blocks, striped over blocks, layers and heads:
