@@ -33,7 +33,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from gpu_parts.records import ROOT, code_version
+from gpu_parts.records import ROOT, code_version, source_digest
 from precompile import ARCHIVE, archived_kernels
 
 HERE = Path(__file__).parent
@@ -475,7 +475,8 @@ def prepare(bundle: Path, wheels: list[Path], results: list[Path]) -> int:
     wanted = [*bundle.glob("bundle.*"), bundle / "install_bundle.sh", bundle / "check_gpu.py"]
     for path in wanted:
         shutil.copy(path, GPU)
-    (GPU / "commit").write_text(json.dumps(code_version()))
+    prepared = code_version() | {"source": source_digest()}
+    (GPU / "commit").write_text(json.dumps(prepared))
     command = [sys.executable, str(HERE / "precompile.py"), "build"]
     command += ["--triton", *map(str, wheels), "--add", *map(str, results)]
     if code := subprocess.run(command).returncode:

@@ -78,6 +78,11 @@ def package_tree(folder: Path) -> Path:
     return folder
 
 
+def error_text() -> str:
+    """The exception that is handled, with paths from the repository's root on."""
+    return traceback.format_exc().replace(f"{ROOT}{os.sep}", "")
+
+
 def child(args: argparse.Namespace) -> int:
     """Run the cases of one part that are left to do."""
     from gpu_parts.device import Context, Device
@@ -92,7 +97,7 @@ def child(args: argparse.Namespace) -> int:
         context = Context(device, args.scores, args.out, deadline, data["cases"], data["failed"])
         cases = part.cases(context)
     except Exception:
-        data["failed"]["the part itself"] = traceback.format_exc()
+        data["failed"]["the part itself"] = error_text()
         record.save()
         raise
     data |= {"total": len(cases), "machine": machine(args.dry_run)}
@@ -143,7 +148,7 @@ class CaseRunner:
             device.synchronize()
             found = {"cases": {name: result | {"seconds": round(time.monotonic() - start, 2)}}}
         except Exception:
-            found = {"failed": {name: traceback.format_exc()}}
+            found = {"failed": {name: error_text()}}
             print(f"{self.record.part}: {name} failed\n{found['failed'][name]}", flush=True)
         with self.lock:
             for kind, entry in found.items():

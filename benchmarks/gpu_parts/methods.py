@@ -54,7 +54,8 @@ def check(
     lengths = [base + WINDOW + extra for extra in more]
     shape = Hkv, columns(sum(map(columns, lengths)))
     generator = torch.Generator().manual_seed(base)
-    scores = (torch.rand(shape, generator=generator) ** 8 * 64).floor()
+    larger = torch.arange(1, Hkv + 1)[:, None]  # for later heads: splits are uneven
+    scores = (torch.rand(shape, generator=generator) ** 2 * 64 * larger / Hkv).ceil()
     mine, expected = (
         run(layout, lengths, scores, where) for where in (device.torch, torch.device("cpu"))
     )

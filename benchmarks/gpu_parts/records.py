@@ -85,6 +85,11 @@ def digest(*folders: Path) -> str:
     return found.hexdigest()[:12]
 
 
+def source_digest() -> str:
+    """Digest of what is measured, and of what measures it."""
+    return digest(*(ROOT / name for name in ("sparsemm_vllm", "triton_kernels", "benchmarks")))
+
+
 def _output(*command: str) -> str | None:
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -117,12 +122,16 @@ def machine(dry: bool) -> dict[str, Any]:
 
 
 def code_version() -> dict[str, Any]:
-    """The commit and whether the code was changed since: git's word, or ``.gpu/commit``'s.
+    """The commit and whether the code was changed since: ``.gpu/commit``'s word, or git's.
 
-    A copy of the working tree has no history; ``gpu_run.sh prepare`` writes the file before.
+    ``gpu_run.sh prepare`` writes the file, with a digest of the code. A copy of the working tree
+    has no history, or one that ends before its changes. The file counts while the code is as it
+    says.
     """
+    if COMMIT.exists():
+        prepared = json.loads(COMMIT.read_text())
+        if prepared.pop("source", None) == source_digest():
+            return prepared
     commit = _output("git", "rev-parse", "HEAD")
-    if commit is None and COMMIT.exists():
-        return json.loads(COMMIT.read_text())
     changed = _output("git", "status", "--porcelain", "triton_kernels", "sparsemm_vllm")
     return {"commit": commit or "unknown", "changed": bool(changed)}
