@@ -449,7 +449,7 @@ def decode_costs() -> Row:
             "block_n": row["tile_tokens"],
             "num_warps": row["num_warps"],
             "programs_each": row["programs"],
-            "parts_each": min(16, 8192 // (given["BLOCK_R"] * given["BLOCK_D"])),
+            "parts_each": given["PARTS"],
         }
     return {triton.__version__: found}
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dense_metadata import dense_metadata
 from kernel_cases import DEVICE, FP8, TOLERANCE, relative_error
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
@@ -165,15 +166,7 @@ class Flash:
 
         def build(builder: Any, prefix: int, given: Any, fast_build: bool) -> Any:
             self.built.append(given)
-            return cuda_backend.FlashAttentionMetadata(
-                num_actual_tokens=given.num_actual_tokens,
-                max_query_len=given.max_query_len,
-                query_start_loc=given.query_start_loc,
-                max_seq_len=given.max_seq_len,
-                seq_lens=given.seq_lens,
-                block_table=given.block_table_tensor,
-                slot_mapping=given.slot_mapping,
-            )
+            return dense_metadata(builder, prefix, given, fast_build)
 
         def forward(
             impl: Any, layer: Any, query: Any, key: Any, value: Any, cache: Any, meta: Any, out: Any

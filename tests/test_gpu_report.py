@@ -438,3 +438,12 @@ def test_nothing_to_compare_with(tmp_path: Path, run: Any) -> None:
     assert run(pack(tmp_path / "r.tar", {"bench.json": record("bench", cases)}))[0] == 0
     (line, _) = readme_table(tmp_path / "results", tmp_path / "README.md")
     assert line.endswith("Nothing in it can be compared with dense.")
+
+
+def test_a_machines_folders_are_left_out(tmp_path: Path) -> None:
+    """What lies behind them says something elsewhere too."""
+    text = 'File "/tmp/x-1/bundle/vllm/llm.py", line 3\n/opt/e/site-packages/torch/a.py: broken'
+    broken = record("pair", {}, failed={"dense": text})
+    found = archive.read(pack(tmp_path / "r.tar", {"pair.partial.json": broken}))
+    (failed,) = found.parts["pair"]["failed"]
+    assert failed["error"] == 'File "bundle/vllm/llm.py", line 3\nsite-packages/torch/a.py: broken'

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dense_metadata import dense_metadata
 from kernel_cases import DEVICE
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -388,19 +389,6 @@ def vllm_common(starts: list[int], seq_lens: list[int]) -> CommonAttentionMetada
         max_seq_len=max(seq_lens),
         block_table_tensor=on_device(rows, 32),
         slot_mapping=torch.zeros(tokens, dtype=torch.int64, device=META),
-    )
-
-
-def dense_metadata(_: Any, prefix: int, given: Any, fast_build: bool) -> Any:
-    """In place of FlashAttention's builder, which is vLLM's matter."""
-    return cuda_backend.FlashAttentionMetadata(
-        num_actual_tokens=given.num_actual_tokens,
-        max_query_len=given.max_query_len,
-        query_start_loc=given.query_start_loc,
-        max_seq_len=given.max_seq_len,
-        seq_lens=given.seq_lens,
-        block_table=given.block_table_tensor,
-        slot_mapping=given.slot_mapping,
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dense_metadata import dense_metadata
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 WINDOW, BASE = 32, 64
@@ -261,20 +262,6 @@ def step(
     output = torch.empty(T, heads.Hq, heads.D, dtype=dtype)
     for layer in layers:
         layer.impl.forward(layer, query, query, query, layer.kv_cache, meta, output)
-
-
-def dense_metadata(_: Any, prefix: int, given: Any, fast_build: bool) -> Any:
-    from sparsemm_vllm import cuda_backend
-
-    return cuda_backend.FlashAttentionMetadata(
-        num_actual_tokens=given.num_actual_tokens,
-        max_query_len=given.max_query_len,
-        query_start_loc=given.query_start_loc,
-        max_seq_len=given.max_seq_len,
-        seq_lens=given.seq_lens,
-        block_table=given.block_table_tensor,
-        slot_mapping=given.slot_mapping,
-    )
 
 
 def without_flash_attention() -> None:

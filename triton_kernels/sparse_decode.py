@@ -35,15 +35,15 @@ def _combine_parts(
     rows,
     D: tl.constexpr,
     ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """An item's output ``[BLOCK_R, BLOCK_D]`` from what all of its programs have stored.
 
-    As many parts at a time as registers hold, each in slots of its own, which are summed up at the
-    end: what counts is how many loads are on their way.
+    `PARTS` at a time, as many as registers hold, each in slots of its own, which are summed up at
+    the end: what counts is how many loads are on their way.
     """
-    PARTS: tl.constexpr = max(1, min(16, (8192 if BLOCK_R <= 16 else 4096) // (BLOCK_R * BLOCK_D)))
     SLOTS: tl.constexpr = PARTS * BLOCK_R
     slot, d = tl.arange(0, SLOTS), tl.arange(0, BLOCK_D)
     row = slot % BLOCK_R
@@ -114,6 +114,7 @@ def _sparse_decode(
     D: tl.constexpr,
     P: tl.constexpr,
     ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     SETUP: tl.constexpr,
     HAS_K_SCALE: tl.constexpr,
     HAS_V_SCALE: tl.constexpr,
@@ -263,6 +264,7 @@ def _sparse_decode(
                         queries * G,
                         D,
                         ROWS,
+                        PARTS,
                         BLOCK_R,
                         BLOCK_D,
                     )
@@ -340,6 +342,7 @@ def sparse_decode(
     L, _, Hkv, P, width = cache.shape
     G = Hq // Hkv
     buffers, options = batch.buffers, batch.options
+    BLOCK_R, BLOCK_D = triton.next_power_of_2(batch.block_q * G), triton.next_power_of_2(D)
     if width != 2 * D or Hq % Hkv or output.shape != query.shape:
         raise ValueError(
             f"query {list(query.shape)} [T, Hq, D], output {list(output.shape)} and cache "
@@ -381,6 +384,7 @@ def sparse_decode(
         D=D,
         P=P,
         ROWS=buffers.max_rows,
+        PARTS=max(1, min(16, (8192 if BLOCK_R <= 16 else 4096) // (BLOCK_R * BLOCK_D))),
         SETUP=SETUP_TILES,
         HAS_K_SCALE=k_scale is not None,
         HAS_V_SCALE=v_scale is not None,
@@ -391,9 +395,9 @@ def sparse_decode(
         CONVERTS=cache.dtype == torch.float8_e4m3fn and query.dtype != torch.float32,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         BLOCK_M=batch.block_m,
-        BLOCK_R=triton.next_power_of_2(batch.block_q * G),
+        BLOCK_R=BLOCK_R,
         BLOCK_N=options.block_n,
-        BLOCK_D=triton.next_power_of_2(D),
+        BLOCK_D=BLOCK_D,
         STAGES=options.stages,
         PDL=options.pdl,
         num_warps=options.num_warps,

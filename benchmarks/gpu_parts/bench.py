@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import decode_model
 import numpy as np
 import torch
 import triton
-from decode_model import COSTS, Costs, predict, program_cycles, read_costs
+from decode_model import COSTS, MODELS, Attention, Costs, predict, program_cycles, read_costs
 from models.head_scores import concentrated_scores
 from sass import DecodeParts, Part
 
@@ -45,19 +45,16 @@ ASSUMED = DecodeParts(*(Part(cycles // 2, cycles) for cycles in (1000, 1600, 600
 
 
 @dataclass(frozen=True)
-class Model:
+class Model(Attention):
     """Attention of a model, and how many parameters it has."""
 
-    name: str
-    L: int
-    Hq: int
-    Hkv: int
-    D: int
     parameters: float
 
 
-VICUNA = Model("vicuna-7b", 32, 32, 32, 128, 6.7e9)
-QWEN = Model("qwen2-vl-7b", 28, 28, 4, 128, 7.6e9)
+VICUNA, QWEN = (
+    Model(*astuple(attention), parameters)
+    for attention, parameters in zip(MODELS, (6.7e9, 7.6e9), strict=True)
+)
 TINY = Model("tiny", 3, 8, 4, 32, 1e6)
 
 
@@ -287,7 +284,7 @@ class Decode:
         assumed = Costs(ASSUMED, options.block_n, options.num_warps, each, SETUP_TILES)
         known = read_costs() if COSTS.exists() else {}
         kind = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8"}.get(self.cache.dtype)
-        heads = f"{kind} G={model.Hq // model.Hkv}" if model.D == 128 else ""
+        heads = f"{kind} G={model.G}" if model.D == 128 else ""
         compiled = known.get(triton.__version__, {}).get(heads, assumed)
         as_here = (compiled.block_n, compiled.num_warps) == (options.block_n, options.num_warps)
         return replace(compiled, programs_each=each) if as_here else assumed

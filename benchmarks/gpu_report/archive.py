@@ -8,6 +8,7 @@ what failed stays on the list.
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from speed.results import results_folder
+
+# Folders of the machine in an error's text, before what says something elsewhere too.
+FOLDERS = re.compile(r"/(?:[\w.+-]+/)*(?=(?:site-packages|bundle|vllm_dist_\w+)\b)")
 
 PARTIAL = ".partial"
 # Facts without which a figure says nothing; the others are versions of what a part may not need.
@@ -133,7 +137,7 @@ def _record(
             n: _without_answers(c) | {"commit": commit} for n, c in document["cases"].items()
         },
         "failed": [
-            {"case": name, "error": error, "commit": commit}
+            {"case": name, "error": FOLDERS.sub("", error), "commit": commit}
             for name, error in document["failed"].items()
         ],
         "notes": [],
