@@ -1,12 +1,18 @@
 # Two commands on a fresh machine, with or without a GPU: `make demo` and `make test`.
+# With VLLM=0.32 they use that version of vLLM, in an environment of its own.
 PYTHON ?= python3
-BIN := .venv/bin
-INSTALLED := .venv/.installed
+VLLM ?= 0.33
+LATEST := 0.33
+SUFFIX := $(if $(filter $(LATEST),$(VLLM)),,-$(VLLM))
+VENV := .venv$(SUFFIX)
+CONSTRAINTS := constraints$(SUFFIX).txt
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 # The Triton of torch 2.11, for which the kernels are compiled too: see benchmarks/kernel_report.py.
 OTHER_TRITON := .cache/triton-3.6.0
 PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder  # the tests of a file share engines
 
-.PHONY: demo test lint slow
+.PHONY: demo test check lint slow
 
 demo: $(INSTALLED)
 	@$(BIN)/sparsemm demo
@@ -22,13 +28,13 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-$(INSTALLED): pyproject.toml constraints.txt
-	@echo "Installing vLLM, torch and this project into .venv: 8.7 GB, some minutes, the first time."
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[dev]'
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	@echo "Installing vLLM $(VLLM), torch and this project into $(VENV): 8.7 GB, some minutes, the first time."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --disable-pip-version-check --progress-bar on -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
-$(OTHER_TRITON): $(INSTALLED)
+$(OTHER_TRITON): | $(INSTALLED)
 	@$(BIN)/pip install --disable-pip-version-check --no-deps --no-compile --quiet \
 		--target $@ triton==$(@:.cache/triton-%=%)
 	@touch $@

@@ -107,8 +107,8 @@ def _model_state(original: Callable[..., Any]) -> Callable[..., Any]:
 def _computed_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
     from sparsemm_vllm.scheduling import limit_prefix_hit
 
-    def get_computed_blocks(self: Any, request: Any) -> Any:
-        return original(self, limit_prefix_hit(self, request))
+    def get_computed_blocks(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(self, limit_prefix_hit(self, request), *args, **kwargs)
 
     return get_computed_blocks
 
