@@ -342,15 +342,23 @@ def check(
     everything: Annotated[
         bool, typer.Option("--all", help="List what is as expected too.")
     ] = False,
+    record: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the signatures of the installed vLLM instead."),
+    ] = None,
 ) -> None:
-    """Look whether the installed vLLM has all that SPARSEMM attaches to; exit status 1 if not."""
+    """Compare the installed vLLM with the release that was tested; status 1 if it differs."""
     from sparsemm_vllm.environment import quieten_vllm, use_cpu
 
     quieten_vllm()
     if not has_gpu():
         use_cpu()
-    from sparsemm_vllm import canary
+    from sparsemm_vllm import canary, contract, patches
 
+    if record is not None:
+        contract.record(patches.every_wrap()).save(record)
+        Console().print(f"saved {record}", highlight=False, markup=False, soft_wrap=True)
+        return
     raise typer.Exit(canary.print_findings(canary.check(), Console(), everything))
 
 

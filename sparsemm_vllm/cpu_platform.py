@@ -60,10 +60,22 @@ class SparseMMCpuPlatform(CpuPlatform):
         processes = parallel_config.distributed_executor_backend == "mp"
         if processes and parallel_config.world_size_across_dp == 1:
             parallel_config.distributed_executor_backend = "uni"
-        cache_config = vllm_config.cache_config
-        if not cache_config.user_specified_block_size:
-            cache_config.block_size = BLOCK_SIZE
+        _set_default_block_size(vllm_config)
         vllm_config.compilation_config.custom_ops = ["none"]
+
+    @classmethod
+    def update_block_size_for_backend(cls, vllm_config: Any) -> None:
+        """As vLLM's, which since 0.33 puts its own default there when it knows the backends."""
+        super().update_block_size_for_backend(vllm_config)
+        model = vllm_config.model_config
+        if model is not None and not model.is_hybrid:  # those have blocks as large as a state
+            _set_default_block_size(vllm_config)
+
+
+def _set_default_block_size(vllm_config: Any) -> None:
+    cache_config = vllm_config.cache_config
+    if not cache_config.user_specified_block_size:
+        cache_config.block_size = BLOCK_SIZE
 
 
 def _gelu_quick(out: torch.Tensor, x: torch.Tensor) -> None:

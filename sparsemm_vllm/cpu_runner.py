@@ -3,7 +3,7 @@
 Triton's interpreter takes some ten milliseconds for each request and step in these, five times what
 the bundled model takes itself. What stands here computes the same for the usual step; the rare ones
 (random sampling, speculation, context parallelism) go to vLLM's function, as do all of them in a
-vLLM whose function has other parameters.
+vLLM whose function is not as in any release that SPARSEMM supports.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from sparsemm_vllm import contract
 from sparsemm_vllm.patches import Symbol, Wrap
+from sparsemm_vllm.signatures import argument
 
 PAD_SLOT = -1
 
@@ -28,12 +30,24 @@ def _gather_block_tables(original: Callable[..., Any]) -> Callable[..., Any]:
         num_reqs_padded: int,
         out: tuple[torch.Tensor, ...] | None = None,
         out_ptrs: torch.Tensor | None = None,
+        num_computed_tokens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        tables = tuple(self.input_block_tables) if out is None else out
-        requests = len(idx_mapping)
-        for source, table in zip(self.block_tables, tables, strict=True):
-            table[:requests] = source.gpu[idx_mapping.long()]
-            table[requests:num_reqs_padded] = 0
+        requests, rows = len(idx_mapping), num_reqs_padded
+        tables = out
+        if tables is None:
+            tables = tuple(self.input_block_tables)
+            rows = max(rows, getattr(self, "_num_dirty_rows", 0))
+            self._num_dirty_rows = requests
+        request = idx_mapping.long()
+        for group, (source, table) in enumerate(zip(self.block_tables, tables, strict=True)):
+            table[:requests] = source.gpu[request]
+            table[requests:rows] = 0
+            if num_computed_tokens is not None:  # 0.33: the null block where no query looks
+                reach = int(self.sliding_window_reach[group])
+                unseen = (num_computed_tokens[request] - reach).clamp(min=0)
+                if reach > 0:
+                    first = unseen // self.block_sizes[group]
+                    table[:requests][torch.arange(table.shape[1]) < first[:, None]] = 0
         return tuple(table[:num_reqs_padded] for table in tables)
 
     return gather_block_tables
@@ -127,14 +141,19 @@ def _update(original: Callable[..., Any]) -> Callable[..., Any]:
         query_start_loc: torch.Tensor | None,
         all_token_ids: torch.Tensor,
         total_len: torch.Tensor,
+        draft_tokens: torch.Tensor | None = None,
+        draft_tokens_out: torch.Tensor | None = None,
     ) -> None:
-        if query_start_loc is None or sampled_tokens.shape[1] != 1 or (idx_mapping < 0).any():
+        usual = query_start_loc is not None and sampled_tokens.shape[1] == 1
+        if not usual or draft_tokens is not None or (idx_mapping < 0).any():
+            drafts = () if draft_tokens is None else (draft_tokens, draft_tokens_out)
             original(
                 idx_mapping, num_computed_tokens, last_sampled_tokens, output_bin_counts,
                 sampled_tokens, num_sampled, num_rejected, query_start_loc, all_token_ids,
-                total_len,
+                total_len, *drafts,
             )  # fmt: skip
             return
+        assert query_start_loc is not None
         request = idx_mapping.long()
         computed = query_start_loc[: len(request) + 1].diff() - num_rejected
         num_computed_tokens[request] += computed.to(num_computed_tokens.dtype)
@@ -150,18 +169,20 @@ def _update(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _greedy(original: Callable[..., Any]) -> Callable[..., Any]:
+    logits_cache = argument(original, "logits_cache")
+
     def gumbel_sample(
         logits: torch.Tensor,
         expanded_idx_mapping: torch.Tensor,
         temperature: torch.Tensor,
         *args: Any,
-        logits_cache: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if logits_cache is None and not temperature[expanded_idx_mapping.long()].any():
-            return logits.argmax(-1)
         inputs = logits, expanded_idx_mapping, temperature, *args
-        return original(*inputs, logits_cache=logits_cache, **kwargs)
+        drawn = temperature[expanded_idx_mapping.long()].any()
+        if not drawn and logits_cache(*inputs, **kwargs) is None:
+            return logits.argmax(-1)
+        return original(*inputs, **kwargs)
 
     return gumbel_sample
 
@@ -174,9 +195,11 @@ def _top_k_top_p(original: Callable[..., Any]) -> Callable[..., Any]:
         k: torch.Tensor | None,
         p: torch.Tensor | None,
         mask_value: float = float("-inf"),
+        *args: Any,  # 0.33: which rows need p, a hint for speed
+        **kwargs: Any,
     ) -> torch.Tensor:
         if mask_value != float("-inf"):
-            return original(logits, k, p, mask_value)
+            return original(logits, k, p, mask_value, *args, **kwargs)
         # The interpreter fails in vLLM's kernel: its program ids cannot be cast to int64.
         return apply_top_k_top_p_pytorch(logits, k, p, allow_cpu_sync=True)
 
@@ -187,52 +210,21 @@ _INTERPRETED = "the interpreter is slow"
 _TABLES = "vllm.v1.worker.gpu.block_table:BlockTables"
 _RUNNER = "vllm.v1.worker.gpu.model_runner"
 TWINS = tuple(
-    Wrap(Symbol(path, tuple(parameters.split())), _INTERPRETED, twin)
-    for path, parameters, twin in (
-        (
-            f"{_TABLES}.gather_block_tables",
-            "self idx_mapping num_reqs_padded out out_ptrs",
-            _gather_block_tables,
-        ),
-        (
-            f"{_TABLES}.compute_slot_mappings",
-            "self idx_mapping query_start_loc positions num_tokens_padded out",
-            _slot_mappings,
-        ),
-        (
-            f"{_RUNNER}:prepare_pos_seq_lens",
-            "idx_mapping query_start_loc num_computed_tokens pos seq_lens",
-            _positions,
-        ),
-        (
-            f"{_RUNNER}:combine_sampled_and_draft_tokens",
-            "input_ids idx_mapping last_sampled_tokens query_start_loc seq_lens prefill_len "
-            "draft_tokens cu_num_logits num_logits num_new_sampled_tokens",
-            _sampled_tokens,
-        ),
-        (
-            f"{_RUNNER}:post_update",
-            "idx_mapping num_computed_tokens last_sampled_tokens output_bin_counts sampled_tokens "
-            "num_sampled num_rejected query_start_loc all_token_ids total_len",
-            _update,
-        ),
-        (
-            "vllm.v1.worker.gpu.sample.sampler:gumbel_sample",
-            "logits expanded_idx_mapping temperature seed pos apply_temperature is_drafting "
-            "logits_cache logits_cache_col use_fp64 logits_cache_source",
-            _greedy,
-        ),
-        (
-            "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p_triton",
-            "logits k p mask_value",
-            _top_k_top_p,
-        ),
+    Wrap(Symbol(path), _INTERPRETED, twin)
+    for path, twin in (
+        (f"{_TABLES}.gather_block_tables", _gather_block_tables),
+        (f"{_TABLES}.compute_slot_mappings", _slot_mappings),
+        (f"{_RUNNER}:prepare_pos_seq_lens", _positions),
+        (f"{_RUNNER}:combine_sampled_and_draft_tokens", _sampled_tokens),
+        (f"{_RUNNER}:post_update", _update),
+        ("vllm.v1.worker.gpu.sample.sampler:gumbel_sample", _greedy),
+        ("vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p_triton", _top_k_top_p),
     )
 )
 
 
 def install() -> None:
-    """Put the twins in place, of the functions that are as they expect. Idempotent."""
+    """Put the twins in place, of the functions that are as in a supported release. Idempotent."""
     for twin in TWINS:
-        if twin.symbol.has_just_its_parameters():
+        if contract.is_recorded(twin.symbol.path):
             twin.install()

@@ -135,6 +135,7 @@ class SparseMMImpl(FlashAttentionImpl):
         logits_soft_cap: float | None = None,
         attn_type: Any = "decoder",
         kv_sharing_target_layer_name: str | None = None,
+        *args: Any,
         **options: Any,
     ) -> None:
         refuse_variants(alibi_slopes, logits_soft_cap, kv_sharing_target_layer_name)
@@ -149,6 +150,7 @@ class SparseMMImpl(FlashAttentionImpl):
             logits_soft_cap,
             attn_type,
             kv_sharing_target_layer_name,
+            *args,
             **options,
         )
         self.kv_cache_dtype = kv_cache_dtype

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 SPARED = "HUMMING_DISABLE_PARALLEL_BUILD"  # vLLM imports humming: 14 s of CPU time a process
+ANY_VLLM = "SPARSEMM_ANY_VLLM"
 CPU_VARIABLES = {
     "SPARSEMM_CPU": "1",  # activates our CPU platform
     "TRITON_INTERPRET": "1",  # the V2 model runner's own kernels are Triton
@@ -82,3 +83,8 @@ def quiet_environment(on_terminal: bool) -> dict[str, str]:
     """
     quiet = {"VLLM_LOGGING_LEVEL": "WARNING"} | os.environ
     return quiet | {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"} if on_terminal else quiet
+
+
+def admits_any_vllm() -> bool:
+    """Whether SPARSEMM should run on a vLLM of any version: only `sparsemm check --run` asks it."""
+    return os.environ.get(ANY_VLLM) == "1"

@@ -10,7 +10,6 @@ each head's kept tokens there, and when that step has been processed the prompt 
 the window go back to the pool.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,17 +82,17 @@ class Prompt:
 class SparseMMManager(FullAttentionManager):
     """Allocates compact blocks when a prompt is complete and frees the prompt blocks after it."""
 
-    def __init__(self, kv_cache_spec: SparseMMSpec, **kwargs: Any) -> None:
+    def __init__(self, kv_cache_spec: SparseMMSpec, *args: Any, **kwargs: Any) -> None:
         from sparsemm_vllm import patches
 
         patches.require_installed()
-        super().__init__(kv_cache_spec, **kwargs)
+        super().__init__(kv_cache_spec, *args, **kwargs)
         self.layout = kv_cache_spec.layout
         self.prune_when_free_below = kv_cache_spec.prune_when_free_below
         self.prompts: dict[str, Prompt] = {}
         self.stats = RequestStats()
 
-    def register(self, request: Request) -> Prompt:
+    def register_prompt(self, request: Request) -> Prompt:
         """Learn a request's prompt and settings, before it is admitted and when it is resumed.
 
         Until it is admitted first, a request whose prompt could stay whole is looked at anew.
@@ -138,7 +137,7 @@ class SparseMMManager(FullAttentionManager):
         return super().get_num_blocks_to_allocate(request_id, num_tokens, *args, **kwargs)
 
     def allocate_new_blocks(
-        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> Any:
         """As vLLM's, the compact blocks between the prompt's and the growth blocks."""
         prompt = self.prompts[request_id]
@@ -147,25 +146,16 @@ class SparseMMManager(FullAttentionManager):
             if not prompt.is_complete and not self.stats.knows(request_id):
                 kept = prompt.layout.mean_kept(prompt.tokens)
                 self.stats.complete(request_id, prompt.outcome, prompt.tokens, kept)
-        return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        return super().allocate_new_blocks(request_id, num_tokens, *args, **kwargs)
 
-    def cache_blocks(
-        self,
-        request: Request,
-        num_tokens: int,
-        retention_interval: int | None = None,
-        *,
-        replay_boundaries: Sequence[int],
-    ) -> None:
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Enter computed blocks into the prefix cache, of a pruned request only its prompt's.
 
         Tokens generated from a pruned cache have other keys and values than a prefill would give.
         """
         if self.prompts[request.request_id].compact_blocks:
             num_tokens = min(num_tokens, request.num_prompt_tokens)
-        super().cache_blocks(
-            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
-        )
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
@@ -177,8 +167,8 @@ class SparseMMManager(FullAttentionManager):
             self._remove_blocks_in_range(request_id, 0, prompt.freed_blocks)
             self.stats.free(request_id, prompt.freed_blocks, prompt.compact_blocks)
 
-    def pop_blocks_for_free(self, request_id: str) -> Any:
+    def pop_blocks_for_free(self, request_id: str, *args: Any, **kwargs: Any) -> Any:
         """Forget a request that finished, was aborted or preempted, and return its blocks."""
         self.prompts.pop(request_id, None)
         self.stats.release(request_id)
-        return super().pop_blocks_for_free(request_id)
+        return super().pop_blocks_for_free(request_id, *args, **kwargs)

@@ -10,6 +10,7 @@ import torch
 from vllm.model_executor.models.utils import extract_layer_index
 
 from sparsemm_vllm.settings import Settings, SettingsError
+from sparsemm_vllm.signatures import argument
 
 
 def check_masked_heads(settings: Settings, layers: int, query_heads: int) -> None:
@@ -53,8 +54,11 @@ def mask_layers(layers: dict[str, Any], heads: Sequence[Sequence[int]], rank: in
 
 
 def _masked(forward: Callable[..., Any], heads: list[int]) -> Callable[..., Any]:
-    def masked_forward(*args: Any, output: torch.Tensor, **options: Any) -> torch.Tensor:
-        forward(*args, output=output, **options)
+    output_of = argument(forward, "output")
+
+    def masked_forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        forward(*args, **kwargs)
+        output = output_of(*args, **kwargs)
         for head in heads:  # no tensor on the device, which sleep of level 2 would empty
             output[:, head].zero_()  # [T, Hq, D]
         return output

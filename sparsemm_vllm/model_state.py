@@ -69,9 +69,11 @@ class SparseMMModelState(DefaultModelState):
         if self.device.type == "cuda":
             torch.accelerator.empty_cache()
 
-    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: Any) -> None:
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, block_tables: Any, *args: Any, **kwargs: Any
+    ) -> None:
         """Find the pruned layers' cache, now that it has been allocated."""
-        super().initialize_kv_cache(kv_cache_config, block_tables)
+        super().initialize_kv_cache(kv_cache_config, block_tables, *args, **kwargs)
         groups = [
             i
             for i, group in enumerate(kv_cache_config.kv_cache_groups)
@@ -120,9 +122,9 @@ class SparseMMModelState(DefaultModelState):
                 if layer.get_attn_backend().get_name() == NAME:
                     layer.impl.warm_up_dense(layer, self.dtype, table)
 
-    def add_request(self, req_index: int, new_req_data: Any) -> None:
+    def add_request(self, req_index: int, new_req_data: Any, *args: Any, **kwargs: Any) -> None:
         """Enter a request that starts, or resumes after preemption."""
-        super().add_request(req_index, new_req_data)
+        super().add_request(req_index, new_req_data, *args, **kwargs)
         state, n, params = self._state, new_req_data.prompt_len, new_req_data.sampling_params
         layout = request_layout(state.layout, params.extra_args)
         seed = request_seed(new_req_data) if layout.rules.token_scores else 0
@@ -158,6 +160,7 @@ class SparseMMModelState(DefaultModelState):
         attn_groups: list[list[Any]],
         kv_cache_config: KVCacheConfig,
         for_capture: bool = False,
+        *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Plan the step, correct the slots, then build the attention metadata as vLLM does."""
@@ -182,7 +185,8 @@ class SparseMMModelState(DefaultModelState):
             slot_mappings,
             attn_groups,
             kv_cache_config,
-            for_capture=for_capture,
+            for_capture,
+            *args,
             **kwargs,
         )
 

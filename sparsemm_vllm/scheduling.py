@@ -6,37 +6,33 @@ from sparsemm_vllm.kv_cache import SparseMMManager
 from sparsemm_vllm.request_stats import Outcome
 
 
-class _HitLimited:
-    """A request as a prefix lookup may see it: a hit ends one token before `num_tokens`."""
-
-    def __init__(self, request: Any, num_tokens: int) -> None:
-        self._request = request
-        self.num_tokens = num_tokens
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._request, name)
-
-
 def find_manager(kv_cache_manager: Any) -> SparseMMManager | None:
     """The manager of the pruned layers, if vLLM's has one."""
     managers = kv_cache_manager.coordinator.single_type_managers
     return next((m for m in managers if isinstance(m, SparseMMManager)), None)
 
 
-def limit_prefix_hit(kv_cache_manager: Any, request: Any) -> Any:
-    """Tell the manager the request's prompt and settings; let a hit reach `n - W` tokens at most.
+def prefix_hit_limit(kv_cache_manager: Any, request: Any) -> int | None:
+    """Tell the manager the request's prompt and settings; how many tokens a hit may have then.
 
     For a request that is resumed after preemption too: another chat may have cached its prompt and
     answer, but its own answer was computed from a pruned prompt and must be again.
+
+    Args:
+        kv_cache_manager: vLLM's.
+        request: vLLM's.
+
+    Returns:
+        ``n - W`` for a prompt that will be pruned, whose window queries must be computed; None for
+        a request whose hits are not bounded by us.
     """
     manager = find_manager(kv_cache_manager)
     if manager is None:
-        return request
-    prompt = manager.register(request)
+        return None
+    prompt = manager.register_prompt(request)
     if prompt.outcome is not Outcome.PRUNED:
-        return request
-    hit_limit = prompt.tokens - prompt.layout.last_chunk
-    return _HitLimited(request, min(request.num_tokens, hit_limit + 1))
+        return None
+    return prompt.tokens - prompt.layout.last_chunk
 
 
 def shape_chunk(

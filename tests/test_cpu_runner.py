@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsemm_vllm import cpu_runner, environment
+from sparsemm_vllm import contract, cpu_runner, environment
 
 if environment.has_gpu():
     pytest.skip("the interpreter is for machines without a GPU", allow_module_level=True)
@@ -64,6 +64,37 @@ def test_gather_block_tables(tables: Any) -> None:
     for table in tables.input_block_tables:
         table.fill_(-7)
     for ours, theirs in zip(twin(tables, REQUESTS, 5), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_fewer_requests_leave_no_rows_behind(tables: Any) -> None:
+    """What a larger batch left in the shared tables, a smaller one clears, padded or not."""
+    if not hasattr(tables, "_num_dirty_rows"):
+        pytest.skip("vLLM 0.32 clears padded rows only")
+    twin, original = pair("gather_block_tables")
+    for function in (twin, original):
+        for table in tables.input_block_tables:
+            table.fill_(-7)
+        tables._num_dirty_rows = 5
+        function(tables, REQUESTS[:1], 2)
+        assert [int((table[1:] == 0).all()) for table in tables.input_block_tables] == [1, 1]
+        assert tables._num_dirty_rows == 1
+
+
+def test_blocks_that_no_query_sees_are_null(tables: Any) -> None:
+    """0.33: those that a sliding window has passed, which may be another request's by now."""
+    if not hasattr(tables, "sliding_window_reach"):
+        pytest.skip("vLLM 0.32 gives sliding layers their whole table")
+    tables.sliding_window_reach[1] = 7
+    tables.has_sliding_window_groups = True
+    twin, original = pair("gather_block_tables")
+    expected = [t.clone() for t in original(tables, REQUESTS, 5, num_computed_tokens=COMPUTED)]
+    assert (expected[1][1] == 0).sum() == (20 - 7) // 4, "what a window of 8 has passed"
+    for table in tables.input_block_tables:
+        table.fill_(-7)
+    for ours, theirs in zip(
+        twin(tables, REQUESTS, 5, num_computed_tokens=COMPUTED), expected, strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
@@ -158,10 +189,15 @@ def test_top_k_top_p(k: list[int] | None, p: list[float] | None, kept: list[list
         torch.testing.assert_close(masked[row, tokens], logits[row, tokens], rtol=0, atol=0)
 
 
-def test_another_vllm_keeps_its_functions() -> None:
-    """Twins replace only functions with just the parameters that they have."""
-    for twin in cpu_runner.TWINS:
-        assert twin.symbol.has_just_its_parameters()
-    symbol = type(cpu_runner.TWINS[0].symbol)
-    assert not symbol(cpu_runner.TWINS[0].symbol.path, ("self",)).has_just_its_parameters()
-    assert not symbol("vllm.v1:gone", ()).has_just_its_parameters()
+def test_another_vllm_keeps_its_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twins replace only functions that are as in a release that SPARSEMM supports."""
+    assert all(contract.is_recorded(twin.symbol.path) for twin in cpu_runner.TWINS)
+    assert not contract.is_recorded("vllm.v1:gone")
+    from vllm.v1.worker.gpu import model_runner
+
+    def prepare_pos_seq_lens(idx_mapping, query_start_loc, computed, pos, seq_lens, planted=None):
+        raise AssertionError("never called")
+
+    monkeypatch.setattr(model_runner, "prepare_pos_seq_lens", prepare_pos_seq_lens)
+    cpu_runner.install()
+    assert model_runner.prepare_pos_seq_lens is prepare_pos_seq_lens

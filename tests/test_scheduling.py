@@ -10,7 +10,7 @@ from vllm.sampling_params import SamplingParams
 from sparsemm_vllm import patches
 from sparsemm_vllm.kv_cache import SparseMMManager
 from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.scheduling import limit_prefix_hit, shape_chunk
+from sparsemm_vllm.scheduling import prefix_hit_limit, shape_chunk
 
 W, BASE = 8, 16
 FIRST_PRUNED = W + BASE
@@ -55,7 +55,7 @@ def chunk_ends(n, hit, sizes, window):
     """Ends of the chunks of a prompt when vLLM offers these sizes, and the step of each."""
     layout = CacheLayout(LAYOUT.capacities, window=window, base=BASE)
     manager, request = sparse_manager(layout), request_of(n)
-    limit_prefix_hit(manager, request)
+    prefix_hit_limit(manager, request)
     computed, ends = hit, []
     for step, size in enumerate(sizes):
         offered = min(size, n - computed)
@@ -114,7 +114,7 @@ def test_a_prompt_never_ends_with_a_chunk_of_one_token(size):
 @pytest.mark.parametrize("new", [1, W - 1, W, 40])
 def test_a_prompt_that_is_not_pruned_is_left_alone(new):
     manager, request = sparse_manager(), request_of(FIRST_PRUNED - 1)
-    limit_prefix_hit(manager, request)
+    prefix_hit_limit(manager, request)
     assert shape_chunk(manager, request, 0, new) == new
 
 
@@ -123,7 +123,7 @@ def test_other_caches_are_left_alone(new):
     request = request_of(100)
     manager = kv_cache_manager(SimpleNamespace(), SimpleNamespace())
     assert shape_chunk(manager, request, 95, new) == new
-    assert limit_prefix_hit(manager, request) is request
+    assert prefix_hit_limit(manager, request) is None
 
 
 @pytest.mark.parametrize("new", [1, 3, 50])
@@ -137,7 +137,7 @@ def test_generated_tokens_are_left_alone(new):
 def test_a_resumed_request_stops_at_the_prompts_end(start):
     """Its answer must not be computed with the prompt: it attended to a pruned one."""
     manager, request = sparse_manager(), request_of(100, 160)
-    limit_prefix_hit(manager, request)
+    prefix_hit_limit(manager, request)
     taken = shape_chunk(manager, request, start, 160 - start)
     assert start + taken == 100
 
@@ -156,19 +156,41 @@ def test_a_resumed_request_stops_at_the_prompts_end(start):
     ],
 )
 def test_hits_leave_the_window(n, num_tokens, longest_hit):
-    request = request_of(n, num_tokens)
-    seen = limit_prefix_hit(sparse_manager(), request)
-    assert seen.num_tokens - 1 == longest_hit  # vLLM's max_cache_hit_length
-    assert seen.block_hashes is request.block_hashes
-    assert seen.num_prompt_tokens == n
-    assert request.num_tokens == num_tokens, "the request itself is unchanged"
+    """By the lookup of either release: both find all that they may."""
+    request, manager = request_of(n, num_tokens), sparse_manager()
+    for release in (lookup_0_32, lookup_0_33):
+        look_up = patches._computed_blocks(release)
+        assert look_up(manager, request) == (longest_hit, request.block_hashes, n)
+        assert request.num_tokens == num_tokens, "the request itself is unchanged"
+
+
+@pytest.mark.parametrize("asked", [0, 17, 100 - W, 99])
+def test_a_bound_of_vllms_own_counts_too(asked):
+    """0.33 gives one, by position, to read hidden states of tokens that are computed."""
+    look_up = patches._computed_blocks(lookup_0_33)
+    expected = min(asked, 100 - W)
+    assert look_up(sparse_manager(), request_of(100), asked)[0] == expected
+    assert look_up(sparse_manager(), request_of(100), max_cache_hit_length=asked)[0] == expected
+    short = request_of(FIRST_PRUNED - 1)
+    assert look_up(sparse_manager(), short, 5)[0] == 5, "of what is not pruned, vLLM's alone"
+
+
+def lookup_0_32(self, request):
+    """`KVCacheManager.get_computed_blocks` of a cache that holds everything: longest hit."""
+    return request.num_tokens - 1, request.block_hashes, request.num_prompt_tokens
+
+
+def lookup_0_33(self, request, max_cache_hit_length=None):
+    if max_cache_hit_length is None:
+        max_cache_hit_length = request.num_tokens - 1
+    return max_cache_hit_length, request.block_hashes, request.num_prompt_tokens
 
 
 def test_the_manager_learns_the_prompts_length():
     manager = sparse_manager()
     ours = manager.coordinator.single_type_managers[1]
-    limit_prefix_hit(manager, request_of(100, name="long"))
-    limit_prefix_hit(manager, request_of(9, name="short"))
+    prefix_hit_limit(manager, request_of(100, name="long"))
+    prefix_hit_limit(manager, request_of(9, name="short"))
     assert ours.prompts["long"].tokens == 100
     assert ours.prompts["long"].compact_blocks == LAYOUT.compact_blocks(100, 16)
     assert ours.prompts["long"].freed_blocks == (100 - W) // 16
