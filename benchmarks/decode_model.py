@@ -354,10 +354,15 @@ def page() -> str:
     cells: dict[tuple[Any, ...], list[str]] = {}
     for row in rows():
         key = row["model"], f"{row['prompt']:,}", row["batch"], row["budget"]
-        now = [f"{row[f'{v} before']} -> **{row[v]}**" for v in versions]
+        now = [_before_and_now(row, version) for version in versions]
         cells.setdefault(key, []).extend([str(row["floor_us"]), *now])
     lines += [f"| {' | '.join(map(str, [*key, *found]))} |" for key, found in cells.items()]
     return PAGE + "\n" + "\n".join(lines) + "\n"
+
+
+def _before_and_now(row: dict[str, Any], version: str) -> str:
+    before = f"{row[f'{version} before']} -> " if f"{version} before" in row else ""
+    return f"{before}**{row[version]}**"
 
 
 def main() -> None:

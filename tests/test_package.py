@@ -21,6 +21,7 @@ print(json.dumps({
     'kernels': importlib.util.find_spec('sparsemm_vllm.triton_kernels.reference') is not None,
     'profiles': [p.name for p in resources.files('sparsemm_vllm.head_profiles').iterdir()],
     'page': resources.files('sparsemm_vllm').joinpath('page.html').is_file(),
+    'contracts': [p.name for p in resources.files('sparsemm_vllm').joinpath('contracts').iterdir()],
     'reader': [p.name for p in resources.files('sparsemm_vllm').joinpath('reader').iterdir()],
     'plugins': sorted((p.group, p.name) for g in ('vllm.endpoint_plugins', 'vllm.general_plugins',
                                                           'vllm.platform_plugins')
@@ -70,6 +71,7 @@ def test_data_is_installed(installed: dict[str, list[str]]) -> None:
     assert "sparsemm-reader.json" in installed["profiles"]
     assert "model.safetensors" in installed["reader"]
     assert installed["page"]
+    assert {"vllm-0.32.json", "vllm-0.33.json"} <= set(installed["contracts"])
 
 
 def test_plugins_and_command(installed: dict[str, list[str]]) -> None:
