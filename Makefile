@@ -12,13 +12,29 @@ INSTALLED := $(VENV)/.installed
 OTHER_TRITON := .cache/triton-3.6.0
 PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder  # the tests of a file share engines
 
-.PHONY: demo test check lint slow
+# Of a release that is not the default one, what CI runs: scheduler, blocks, the real engine.
+REDUCED := $(patsubst %,tests/test_%.py,signatures contract patches canary cpu_runner scheduling \
+	kv_cache kv_histories scheduler prune engine engine_requests sampling)
+
+.PHONY: demo test reduced record lint slow
 
 demo: $(INSTALLED)
 	@$(BIN)/sparsemm demo
 
 test: lint $(OTHER_TRITON)
 	$(BIN)/pytest $(PROCESSES) -m "not slow"
+
+reduced: $(INSTALLED)
+	$(BIN)/sparsemm check --run
+	$(BIN)/pytest $(PROCESSES) -m "not slow" $(REDUCED)
+
+# Writes the result into benchmarks/results/compatibility and docs/compatibility.md.
+record: lint $(OTHER_TRITON)
+	@mkdir -p .cache
+	-$(BIN)/pytest $(PROCESSES) -m "not slow" --junitxml=.cache/tests$(SUFFIX).xml \
+		--ignore=tests/test_compatibility.py  # which looks at what is written here
+	$(BIN)/python benchmarks/compatibility.py record --tests .cache/tests$(SUFFIX).xml
+	$(BIN)/python benchmarks/compatibility.py table
 
 slow: $(INSTALLED) $(OTHER_TRITON)
 	$(BIN)/pytest $(PROCESSES) --hypothesis-profile new

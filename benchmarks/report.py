@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,20 +114,27 @@ def readme(
 ) -> None:
     """Write the tables between their markers."""
     try:
-        file.write_text(with_tables(file.read_text()))
+        file.write_text(with_tables(file.read_text(), TABLES))
     except ValueError as error:
         console.print(f"[red]{file}: {error}[/]", soft_wrap=True)
         raise typer.Exit(1) from None
 
 
-def with_tables(text: str) -> str:
+def with_tables(
+    text: str, tables: dict[str, Callable[[], list[str]]], script: str = Path(__file__).name
+) -> str:
     """The text, with today's tables.
+
+    Args:
+        text: text with the markers of all tables.
+        tables: functions that make the lines of each table.
+        script: name of the benchmark in the markers.
 
     Raises:
         ValueError: if a table's markers are missing.
     """
-    for name, table in TABLES.items():
-        before, begin, rest = text.partition(f"<!-- table {name}, by benchmarks/report.py -->\n")
+    for name, table in tables.items():
+        before, begin, rest = text.partition(f"<!-- table {name}, by benchmarks/{script} -->\n")
         _, end, after = rest.partition(END)
         if not begin or not end:
             raise ValueError(f"the markers of the table {name} are missing")

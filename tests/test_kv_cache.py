@@ -275,3 +275,50 @@ def test_memory_of_one_request_is_that_of_its_row():
     blocks = spec.max_num_blocks_per_req(VllmConfig, ModelConfig.max_model_len)
     assert spec.max_memory_usage_bytes(VllmConfig) == blocks * spec.page_size_bytes
     assert spec.page_size_bytes == P * 2 * 2 * 8 * 4  # tokens, heads, K and V, head size, bytes
+
+
+@pytest.mark.parametrize("n", [23, 24, 25, 40])
+@pytest.mark.parametrize("tokens", [1, W, 1000])
+def test_a_hit_that_ends_inside_a_block(n, tokens):
+    """vLLM finds such hits beside aligned states only, and then the request writes a copy.
+
+    SPARSEMM refuses models with states; if a later vLLM had such hits elsewhere, blocks would still
+    be counted exactly, a shared block never written, and the copy pruned like any prompt block.
+    """
+    chats = Chats(blocks=120)
+    first = chats.add(range(n))
+    chats.prefill(first)
+    manager, pool, name = chats.sparse, chats.pool, "second"
+    second = make_request(name, range(n))
+    hit = n - W if (n - W) % P else n - W - 1
+    assert hit % P
+    manager.register_prompt(second)
+    shared = list(chats.row(first)[: -(-hit // P)])
+    if any(block.is_null for block in shared):
+        pytest.fail("the first request's prompt blocks are gone")
+    C, computed = LAYOUT.compact_blocks(n, P), min(n, hit + tokens)
+    free = pool.get_num_free_blocks()
+    needed = manager.get_num_blocks_to_allocate(name, computed, shared, hit, hit, computed)
+    manager.add_local_computed_blocks(name, shared, hit, 0)
+    manager.allocate_new_blocks(name, computed, computed)
+    assert free - pool.get_num_free_blocks() == needed
+    ((source, copy),) = manager.take_pending_cow_copies()
+    row = manager.req_to_blocks[name]
+    assert source is shared[-1]
+    assert row[len(shared) - 1] is copy
+    assert row[: len(shared) - 1] == shared[:-1]
+    while computed < n:
+        computed = min(n, computed + W)
+        manager.allocate_new_blocks(name, computed, computed)
+    assert len(row) == -(-n // P) + C
+    written = row[hit // P :]
+    assert not set(map(id, written)) & set(map(id, chats.row(first)))
+    pool.free_blocks([source, copy])  # vLLM does, when the worker has copied
+    manager.remove_skipped_blocks(name, n, n)
+    gone = LAYOUT.freed_blocks(n, P)
+    assert all(block.is_null for block in row[:gone])
+    assert not any(block.is_null for block in row[gone:])
+    pool.free_blocks(manager.pop_blocks_for_free(name))
+    assert pool.get_num_free_blocks() == free
+    chats.check()
+    chats.close()

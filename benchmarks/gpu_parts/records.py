@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 import re
 import subprocess
 from importlib import metadata
@@ -113,6 +114,7 @@ def machine(dry: bool) -> dict[str, Any]:
     return {
         "device": "CPU" if dry else torch.cuda.get_device_name(),
         "cores": os.cpu_count(),
+        "python": platform.python_version(),
         "driver": None if dry else _output(*query),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
