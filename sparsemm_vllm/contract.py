@@ -1,10 +1,11 @@
 """What SPARSEMM assumes of vLLM's functions: their exact signatures, recorded for each release.
 
 `contracts/vllm-0.33.json` has the signature of every function that SPARSEMM wraps, overrides or
-calls, as it is in that release. Of the installed vLLM, `compare` tells what is different, and
-whether that breaks SPARSEMM: whether vLLM makes a call that a function of ours refuses, or we make
-one that vLLM refuses. A function of ours that stands in the place of one of vLLM's must take every
-call that vLLM's takes, by position and by name.
+calls, as it is in that release, and what our classes inherit: methods, and flags with their values.
+Of the installed vLLM, `compare` tells what is different, and whether that breaks SPARSEMM: whether
+vLLM makes a call that a function of ours refuses, or we make one that vLLM refuses. A function of
+ours that stands in the place of one of vLLM's must take every call that vLLM's takes, by position
+and by name.
 
 `sparsemm check --record FILE` writes such a file.
 """
@@ -32,7 +33,9 @@ from sparsemm_vllm.signatures import (
 )
 
 FOLDER = Path(__file__).parent / "contracts"
-NO_SIGNATURE = "..."  # of what takes calls and does not tell which
+NO_SIGNATURE = "..."  # of what takes calls and does not tell which, and of what only must be there
+VALUE = "= "  # before the value of a flag
+INHERITED = "inherited"
 
 # Classes of ours and those of vLLM in whose place vLLM calls them. Every method that both have is
 # overridden. A test holds this against the classes.
@@ -248,7 +251,22 @@ def record(wraps: Iterable[Any]) -> Contract:
         except AttributeError:
             if use.kinds != ["overridden"]:
                 raise  # else a method of ours that stands in no place of vLLM's
+    for symbol in _inherited():
+        if symbol not in found:
+            found[symbol] = _text(symbol)
     return Contract(version("vllm"), dict(sorted(found.items())))
+
+
+def _inherited() -> list[str]:
+    """What classes of vLLM's that ours extend have, in the installed one."""
+    symbols = []
+    for base in dict.fromkeys(base for bases in OVERRIDES.values() for base in bases):
+        holder, name = resolve(base)
+        cls = getattr(holder, name)
+        own = [c for c in cls.__mro__ if c.__module__.startswith("vllm")]
+        names = {name for c in own for name in vars(c) if not name.startswith("_")}
+        symbols += [f"{base}.{name}" for name in sorted(names)]
+    return symbols
 
 
 def is_recorded(symbol: str) -> bool:
@@ -272,8 +290,11 @@ def _text(symbol: str, wanted: bool = True) -> str:
         wanted: whether its signature counts, and not only that it is there.
     """
     holder, name = resolve(symbol)
-    if not wanted or not callable(getattr(holder, name)):
+    value = getattr(holder, name)
+    if not wanted:
         return NO_SIGNATURE
+    if not callable(value):
+        return f"{VALUE}{value!r}" if isinstance(value, (bool, int, str)) else NO_SIGNATURE
     try:
         return to_text(signature_of(holder, name))
     except ValueError:  # a built-in
@@ -307,23 +328,27 @@ def compare(
         return []
     known = uses(wraps)
     found = [_difference(symbol, contract, known, gone) for symbol, gone in differing.items()]
-    return found if loaded_only else found + _new_in_the_place_of_ours(contract, known)
+    return found if loaded_only else found + _new(contract, known)
 
 
 def _difference(
     symbol: str, contract: Contract, known: dict[str, Use], gone: str | None
 ) -> Difference:
     use = known.get(symbol, Use())
-    kind = use.kinds[0] if use.kinds else "recorded"
+    kind = use.kinds[0] if use.kinds else INHERITED
     if gone is not None:
-        return Difference(symbol, kind, (f"is gone: {gone}",), ("SPARSEMM needs it",))
-    text = contract.signatures[symbol]
-    before, now = from_text(text), from_text(_text(symbol))
+        broken = ("SPARSEMM needs it",) if use.kinds else ()
+        return Difference(symbol, kind, (f"is gone: {gone}",), broken)
+    text, now_text = contract.signatures[symbol], _text(symbol)
+    if {text[:2], now_text[:2]} & {VALUE} or NO_SIGNATURE in (text, now_text):
+        what = f"is `{now_text.removeprefix(VALUE)}` now, `{text.removeprefix(VALUE)}` before"
+        return Difference(symbol, kind, (what,), ())
+    before, now = from_text(text), from_text(now_text)
     return Difference(symbol, kind, tuple(changes(before, now)), tuple(use.breaks(before, now)))
 
 
-def _new_in_the_place_of_ours(contract: Contract, known: dict[str, Use]) -> list[Difference]:
-    """Methods that a class of ours has under a name that vLLM's class has now, and had not."""
+def _new(contract: Contract, known: dict[str, Use]) -> list[Difference]:
+    """What vLLM's classes have now and had not: replaced by ours by chance, or inherited."""
     found = []
     for symbol, use in known.items():
         if use.kinds[0] != "overridden" or symbol in contract.signatures:
@@ -334,4 +359,9 @@ def _new_in_the_place_of_ours(contract: Contract, known: dict[str, Use]) -> list
             continue
         names = tuple(f"{name} stands in its place by chance" for name in use.stands_in)
         found.append(Difference(symbol, "overridden", ("is new",), names))
+    listed = {*contract.signatures, *(difference.symbol for difference in found)}
+    for symbol in _inherited():
+        if symbol not in listed:
+            text = f"is new: ours inherits it ({_text(symbol).removeprefix(VALUE)})"
+            found.append(Difference(symbol, INHERITED, (text,), ()))
     return found

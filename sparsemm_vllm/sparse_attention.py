@@ -14,6 +14,9 @@ from sparsemm_vllm.support import UnsupportedError
 class SparseBackendMixin:
     """Which layers and caches the backend takes; what it refuses, vLLM reports by name."""
 
+    # A step's rows are divided by their keys, so a model must not write them and give none.
+    supports_kv_cache_update_bypass = False
+
     @staticmethod
     def get_name() -> str:
         """The name of the enum member."""

@@ -146,6 +146,11 @@ def test_a_heads_page_is_contiguous_unless_another_layout_is_asked_for(
     assert layout.name == config.cache_config.kv_cache_layout == chosen
 
 
+def test_models_give_the_backend_their_keys() -> None:
+    """vLLM 0.33: with FlashAttention, some write keys themselves and call attention without."""
+    assert not SparseMMBackend.supports_kv_cache_update_bypass
+
+
 def test_vllms_own_kernels_take_every_layout() -> None:
     """Those that write the cache and compute dense rows: FlashAttention's."""
     assert flash_attn.FlashAttentionBackend.supported_kv_cache_layouts() is None
