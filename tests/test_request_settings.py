@@ -103,7 +103,11 @@ def test_only_our_keys_are_looked_at():
 @pytest.mark.parametrize(("backend", "refused"), [("SPARSEMM", True), (None, False)])
 def test_the_front_end_refuses_before_the_engine_sees_it(backend, refused):
     seen = []
-    process = patches._request_check(lambda self, *args, **kwargs: seen.append(args))
+
+    def process_inputs(self, request_id, prompt, params, resumable=False):
+        seen.append(params)
+
+    process = patches._request_check(process_inputs)
     attention = SimpleNamespace(
         backend=backend and SimpleNamespace(name=backend), backend_per_kind={}
     )

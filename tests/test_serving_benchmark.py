@@ -174,7 +174,7 @@ def test_vllm_takes_the_options(
     tmp_path: Path, folder_of: Callable[[str], Path], plan: Plan, server: str
 ) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     folder = folder_of(plan.model)
