@@ -271,7 +271,10 @@ def version_problem() -> str | None:
     if admits_any_vllm():
         return None
     if not lowest <= Version(installed.base_version) < above:
-        return f"vLLM {installed} is installed; SPARSEMM supports >={lowest},<{above}"
+        return (
+            f"vLLM {installed} is installed; SPARSEMM supports >={lowest},<{above} "
+            "(`sparsemm check --run` says what differs, and whether it would serve)"
+        )
     if installed.local is not None and "cpu" in installed.local:
         return (
             f"vLLM {installed} is a build for the CPU, whose kernels SPARSEMM does not know; "
