@@ -62,18 +62,18 @@ Condition = Callable[[Seen], tuple[bool, str]]
 
 def _whole(seen: Seen) -> tuple[bool, str]:
     n, cached = seen.prompt_tokens[0], seen.cached_tokens[0]
-    return n <= STEP_TOKENS and not cached, f"{n} tokens, {cached} cached"
+    return n <= STEP_TOKENS and not cached, f"{cached} of {n} tokens cached"
 
 
 def _chunked(seen: Seen) -> tuple[bool, str]:
     """The last chunk would be smaller than the window if vLLM alone shaped it."""
     n, cached = seen.prompt_tokens[0], seen.cached_tokens[0]
-    return STEP_TOKENS < n < STEP_TOKENS + WINDOW and not cached, f"{n} tokens, {cached} cached"
+    return STEP_TOKENS < n < STEP_TOKENS + WINDOW and not cached, f"{cached} of {n} tokens cached"
 
 
 def _cached(seen: Seen) -> tuple[bool, str]:
     n, cached = seen.prompt_tokens[0], seen.cached_tokens[0]
-    return 0 < cached <= n - WINDOW, f"{n} tokens, {cached} cached"
+    return 0 < cached <= n - WINDOW, f"{cached} of {n} tokens cached"
 
 
 def _together(seen: Seen) -> tuple[bool, str]:
@@ -85,7 +85,7 @@ def _preempted(seen: Seen) -> tuple[bool, str]:
 
 
 def _preemptions(seen: Seen) -> str:
-    return f"{len(seen.prompt_tokens)} at once, {seen.preemptions} preempted"
+    return f"preempted {seen.preemptions} times" if seen.preemptions else "not preempted"
 
 
 @dataclass(frozen=True)
