@@ -31,6 +31,7 @@ from sparsemm_vllm.environment import has_gpu
 from sparsemm_vllm.layout import CacheLayout
 
 LAYERS = 2
+PATIENCE = 120.0  # seconds for the answers to a case; a GPU's kernels are compiled in it
 
 
 def open_engine(model: Path, dtype: str) -> Engine:
@@ -85,6 +86,7 @@ def serve(engine: Engine, case: Case) -> tuple[list[Answer], Seen]:
         max_tokens=MAX_TOKENS,
         extra_args=[request.extra_args for request in case.requests],
         watch=lambda: blocks.append(held_blocks(engine)),
+        patience=PATIENCE,
     )
     seen = Seen(
         [answer.prompt_tokens for answer in answers],
@@ -131,8 +133,9 @@ def check(folder: Path, dtypes: list[str], results: Results) -> None:
 
     if not results.run(REFERENCE, refer):
         return
-    if all(check_engine(model, dtype, dtypes, made[0], results) for dtype in dtypes):
-        results.write(done=True)
+    for dtype in dtypes:
+        if not check_engine(model, dtype, dtypes, made[0], results):
+            return
 
 
 def check_engine(

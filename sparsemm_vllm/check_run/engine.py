@@ -1,13 +1,13 @@
 """A vLLM engine in this process that answers greedily, through public methods of vLLM only."""
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from sparsemm_vllm.check_run.model import picture
-
-MAX_STEPS = 2000  # of one call; a request that is never scheduled would go on for ever
 
 
 class EngineError(RuntimeError):
@@ -92,6 +92,7 @@ class Engine:
         watch: Callable[[], None] | None = None,
         options: Sequence[dict[str, Any]] | None = None,
         extra_args: dict[str, Any] | Sequence[dict[str, Any] | None] | None = None,
+        patience: float = math.inf,
     ) -> list[Answer]:
         """Answer all prompts at once.
 
@@ -101,9 +102,10 @@ class Engine:
             watch: function to call after every step.
             options: arguments of `LLMEngine.add_request`, of each prompt.
             extra_args: `SamplingParams.extra_args`, of all prompts or of each.
+            patience: seconds until answers must be complete.
 
         Raises:
-            EngineError: if the answers are not there after `MAX_STEPS` steps.
+            EngineError: if they are not: a request is never scheduled, say.
         """
         from vllm import SamplingParams
 
@@ -124,15 +126,14 @@ class Engine:
         ):
             engine.add_request(request_id, prompt, own, **rest)
         outputs: dict[str, Any] = {}
-        for _ in range(MAX_STEPS):
-            if not engine.has_unfinished_requests():
-                break
+        deadline = time.monotonic() + patience
+        while engine.has_unfinished_requests():
+            if time.monotonic() > deadline:
+                raise EngineError(f"no complete answer after {patience:.0f} s")
             for output in engine.step():
                 outputs[output.request_id] = output
             if watch is not None:
                 watch()
-        else:
-            raise EngineError(f"no complete answer after {MAX_STEPS:,} steps")
         return [_answer(outputs[request_id]) for request_id in ids]
 
 

@@ -44,6 +44,7 @@ class CheckRun(LoggedProcess):
 
     Attributes:
         device: name of what the engine runs on.
+        problem: what is wrong with the process, if anything.
         seconds: time that it took, once it has ended.
     """
 
@@ -55,7 +56,7 @@ class CheckRun(LoggedProcess):
         self._limit = seconds * len(self._dtypes)
         self._rows: dict[str, Row] = {}
         self._begun = ""
-        self._problem: str | None = None
+        self.problem: str | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="check-")
         self._results = Path(self._folder.name) / "results"
         self._read = 0  # bytes of the results
@@ -89,16 +90,16 @@ class CheckRun(LoggedProcess):
         ) as progress:
             bar = progress.add_task("check", total=len(self._expected), row="")
             code = None
-            while code is None and self._problem is None:
+            while code is None and self.problem is None:
                 code = self.code  # before reading: the last lines are read too
                 self._read_results()
                 progress.update(bar, completed=len(self._rows), row=self._begun)
                 if code is None and time.monotonic() - self._started > self._limit:
-                    self._problem = f"no end after {self._limit:.0f} s"
+                    self.problem = f"no end after {self._limit:.0f} s"
                 time.sleep(0.1)
         self.seconds = time.monotonic() - self._started
-        if code and self._problem is None:
-            self._problem = f"its process ended with code {code}"
+        if code and self.problem is None:
+            self.problem = f"its process ended with code {code}"
         return self._all_rows()
 
     def _read_results(self) -> None:
@@ -117,30 +118,26 @@ class CheckRun(LoggedProcess):
         try:
             line = Line.model_validate_json(text)
         except ValidationError:
-            self._problem = f"its process wrote what is no result: {text[:60]!r}"
+            self.problem = f"its process wrote what is no result: {text[:60]!r}"
             return
         self.device = line.device or self.device
         self._begun = line.begins or self._begun
         if (row := line.row) is not None:
             if row.name not in self._expected or row.name in self._rows:
-                self._problem = f"its process wrote a result that nothing asked for: {row.name}"
+                self.problem = f"its process wrote a result that nothing asked for: {row.name}"
             else:
                 self._rows[row.name] = row
 
     def _all_rows(self) -> list[Row]:
         rows = [self._rows.get(name) or Row(name=name, status="not run") for name in self._expected]
-        ran = [row.status != "not run" for row in rows]
-        problem = self._problem
-        if problem is None and not all(ran) and all(row.status != "failed" for row in rows):
-            problem = "its process ended too early"
-        if problem is not None:
-            at = self._begun if self._begun in self._expected else self._expected[0]
-            if at in self._rows:  # it was between two rows
-                at = self._expected[ran.index(False)] if not all(ran) else END
-            rows = [row for row in rows if row.name != at or at in self._rows]
-            index = self._expected.index(at) if at in self._expected else len(rows)
-            rows.insert(index, Row(name=at, status="failed", finding=problem))
-        return rows
+        missing = [row.name for row in rows if row.status == "not run"]
+        if self.problem is None and missing and all(row.status != "failed" for row in rows):
+            self.problem = "its process ended too early"
+        if self.problem is None:
+            return rows
+        at = self._begun if self._begun in missing else next(iter(missing), END)
+        failed = Row(name=at, status="failed", finding=self.problem)
+        return [failed if row.name == at else row for row in rows] + [failed] * (at == END)
 
 
 def check_folder(file: Path) -> None:
@@ -178,7 +175,8 @@ def run_check(
             if passed:
                 run.log.unlink()
             else:
-                console.print(Text(f"The log ends with:\n{run.last_lines(LOG_LINES)}", "dim"))
+                if run.problem is not None:
+                    console.print(Text(f"The log ends with:\n{run.last_lines(LOG_LINES)}", "dim"))
                 console.print(f"The whole log: {run.log}", highlight=False, soft_wrap=True)
     except KeyboardInterrupt:
         run.log.unlink(missing_ok=True)

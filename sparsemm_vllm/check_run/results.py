@@ -40,7 +40,6 @@ class Line(BaseModel):
         begins: name of the row that is worked on from now on.
         device: name of what the engine runs on.
         row: a result.
-        done: whether this is the last line.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -48,7 +47,6 @@ class Line(BaseModel):
     begins: str | None = None
     device: str | None = None
     row: Row | None = None
-    done: bool = False
 
 
 class Results:
@@ -72,8 +70,11 @@ class Results:
             row = work()
         except Exception as error:  # whatever a release of vLLM raises; the log has the traceback
             traceback.print_exc()
-            text = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
-            self.write(row=Row(name=name, status="failed", finding=text))
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            first_line = str(error).strip().partition("\n")[0]
+            where = f"{Path(place.filename).name}, line {place.lineno}"
+            finding = f"{type(error).__name__}: {first_line} ({where})"
+            self.write(row=Row(name=name, status="failed", finding=finding))
             return False
         self.write(row=row.model_copy(update={"name": name}))
         return True
