@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from sparsemm_vllm import patches, plugin, scheduling
+from sparsemm_vllm import patches
 from sparsemm_vllm.check_run import child, parent
 from sparsemm_vllm.check_run.cases import (
     BUDGET,
@@ -229,18 +229,6 @@ def test_options(tmp_path: Path) -> None:
     assert f"sparsemm check: {nowhere}: No such file or directory" in done.output
 
 
-def test_any_vllm_is_admitted_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patches, "version", {"vllm": "0.99.0"}.__getitem__)
-    assert patches.problems() == [patches.version_problem()]
-    monkeypatch.setattr(sys, "argv", ["vllm", "--attention-backend", "SPARSEMM"])
-    with pytest.raises(SystemExit, match=r"0\.99\.0 is installed"):
-        plugin.register()
-    monkeypatch.setenv("SPARSEMM_ANY_VLLM", "1")
-    plugin.register()
-    assert patches.problems() == []
-    assert patches.version_problem() is not None
-
-
 def answer(**changes: Any) -> Answer:
     values: dict[str, Any] = {"tokens": [7] * MAX_TOKENS, "logprobs": [-1.0] * MAX_TOKENS}
     return Answer("", 98, 0, gaps=[1.0] * MAX_TOKENS, **(values | changes))
@@ -333,7 +321,7 @@ def test_this_vllm_passes(tmp_path: Path) -> None:
         env=os.environ | {"COLUMNS": "80", "TMPDIR": str(tmp_path)},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "symbols are as SPARSEMM expects them" in done.stdout
+    assert "symbols are as recorded of vLLM" in done.stdout
     assert done.stdout.rstrip().endswith("pass")
     rows = [Row.model_validate(row) for row in json.loads(record.read_text())["rows"]]
     assert statuses(rows) == ["ok"] * ROWS
@@ -420,14 +408,14 @@ def test_a_reference_with_another_budget(served: tuple[Engine, References], tmp_
 def test_a_manager_that_frees_another_number_of_blocks(
     served: tuple[Engine, References], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, blocks: int
 ) -> None:
-    register = SparseMMManager.register
+    register = SparseMMManager.register_prompt
 
     def miscount(self: SparseMMManager, request: Any) -> Any:
         prompt = register(self, request)
         prompt.freed_blocks += blocks
         return prompt
 
-    monkeypatch.setattr(SparseMMManager, "register", miscount)
+    monkeypatch.setattr(SparseMMManager, "register_prompt", miscount)
     row = serve(served, "pruned, whole", tmp_path)
     assert row.status == "differs"
     assert "blocks should be 9, 4, 5, 0" in row.finding
@@ -451,7 +439,7 @@ def test_a_scheduler_that_shapes_no_chunks(
 def test_a_prefix_hit_in_the_window(
     served: tuple[Engine, References], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(scheduling, "_HitLimited", lambda request, num_tokens: request)
+    monkeypatch.setattr(CacheLayout, "last_chunk", 2)
     row = serve(served, "pruned, prefix hit", tmp_path)
     assert row.status == "failed"
     assert "holds 2 queries, fewer than the window of 8" in row.finding
