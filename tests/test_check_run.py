@@ -61,7 +61,7 @@ def report(names):
 
 
 def run(
-    script: str, record: Path | None = None, seconds: float = 60.0, moved: int = 0
+    script: str, record: Path | None = None, seconds: float = 60.0, different: int = 0
 ) -> tuple[int, str, list[Row]]:
     """The exit status, what was printed, and all rows of a run with another child."""
     rows: list[Row] = []
@@ -73,7 +73,7 @@ def run(
 
     console = Console(file=io.StringIO(), width=160)
     command = [sys.executable, "-c", PRELUDE + script]
-    code = run_check(console, lambda: moved, record, Kept(seconds, command))
+    code = run_check(console, lambda: different, record, Kept(seconds, command))
     return code, console.file.getvalue(), rows  # type: ignore[attr-defined]
 
 
@@ -111,8 +111,8 @@ def test_all_rows_ok(tmp_path: Path) -> None:
     assert document["seconds"] > 0
 
 
-def test_what_moved_counts_too() -> None:
-    assert run("report(expected)", moved=1)[0] == 1
+def test_what_differs_in_vllm_counts_too() -> None:
+    assert run("report(expected)", different=1)[0] == 1
 
 
 def test_a_row_that_differs(tmp_path: Path) -> None:

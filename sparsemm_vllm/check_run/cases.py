@@ -62,18 +62,18 @@ Condition = Callable[[Seen], tuple[bool, str]]
 
 def _whole(seen: Seen) -> tuple[bool, str]:
     n, cached = seen.prompt_tokens[0], seen.cached_tokens[0]
-    return n <= STEP_TOKENS and not cached, f"{cached} of {n} tokens cached"
+    return n <= STEP_TOKENS and not cached, f"{cached} of {n} cached"
 
 
 def _chunked(seen: Seen) -> tuple[bool, str]:
     """The last chunk would be smaller than the window if vLLM alone shaped it."""
     n, cached = seen.prompt_tokens[0], seen.cached_tokens[0]
-    return STEP_TOKENS < n < STEP_TOKENS + WINDOW and not cached, f"{cached} of {n} tokens cached"
+    return STEP_TOKENS < n < STEP_TOKENS + WINDOW and not cached, f"{cached} of {n} cached"
 
 
 def _cached(seen: Seen) -> tuple[bool, str]:
     n, cached = seen.prompt_tokens[0], seen.cached_tokens[0]
-    return 0 < cached <= n - WINDOW, f"{cached} of {n} tokens cached"
+    return 0 < cached <= n - WINDOW, f"{cached} of {n} cached"
 
 
 def _together(seen: Seen) -> tuple[bool, str]:

@@ -151,24 +151,24 @@ def check_folder(file: Path) -> None:
 
 
 def run_check(
-    console: Console, list_moved: Callable[[], int], record: Path | None, run: CheckRun
+    console: Console, list_differences: Callable[[], int], record: Path | None, run: CheckRun
 ) -> int:
-    """Print what moved while the engine starts, then what it answers.
+    """Print what differs in vLLM while the engine starts, then what the engine answers.
 
     Args:
         console: terminal to print on.
-        list_moved: function that prints the list of what moved, and returns its exit status.
+        list_differences: function that prints what differs in vLLM, and returns its exit status.
         record: file for the result as JSON.
         run: process that checks, not yet started.
 
     Returns:
-        The exit status: 0 if nothing moved and all rows passed, 1 if not, 130 after Ctrl-C.
+        The exit status: 0 if nothing differs and all rows are ok, 1 if not, 130 after Ctrl-C.
     """
     where = "the GPU" if has_gpu() else "the CPU: about a minute"
-    console.print(f"Looking for what SPARSEMM attaches to, and serving a small model on {where}.")
+    console.print(f"Comparing vLLM with the one that was tested, and serving with it on {where}.")
     try:
         with ended_by_signals(), run:
-            moved = list_moved()
+            different = list_differences()
             rows = run.follow(console)
             passed = all(row.status == "ok" for row in rows)
             print_rows(rows, console)
@@ -186,7 +186,7 @@ def run_check(
     print_end(document, console)
     if record is not None:
         write_whole(record, json.dumps(document, indent=1) + "\n")
-    return moved or int(not passed)
+    return different or int(not passed)
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
