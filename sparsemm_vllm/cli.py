@@ -53,9 +53,8 @@ def demo(
     raise typer.Exit(run_demo(out, seed, budget))
 
 
-@contextmanager
-def _one_line_errors(command: str) -> Iterator[None]:
-    """Errors of the user's making as one line on the standard error, exit status 2."""
+def _user_errors() -> tuple[type[Exception], ...]:
+    """Errors of the user's making."""
     from sparsemm_vllm.data import DataError
     from sparsemm_vllm.evaluate.errors import EvalError
     from sparsemm_vllm.plan import PlanError
@@ -64,9 +63,7 @@ def _one_line_errors(command: str) -> Iterator[None]:
     from sparsemm_vllm.settings import SettingsError
     from sparsemm_vllm.show import PictureError
 
-    try:
-        yield
-    except (
+    return (
         DataError,
         EvalError,
         PictureError,
@@ -74,10 +71,18 @@ def _one_line_errors(command: str) -> Iterator[None]:
         ProfileError,
         ProfilerError,
         SettingsError,
-    ) as error:
-        message = str(error)
+    )
+
+
+@contextmanager
+def _one_line_errors(command: str) -> Iterator[None]:
+    """Errors of the user's making as one line on the standard error, exit status 2."""
+    try:
+        yield
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except _user_errors() as error:  # imported now: commands start sooner
+        message = str(error)
     else:
         return
     print(f"sparsemm {command}: {message}", file=sys.stderr)
@@ -342,6 +347,13 @@ def check(
     everything: Annotated[
         bool, typer.Option("--all", help="List what is as expected too.")
     ] = False,
+    run: Annotated[
+        bool, typer.Option("--run", help="Serve a small model too, and compare its answers.")
+    ] = False,
+    result: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="With --run: write what it found."),
+    ] = None,
     record: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write the signatures of the installed vLLM instead."),
@@ -350,16 +362,33 @@ def check(
     """Compare the installed vLLM with the release that was tested; status 1 if it differs."""
     from sparsemm_vllm.environment import quieten_vllm, use_cpu
 
+    if result is not None and not run:
+        raise typer.BadParameter("goes with --run", param_hint="--json")
     quieten_vllm()
     if not has_gpu():
         use_cpu()
-    from sparsemm_vllm import canary, contract, patches
+    console = Console()
+
+    def list_differences() -> int:
+        from sparsemm_vllm import canary
+
+        return canary.print_findings(canary.check(), console, everything)
 
     if record is not None:
+        from sparsemm_vllm import contract, patches
+
         contract.record(patches.every_wrap()).save(record)
-        Console().print(f"saved {record}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"saved {record}", highlight=False, markup=False, soft_wrap=True)
         return
-    raise typer.Exit(canary.print_findings(canary.check(), Console(), everything))
+    if not run:
+        raise typer.Exit(list_differences())
+    with _one_line_errors("check"):
+        from sparsemm_vllm.check_run.parent import CheckRun, check_folder, run_check
+
+        if result is not None:
+            check_folder(result)
+        code = run_check(console, list_differences, result, CheckRun())
+    raise typer.Exit(code)
 
 
 def main() -> None:

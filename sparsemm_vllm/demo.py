@@ -4,11 +4,8 @@ import difflib
 import json
 import platform
 import random
-import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +27,7 @@ from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.pictures import DEMO_SEEDS, Sample, make_demo_sample
 from sparsemm_vllm.profile import load_profile
 from sparsemm_vllm.recording import load_kept
-from sparsemm_vllm.server import STAGES, Server, ServerError
+from sparsemm_vllm.server import STAGES, Server, ServerError, ended_by_signals
 
 BLOCK_SIZE = 16
 WINDOW = 16
@@ -93,7 +90,7 @@ def run_demo(out: Path, seed: int | None, budget: int) -> int:
     try:
         arguments = _arguments(settings)
         server = Server(str(reader_folder()), arguments, out / "server.log", _OFFLINE)
-        with _ended_by_signals(), server:
+        with ended_by_signals(), server:
             _wait(server, console)
             outcome = _ask(server, sample, console)
     except ServerError as error:
@@ -126,21 +123,6 @@ def _arguments(settings: dict[str, Any]) -> list[str]:
         "--additional-config": json.dumps({"sparsemm": settings}),
     }
     return [word for pair in arguments.items() for word in pair] + ["--enforce-eager"]
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the demo as Ctrl-C does, so that the server is stopped."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _wait(server: Server, console: Console) -> None:

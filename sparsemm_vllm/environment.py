@@ -88,3 +88,21 @@ def quiet_environment(on_terminal: bool) -> dict[str, str]:
 def admits_any_vllm() -> bool:
     """Whether SPARSEMM should run on a vLLM of any version: only `sparsemm check --run` asks it."""
     return os.environ.get(ANY_VLLM) == "1"
+
+
+def check_environment() -> dict[str, str]:
+    """The environment of the engine that `sparsemm check --run` starts.
+
+    Whatever version vLLM has, it loads SPARSEMM, in the process that asks it, and logs what it
+    does. Nothing is fetched from a network.
+    """
+    environment = os.environ | {
+        ANY_VLLM: "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",  # the model is tiny: more threads would wait for each other
+    }
+    environment.pop("VLLM_PLUGINS", None)  # might leave SPARSEMM out
+    return environment if has_gpu() else environment | CPU_VARIABLES

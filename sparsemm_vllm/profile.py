@@ -2,8 +2,6 @@
 
 import difflib
 import math
-import os
-import secrets
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +16,8 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+
+from sparsemm_vllm.files import write_whole
 
 
 class ProfileError(ValueError):
@@ -210,36 +210,9 @@ def _parse(name: str, text: bytes) -> HeadProfile:
 
 
 def save_profile(profile: HeadProfile, path: Path | str) -> None:
-    """Write a profile so that there is never half of one: an interrupted write changes nothing.
-
-    The text goes to a temporary file in the same folder, to the disk, and only then in place of
-    what was there. A symbolic link is followed.
+    """Write a profile so that there is never half of one: see `write_whole`.
 
     Raises:
         OSError: naming `path`, if its folder does not exist or cannot be written.
     """
-    target = Path(path).resolve()
-    try:
-        _replace(target, profile.model_dump_json(indent=1) + "\n")
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _replace(target: Path, text: str) -> None:
-    temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
-    # Not tempfile: its files are private to the user, others may be meant to read a profile.
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:  # Ctrl-C too
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name is on the disk too
-    finally:
-        os.close(folder)
+    write_whole(path, profile.model_dump_json(indent=1) + "\n")

@@ -1,13 +1,15 @@
-"""A `vllm serve` process with a beginning, an end and a log."""
+"""Processes with a beginning, an end and a log: `vllm serve`, and others."""
 
 import os
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Self
 
 import httpx
 
@@ -38,32 +40,22 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Server:
-    """Starts on entering, stops on leaving, whatever happened in between.
+class LoggedProcess:
+    """A program that starts on entering and stops on leaving, whatever happened in between.
 
     Args:
-        model: path or name.
-        arguments: of `vllm serve`, host and port excepted.
-        log: file for its output.
-        environment: variables to set beside those that SPARSEMM needs.
+        command: program and its arguments.
+        log: file for its output; its folder is made.
+        environment: all of its variables.
     """
 
-    def __init__(
-        self,
-        model: str,
-        arguments: Sequence[str],
-        log: Path,
-        environment: dict[str, str] | None = None,
-    ) -> None:
-        self.port = free_port()
-        self.url = f"http://{HOST}:{self.port}"
+    def __init__(self, command: Sequence[str], log: Path, environment: dict[str, str]) -> None:
         self.log = log
-        self._command = [vllm_command(), "serve", model, "--host", HOST, "--port", str(self.port)]
-        self._command += arguments
-        self._environment = serve_environment() | (environment or {})
+        self._command = command
+        self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> "Server":
+    def __enter__(self) -> Self:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
@@ -86,18 +78,56 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """Of the running server, whose engines are its children."""
+        """Process id while it runs; other processes may be its children."""
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def code(self) -> int | None:
+        """Exit code; none while it runs."""
+        assert self._process is not None
+        return self._process.poll()
+
+    def last_lines(self, count: int = 20) -> str:
+        """The end of the log."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return "\n".join(lines[-count:])
+
+    def stop(self, patience: float = 8.0) -> None:
+        """End the program and all its processes; `patience` seconds later they are killed."""
+        if self._process is not None:
+            end_group(self._process, patience)
+            self._process = None
+
+
+class Server(LoggedProcess):
+    """A `vllm serve` process.
+
+    Args:
+        model: path or name.
+        arguments: arguments of `vllm serve`, without host and port.
+        log: file for its output.
+        environment: variables to set beside those that SPARSEMM needs.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        arguments: Sequence[str],
+        log: Path,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.port = free_port()
+        self.url = f"http://{HOST}:{self.port}"
+        command = [vllm_command(), "serve", model, "--host", HOST, "--port", str(self.port)]
+        super().__init__([*command, *arguments], log, serve_environment() | (environment or {}))
+
     def check_alive(self, patience: float = 0.0) -> None:
         """Raise `ServerError` if the process has ended, or does within `patience` seconds."""
-        assert self._process is not None
         deadline = time.monotonic() + patience
-        while self._process.poll() is None and time.monotonic() < deadline:
+        while self.code is None and time.monotonic() < deadline:
             time.sleep(0.1)
-        code = self._process.poll()
-        if code is not None:
+        if (code := self.code) is not None:
             raise ServerError(f"the server ended with code {code}:\n{self.last_lines()}")
 
     def wait_until_ready(
@@ -136,16 +166,20 @@ class Server:
         except httpx.TransportError:
             return False
 
-    def last_lines(self, count: int = 20) -> str:
-        """The end of the log."""
-        lines = self.log.read_text(errors="replace").splitlines()
-        return "\n".join(lines[-count:])
 
-    def stop(self, patience: float = 8.0) -> None:
-        """End the server and all its processes."""
-        if self._process is not None:
-            end_group(self._process, patience)
-            self._process = None
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that what it started is stopped."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def end_group(process: subprocess.Popen[bytes], patience: float = 8.0) -> None:

@@ -2,14 +2,15 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-from tiny import picture, skewed_profile
+from tiny import skewed_profile
 
+from sparsemm_vllm.check_run import engine as check_run
+from sparsemm_vllm.check_run.engine import Answer
+from sparsemm_vllm.check_run.engine import ask as ask
 from sparsemm_vllm.kv_cache import SparseMMManager
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.recording import load_kept
@@ -21,53 +22,13 @@ HELLO = "<s><image>hello world this is a long prompt"
 DIGITS = "<s><image><image>Another one here of longer text 0123456789 ABCDEF"
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What an engine said to a prompt."""
-
-    request_id: str
-    prompt_tokens: int
-    cached_tokens: int
-    tokens: list[int]
-    logprobs: list[float]
-    gaps: list[float]
-
-
-def ask(text: str, *seeds: int) -> dict[str, Any]:
-    """A prompt with a noise picture for each ``<image>``."""
-    prompt: dict[str, Any] = {"prompt": text}
-    if seeds:
-        pictures = [picture(seed) for seed in seeds]
-        prompt["multi_modal_data"] = {"image": pictures if len(pictures) > 1 else pictures[0]}
-    return prompt
-
-
-class Engine:
-    """An in-process `vllm.LLM`, greedy, with its scheduler within reach."""
-
-    # All share one process group, which the first engine to be deleted would close.
-    _alive: ClassVar[list[Any]] = []
+class Engine(check_run.Engine):
+    """An engine with its scheduler within reach."""
 
     def __init__(self, model: Path, settings: dict[str, Any] | None, **options: Any) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        from vllm import LLM
-
-        defaults: dict[str, Any] = {
-            "enforce_eager": True,
-            "dtype": "float32",
-            "max_model_len": 1024,
-            "kv_cache_memory_bytes": 64 << 20,
-            "max_num_seqs": 8,
-            "max_num_batched_tokens": 1024,
-            "seed": 0,
-        }
-        if settings is not None:
-            defaults["attention_backend"] = "SPARSEMM"
-            defaults["additional_config"] = {"sparsemm": settings}
-        self.settings = settings
-        self.llm = LLM(model=str(model), **(defaults | options))
-        self._alive.append(self.llm)
-        self.core = self.llm.llm_engine.engine_core.engine_core  # type: ignore[union-attr]
+        super().__init__(model, settings, **options)
+        self.core = self.llm.llm_engine.engine_core.engine_core
 
     @property
     def scheduler(self) -> Any:
@@ -105,78 +66,28 @@ class Engine:
         """Blocks that a request holds."""
         return sum(not block.is_null for block in self.manager.req_to_blocks[request_id])
 
-    def forget(self) -> None:
-        """Empty the prefix cache."""
-        assert self.llm.reset_prefix_cache()
-
     def rest(self) -> None:
         """Check that no request left a block behind, and forget all of them."""
         assert self.all_free(), "the engine is idle but holds blocks"
         self.forget()
 
     def generate(
-        self,
-        *prompts: dict[str, Any],
-        max_tokens: int = 12,
-        chunk: int | None = None,
-        watch: Callable[[], None] | None = None,
-        options: Sequence[dict[str, Any]] | None = None,
-        extra_args: dict[str, Any] | list[dict[str, Any] | None] | None = None,
+        self, *prompts: dict[str, Any], chunk: int | None = None, **options: Any
     ) -> list[Answer]:
         """Answer all prompts at once.
 
         Args:
-            prompts: from `ask`.
-            max_tokens: to generate.
+            prompts: prompts, from `ask`.
             chunk: tokens a step may compute, for this call.
-            watch: called after every step.
-            options: of each request, for `LLMEngine.add_request`.
-            extra_args: of the sampling parameters, of all prompts or of each.
+            options: arguments of the base class's method.
         """
-        from vllm import SamplingParams
-
-        each = extra_args if isinstance(extra_args, list) else [extra_args] * len(prompts)
-        params = [
-            SamplingParams(
-                max_tokens=max_tokens, temperature=0, logprobs=2, ignore_eos=True, extra_args=asked
-            )
-            for asked in each
-        ]
-        engine, scheduler = self.llm.llm_engine, self.scheduler
+        scheduler = self.scheduler
         usual = scheduler.max_num_scheduled_tokens
         scheduler.max_num_scheduled_tokens = chunk or usual
-        first = getattr(self, "_asked", 0)
-        self._asked = first + len(prompts)
-        ids = [f"request-{first + i}" for i in range(len(prompts))]
-        outputs: dict[str, Any] = {}
         try:
-            for request_id, prompt, own, rest in zip(
-                ids, prompts, params, options or [{}] * len(prompts), strict=True
-            ):
-                engine.add_request(request_id, prompt, own, **rest)
-            while engine.has_unfinished_requests():
-                for output in engine.step():
-                    outputs[output.request_id] = output
-                if watch is not None:
-                    watch()
+            return super().generate(*prompts, **options)
         finally:
             scheduler.max_num_scheduled_tokens = usual
-        return [self._answer(outputs[request_id]) for request_id in ids]
-
-    @staticmethod
-    def _answer(output: Any) -> Answer:
-        completion = output.outputs[0]
-        tokens = list(completion.token_ids)
-        steps = completion.logprobs
-        ranked = [sorted((p.logprob for p in step.values()), reverse=True) for step in steps]
-        return Answer(
-            request_id=output.request_id,
-            prompt_tokens=len(output.prompt_token_ids),
-            cached_tokens=output.num_cached_tokens,
-            tokens=tokens,
-            logprobs=[step[token].logprob for step, token in zip(steps, tokens, strict=True)],
-            gaps=[best[0] - best[1] for best in ranked],
-        )
 
     def kept(self, answer: Answer) -> dict[tuple[int, int], np.ndarray]:
         """What each head kept of a request's prompt."""

@@ -17,9 +17,9 @@ from engines import (
     assert_same_kept,
     settings,
 )
-from oracle import Oracle
 from tiny import KV_HEADS, picture, skewed_profile
 
+from sparsemm_vllm.check_run.oracle import Oracle
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.step import choose_ops
 from sparsemm_vllm.triton_kernels import triton_ops

@@ -17,10 +17,10 @@ from engines import (
     assert_same_kept,
     settings,
 )
-from oracle import Oracle
 from tiny import picture
 from vllm.exceptions import VLLMValidationError
 
+from sparsemm_vllm.check_run.oracle import Oracle
 from sparsemm_vllm.request_stats import Outcome
 
 pytestmark = pytest.mark.engine

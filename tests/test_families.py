@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from engines import BLOCK, WINDOW, Engine, assert_same, assert_same_kept, settings
-from oracle import Oracle
 from PIL import Image
 from tiny import (
     KV_HEADS,
@@ -20,6 +19,7 @@ from tiny import (
     skewed_profile,
 )
 
+from sparsemm_vllm.check_run.oracle import Oracle
 from sparsemm_vllm.layout import CacheLayout
 
 pytestmark = pytest.mark.engine

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from engines import DIGITS, HELLO, Engine, ask, assert_same, assert_same_kept, settings
-from oracle import Oracle
 from safetensors.torch import save_file
 from tiny import HEAD_SIZE, KV_HEADS, LAYERS, QUERY_HEADS, picture
+
+from sparsemm_vllm.check_run.oracle import Oracle
 
 pytestmark = pytest.mark.engine
 

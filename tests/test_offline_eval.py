@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracle import Oracle
 from PIL import Image
 
+from sparsemm_vllm.check_run.oracle import Oracle
 from sparsemm_vllm.evaluate.metrics import DRAWS, Marks, draw_pictures
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.pictures import DEMO_SEEDS, make_sample

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 from engines import BLOCK, DIGITS, HELLO, WINDOW, Engine, ask, assert_same, settings
-from oracle import Oracle
 from tiny import KV_HEADS, make_llava, picture, skewed_profile
 
+from sparsemm_vllm.check_run.oracle import Oracle
 from sparsemm_vllm.layout import CacheLayout
 
 pytestmark = pytest.mark.engine

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from engines import BLOCK, WINDOW, Engine, ask, assert_same, assert_same_kept, settings
-from oracle import Oracle
 from tiny import KV_HEADS, LAYERS, QUERY_HEADS, make_gemma3, make_llama, skewed_profile
 
+from sparsemm_vllm.check_run.oracle import Oracle
 from sparsemm_vllm.import_scores import import_scores
 from sparsemm_vllm.layout import CacheLayout
 

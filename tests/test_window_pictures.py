@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engines import Answer, Engine, settings
-from oracle import Oracle
 from PIL import Image
 from tiny import make_qwen2_vl, picture
+
+from sparsemm_vllm.check_run.oracle import Oracle
 
 pytestmark = pytest.mark.engine
 

@@ -1,29 +1,18 @@
-"""Random models, made on the fly, and pictures and profiles for them."""
+"""Random models, made on the fly: of other families than the one that the package makes."""
 
-import string
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    CLIPImageProcessor,
     CLIPVisionConfig,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    LlamaConfig,
     LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -38,10 +27,20 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from sparsemm_vllm.profile import HeadProfile
+from sparsemm_vllm.check_run.model import (
+    CHAT_TEMPLATE,
+    HEAD_SIZE,
+    LAYERS,
+    QUERY_HEADS,
+    make_tokenizer,
+    rename_for_vllm,
+    text_config,
+)
+from sparsemm_vllm.check_run.model import KV_HEADS as KV_HEADS
+from sparsemm_vllm.check_run.model import make_llava as make_llava
+from sparsemm_vllm.check_run.model import picture as picture
+from sparsemm_vllm.check_run.model import skewed_profile as skewed_profile
 
-LAYERS, QUERY_HEADS, KV_HEADS, HEAD_SIZE = 4, 8, 4, 32
-IMAGE_TOKENS = 64
 TOWER = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -67,82 +66,6 @@ OWN_WIDTH = {
     "intermediate_size": 128,
     "out_hidden_size": QUERY_HEADS * HEAD_SIZE,
 }
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}"
-    "{% endif %}{% endfor %}{% endif %}{% endfor %}>"
-)
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per printable character."""
-    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": 4}
-    for character in string.printable[:95] + "\n":
-        vocab.setdefault(character, len(vocab))
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
-
-
-def text_config(query_heads: int = QUERY_HEADS, kv_heads: int = KV_HEADS) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=128,
-        hidden_size=query_heads * HEAD_SIZE,
-        intermediate_size=256,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=query_heads,
-        num_key_value_heads=kv_heads,
-        head_dim=HEAD_SIZE,
-        max_position_embeddings=4096,
-        # Random layers hardly move the residual stream; larger weights make every head matter.
-        initializer_range=0.1,
-    )
-
-
-def make_llava(
-    folder: Path, query_heads: int = QUERY_HEADS, kv_heads: int = KV_HEADS, seed: int = 0
-) -> Path:
-    """A LLaVA of four layers with random weights, in the form that vLLM loads."""
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=112,
-        patch_size=14,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text_config(query_heads, kv_heads),
-        image_token_index=4,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        image_seq_length=IMAGE_TOKENS,
-    )
-    torch.manual_seed(seed)
-    LlavaForConditionalGeneration(config).to(torch.float32).save_pretrained(folder)
-    size = {"height": 112, "width": 112}
-    LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 112}, crop_size=size),
-        tokenizer=make_tokenizer(),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        image_token="<image>",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)
-    _rename_for_vllm(folder / "model.safetensors")
-    return folder
 
 
 def make_llava_next(folder: Path, seed: int = 0) -> Path:
@@ -171,7 +94,7 @@ def make_llava_next(folder: Path, seed: int = 0) -> Path:
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
-    _rename_for_vllm(folder / "model.safetensors")
+    rename_for_vllm(folder / "model.safetensors")
     return folder
 
 
@@ -265,38 +188,3 @@ def make_gemma3(folder: Path, seed: int = 0) -> Path:
     Gemma3ForCausalLM(config).to(torch.float32).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
-
-
-def _rename_for_vllm(weights: Path) -> None:
-    """transformers 5 drops `vision_model.` from the vision tower's names; vLLM expects it."""
-    parts = ("embeddings", "encoder", "pre_layrnorm", "post_layernorm")
-    tensors = load_file(weights)
-    for name in list(tensors):
-        for part in parts:
-            if name.startswith(f"vision_tower.{part}") or f".vision_tower.{part}" in name:
-                renamed = name.replace(f"vision_tower.{part}", f"vision_tower.vision_model.{part}")
-                tensors[renamed] = tensors.pop(name)
-                break
-    save_file({k: v.contiguous() for k, v in tensors.items()}, weights, metadata={"format": "pt"})
-
-
-def picture(seed: int) -> Image.Image:
-    """Noise of the size that the tiny LLaVA takes."""
-    pixels = np.random.default_rng(seed).integers(0, 255, (112, 112, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def skewed_profile(
-    layers: int = LAYERS, query_heads: int = QUERY_HEADS, kv_heads: int = KV_HEADS
-) -> HeadProfile:
-    """Few heads with most of the mass, as in real models: budgets differ by 10x and more."""
-    rng = np.random.default_rng(7)
-    scores = rng.pareto(0.6, (layers, query_heads))
-    return HeadProfile(
-        model_id="tiny",
-        num_layers=layers,
-        num_query_heads=query_heads,
-        num_kv_heads=kv_heads,
-        provenance={"method": "random, for tests"},
-        scores=tuple(map(tuple, scores.tolist())),
-    )

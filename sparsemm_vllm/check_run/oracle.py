@@ -3,6 +3,7 @@
 Shares the scoring twin with the plugin, and nothing else: no blocks, no pages, no scheduler.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,23 @@ class Oracle:
     """Greedy decoding with a KV cache pruned by `layout`, of a model with or without pictures.
 
     Layers with a sliding window are not pruned; the layout has the others, in their order.
+
+    Args:
+        model: folder of the model; it is computed in float32.
+        layout: budgets of its heads.
+
+    Attributes:
+        layout: budgets of its heads; may be replaced between two answers.
+        seed: seed of `random` methods.
+        kept: positions that (pruned layer, KV head) kept of the last prompt, without the window.
+        regrets: log-probability that each token of the last answer has less than the best one.
     """
 
     def __init__(self, model: Path, layout: CacheLayout) -> None:
         self.layout = layout
         self.seed = 0
         self.kept: dict[tuple[int, int], torch.Tensor] = {}
+        self.regrets: list[float] = []
         self._visible: dict[int, torch.Tensor] = {}
         self._prompt_tokens = 0
         AttentionInterface.register(NAME, self._attend)
@@ -93,9 +105,25 @@ class Oracle:
 
     @torch.no_grad()
     def generate(
-        self, text: str, images: list[Any], max_tokens: int, **options: Any
+        self,
+        text: str,
+        images: list[Any],
+        max_tokens: int,
+        forced: Sequence[int] | None = None,
+        **options: Any,
     ) -> tuple[list[int], list[float]]:
-        """Tokens and their log-probabilities; `options` are the processor's."""
+        """Answer a prompt.
+
+        Args:
+            text: prompt, with its ``<image>`` or the like.
+            images: pictures of the prompt.
+            max_tokens: number of tokens to generate.
+            forced: tokens to take in place of the best ones.
+            options: options of the processor.
+
+        Returns:
+            The tokens and their log-probabilities.
+        """
         # The tokenizer adds no special tokens and the prompt brings its own <s>.
         pictures = {"images": images} if images else {}
         inputs = self.processor(text=text, **pictures, **options, return_tensors="pt")
@@ -104,12 +132,15 @@ class Oracle:
         self._prompt_tokens = inputs["input_ids"].shape[1]
         self._visible.clear()
         self.kept.clear()
+        self.regrets = []
         tokens, logprobs, cache = [], [], None
-        for _ in range(max_tokens):
+        for step in range(max_tokens):
             output = self.model(**inputs, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            best = output.logits[0, -1].log_softmax(-1).max(-1)
-            tokens.append(int(best.indices))
-            logprobs.append(float(best.values))
-            inputs = {"input_ids": best.indices[None, None]}
+            scores = output.logits[0, -1].log_softmax(-1)
+            token = int(scores.argmax()) if forced is None else forced[step]
+            tokens.append(token)
+            logprobs.append(float(scores[token]))
+            self.regrets.append(float(scores.max() - scores[token]))
+            inputs = {"input_ids": torch.tensor([[token]])}
         return tokens, logprobs
