@@ -81,22 +81,22 @@ class Finding:
 
 
 def check() -> list[Finding]:
-    """Look for everything, in any version of vLLM."""
+    """Look for everything, in any version of vLLM; what breaks comes first."""
     known, wraps = contract.nearest(patches.version("vllm")), patches.every_wrap()
     different = {d.symbol: d for d in contract.compare(known, wraps)}
     uses = contract.uses(wraps)
     findings = []
     for symbol in sorted({*known.signatures, *different}):
-        use = uses[symbol].kinds[0] if symbol in uses else "recorded"
-        found = different.get(symbol)
-        findings.append(
-            Finding(use, symbol, str(found) if found else None, bool(found and found.breaks))
-        )
+        use = uses[symbol].kinds[0] if symbol in uses else contract.INHERITED
+        if (found := different.get(symbol)) is None:
+            findings.append(Finding(use, symbol, None, False))
+        else:
+            findings.append(Finding(found.kind, symbol, str(found), bool(found.breaks)))
     for path, names in ATTRIBUTES.items():
         for name in names.split():
             missing = _missing_attribute(path, name)
             findings.append(Finding("read", f"{path}.{name}", missing, missing is not None))
-    return findings
+    return sorted(findings, key=lambda f: (not f.breaks, f.use == contract.INHERITED))
 
 
 def _missing_attribute(path: str, name: str) -> str | None:
