@@ -14,12 +14,12 @@ What one layer takes is the largest of three, and the launch:
 * the **bytes**: kept keys and values over the bandwidth with which the device reads, after the
   beginning of the first item. These alone, without a beginning, are the floor.
 
-It knows nothing of waiting for memory, but for an item's first tile. On one H200 (2026-11-28, 26
-cases) launches took 0.96 to 1.93 times the prediction; large unpruned batches of bf16 1.03 to 1.22
-times. If every tile waited 2,400 cycles more, and the first one of an item 3,000 instead of 600, 23
-of 24 cases would be met within 25 %.
+It knows nothing of waiting for memory, but for an item's first tile. On one H200 (2026-11-28,
+Triton 3.6.0, 26 cases) launches took 0.96 to 1.93 times the prediction; large unpruned batches of
+bf16 1.03 to 1.22 times. If every tile waited 2,400 cycles more, and the first one of an item 3,000
+instead of 600, 23 of 24 cases would be met within 25 %.
 
-The costs lie in ``benchmarks/results/decode-costs.json``, by version of Triton; the entry "before"
+The costs lie in ``benchmarks/results/decode-costs.json``, by version of Triton; an entry "before"
 is the kernel that had a second one to combine parts, and a schedule that balanced tiles only. The
 GPU suite prints this model's prediction beside each measurement.
 """
@@ -336,12 +336,13 @@ PAGE = """# Predicted time of decode attention
 
 Microseconds per layer, from the schedule and the machine code (`python benchmarks/decode_model.py
 markdown` wrote this page). **Nothing here was measured.** An H200's
-[measurements](nvidia-h200/2026-11-28/summary.md) show that programs wait for memory longer than the
-model thinks: launches took 0.96 to 1.93 times these times, large unpruned batches 1.03 to 1.22
-times. "Before" is the kernel up to November 2026, whose parts were combined by a second one; no GPU
-has run it. The floor is the kept keys and values over the bandwidth. One decode step right after
-the prompts were pruned; bf16; budgets follow scores that are as concentrated as the published ones;
-"dense" is our kernel without pruning.
+[measurements](nvidia-h200/2026-11-28/summary.md) with Triton 3.6.0 show that programs wait for
+memory longer than the model thinks: launches took 0.96 to 1.93 times these times, large unpruned
+batches 1.03 to 1.22 times. A column is a version of Triton. Where two times stand, the first one is
+the kernel up to November 2026, whose parts were combined by a second one; no GPU has run it, and
+Triton 3.8 has not compiled it. The floor is the kept keys and values over the bandwidth. One decode
+step right after the prompts were pruned; bf16; budgets follow scores that are as concentrated as
+the published ones; "dense" is our kernel without pruning.
 """
 
 

@@ -11,7 +11,7 @@ ptxas cannot know: an estimate (within some 30 %) to compare variants of a kerne
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -38,6 +38,11 @@ _FIRST = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);\s*/\* 0x[0-9a-f]{16} \*/")
 _SECOND = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
 _PREDICATE = re.compile(r"^@!?U?P\w+\s+")
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
+
+JUMPS = ("BRA", "CALL", "RET", "BRX", "BRXU", "JMP", "JMX", "JMXU")
+# A call without a return address is a branch, as long as nothing returns: RET is refused.
+_JUMP = re.compile(r"\b(?:BRA|CALL\.REL\.NOINC)\b.* 0x([0-9a-f]+)$")
+ALWAYS = ("BRA", "CALL.REL.NOINC", "EXIT")  # without a condition
 
 
 @dataclass(frozen=True)
@@ -162,42 +167,108 @@ def hot_loop(sass: str) -> Part | None:
     return Part.of(between(code, begin, end + 1))
 
 
-def decode_parts(sass: str) -> DecodeParts:
-    """Take the machine code of `sparse_decode` apart.
+# Where control goes after each instruction.
+Flow = dict[int, tuple[int, ...]]
 
-    Behind the loop over tiles there is, in this order: a branch, the output of an item that no
-    other program shares, and, where the branch goes, the storing of a part, an atomic addition, a
-    branch to the end of the item for all but the last program, a loop over parts, the output.
+
+def flow(code: Code) -> Flow:
+    """Addresses of the instructions that may come after each one.
 
     Raises:
-        ValueError: if it is arranged in another way.
+        ValueError: for a jump whose targets the listing does not tell.
+    """
+    ways: Flow = {}
+    for x, following in zip(code, [*code[1:], None], strict=True):
+        after = () if following is None or x.text in ALWAYS else (following.address,)
+        if x.opcode in JUMPS:
+            target = _JUMP.search(x.text)
+            if target is None:
+                raise ValueError(f"{x.text} at {x.address:#x} goes nobody knows where")
+            always = x.text.split(" 0x")[0] in ALWAYS
+            after = (*(() if always else after), int(target[1], 16))
+        ways[x.address] = after
+    return ways
+
+
+def reached(ways: Flow, begin: int, stop: Container[int] = ()) -> set[int]:
+    """Addresses on all ways from `begin` on, up to those in `stop`, which do not belong to it."""
+    found: set[int] = set()
+    ahead = [begin]
+    while ahead:
+        at = ahead.pop()
+        if at not in found and at not in stop:
+            found.add(at)
+            ahead.extend(ways[at])
+    return found
+
+
+def decode_parts(sass: str) -> DecodeParts:
+    """Take the machine code of `sparse_decode` apart, by where control goes.
+
+    Behind the loop over tiles the ways part. One leads to the output of an item that no other
+    program shares. The other one leads to storing a part, an atomic addition, and a fork: all
+    programs but the last leave, the last one goes through a loop over parts to the output. All meet
+    at the end of the loop over items. In which order this lies in memory is another matter: Triton
+    3.6 and 3.7 put the unshared output first, 3.8 puts it last.
+
+    Raises:
+        ValueError: if control goes another way.
     """
     code = instructions(sass)
     found = tensor_loops(code)
     if len(found) < 2:
         raise ValueError("no loop over tiles inside a loop over items")
     (tile_begin, tile_end), (item_begin, item_end) = found[0], found[-1]
-    rest = between(code, tile_end + 1, item_end + 1)
-    atomics = [x.address for x in rest if x.opcode.startswith("ATOM")]
-    inner = [loop for loop in loops(rest) if loop[0] > tile_end]
-    if len(atomics) != 1 or len(inner) != 1 or inner[0][0] < atomics[0]:
+    ways = flow(code) | {item_end: ()}  # one turn of the loop over items
+    behind = _behind(code, ways, tile_begin, tile_end)
+    rest = reached(ways, behind)
+    atomics = [x.address for x in code if x.address in rest and x.opcode.startswith("ATOM")]
+    backward = [loop for loop in loops(code) if rest.issuperset(loop)]
+    inner = [loop for loop in backward if loop[1] in reached(ways, loop[0])]
+    if len(atomics) != 1 or len(inner) != 1:
         raise ValueError(f"{len(atomics)} atomic additions and {len(inner)} loops behind the tiles")
-    shared = _branch(rest, tile_end, tile_end, atomics[0])
-    others = _branch(rest, atomics[0], inner[0][1], item_end + 1)
-    rounds = between(code, inner[0][0], inner[0][1] + 1)
+    ((round_begin, round_end),) = inner
+    shared, alone = _fork(ways, behind, round_begin)
+    last, others = _fork(ways, atomics[0], round_begin)
+    meet = reached(ways, others)  # the end of every item
+    if not meet <= reached(ways, alone):
+        raise ValueError(f"not every item ends with what lies at {others:#x}")
+    pieces = {
+        "begin": reached(ways, item_begin, {tile_begin, behind, *meet}),
+        "tile": reached(ways, tile_begin, {behind}),
+        "end": reached(ways, behind, {shared, *meet}),
+        "split": reached(ways, shared, {last, *meet}),
+        "combine": reached(ways, last),
+    }
+    whole = [x.address for x in between(code, item_begin, item_end + 1)]
+    if sorted(at for piece in pieces.values() for at in piece) != whole:
+        raise ValueError("the parts of an item have code in common, or leave some out")
+    if atomics[0] not in pieces["split"]:
+        raise ValueError(f"the atomic addition at {atomics[0]:#x} is not of a shared item only")
+    after_rounds = _behind(code, ways, round_begin, round_end)
+    pieces["round"] = reached(ways, round_begin, {after_rounds})
     return DecodeParts(
-        begin=Part.of(between(code, item_begin, tile_begin)),
-        tile=Part.of(between(code, tile_begin, tile_end + 1)),
-        end=Part.of(between(code, tile_end + 1, shared.target or 0)),
-        split=Part.of(between(code, shared.target or 0, others.address + 1)),
-        combine=Part.of(between(code, others.address + 1, item_end + 1)),
-        round=Part.of(rounds),
+        **{name: Part.of([x for x in code if x.address in at]) for name, at in pieces.items()}
     )
 
 
-def _branch(code: Code, behind: int, low: int, high: int) -> Instruction:
-    """The first branch behind an address whose target lies between two others."""
-    for x in code:
-        if x.address > behind and x.target is not None and low < x.target < high:
-            return x
-    raise ValueError(f"no branch behind {behind:#x} goes between {low:#x} and {high:#x}")
+def _behind(code: Code, ways: Flow, begin: int, end: int) -> int:
+    """Where control goes from a loop."""
+    loop = {x.address for x in between(code, begin, end + 1)}
+    behind = {after for at in loop for after in ways[at]} - loop
+    if len(behind) != 1:
+        raise ValueError(f"{len(behind)} ways lead out of the loop {begin:#x} to {end:#x}")
+    return behind.pop()
+
+
+def _fork(ways: Flow, begin: int, goal: int) -> tuple[int, int]:
+    """The first fork from `begin` on of which only one way leads to `goal`: this way, the other."""
+    forks = {}
+    for at in reached(ways, begin):
+        leading = [goal in reached(ways, after) for after in ways[at]]
+        if sorted(leading) == [False, True]:
+            forks[at] = ways[at][leading.index(True)], ways[at][leading.index(False)]
+    first = [at for at in forks if forks.keys() <= reached(ways, at)]
+    if len(first) != 1:
+        raise ValueError(f"{len(first)} forks behind {begin:#x} on the way to {goal:#x}")
+    return forks[first[0]]

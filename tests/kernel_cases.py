@@ -17,7 +17,7 @@ FP8 = torch.float8_e4m3fn
 
 
 def repair_bfloat16_products() -> None:
-    """Triton's interpreter multiplies the bits of bfloat16 numbers (up to 3.7.1): convert them."""
+    """Triton's interpreter multiplies the bits of bfloat16 numbers (up to 3.8.0): convert them."""
     dot = InterpreterBuilder.create_dot
 
     def create_dot(self, a, b, *rest):
