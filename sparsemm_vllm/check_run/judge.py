@@ -103,7 +103,7 @@ def judge_references(references: References) -> Row:
             usual = Request(request.text, request.pictures)
             own, other = (references.of(r, tokens).logprobs for r in (request, usual))
             least = min(least, float(np.median(np.abs(np.subtract(own, other)))))
-    finding = f"budgets differ: {least:.2g}"
+    finding = f"budgets apart: {least:.2g}"
     return Row(name=REFERENCE, status="ok" if least > VISIBLE else "differs", finding=finding)
 
 
