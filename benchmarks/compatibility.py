@@ -152,12 +152,15 @@ def on_gpus(results: Path) -> Iterator[dict[str, str]]:
         kernels = json.loads(file.read_text())
         if kernels["dry_run"]:
             continue
-        machine = kernels["machines"][-1]
+        machines = kernels["machines"]
         text = f"{len(kernels['cases'])} of {kernels['total']} kernel cases right"
         if (modes := file.with_name("modes.json")).exists():
             engines = json.loads(modes.read_text())
+            machines = machines + engines["machines"]
             text += f", {len(engines['cases'])} of {engines['total']} engine modes"
-        row = {name: machine.get(name, "") for name in PACKAGES} | {"device": machine["device"]}
+        # The kernels ran without vLLM installed; the engines' machine knows its version.
+        known = {name: value for machine in machines for name, value in machine.items() if value}
+        row = {name: known.get(name, "") for name in (*PACKAGES, "device")}
         yield row | {"check --run": "", "tests": text, "date": file.parent.name}
 
 
