@@ -47,8 +47,8 @@ class TorchMetadataBuilder(AttentionMetadataBuilder[TorchMetadata]):
 
     step: Step | None = None
 
-    def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # abstract in vLLM's
+        super().__init__(*args, **kwargs)
 
     def build(
         self,

@@ -49,13 +49,13 @@ class SparseMMCpuPlatform(CpuPlatform):
         return path
 
     @classmethod
-    def check_and_update_config(cls, vllm_config: Any) -> None:
+    def check_and_update_config(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         """As vLLM's for the CPU, with its default block size on CUDA and no compiled kernels.
 
         A single worker runs in the engine's process: one of its own would only be bound to cores,
         and import vLLM once more, which takes half of a server's start.
         """
-        super().check_and_update_config(vllm_config)
+        super().check_and_update_config(vllm_config, *args, **kwargs)
         parallel_config = vllm_config.parallel_config
         processes = parallel_config.distributed_executor_backend == "mp"
         if processes and parallel_config.world_size_across_dp == 1:
@@ -64,9 +64,9 @@ class SparseMMCpuPlatform(CpuPlatform):
         vllm_config.compilation_config.custom_ops = ["none"]
 
     @classmethod
-    def update_block_size_for_backend(cls, vllm_config: Any) -> None:
+    def update_block_size_for_backend(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         """As vLLM's, which since 0.33 puts its own default there when it knows the backends."""
-        super().update_block_size_for_backend(vllm_config)
+        super().update_block_size_for_backend(vllm_config, *args, **kwargs)
         model = vllm_config.model_config
         if model is not None and not model.is_hybrid:  # those have blocks as large as a state
             _set_default_block_size(vllm_config)

@@ -58,27 +58,30 @@ class SparseMMMetadataBuilder(FlashAttentionMetadataBuilder):
             self.aot_schedule = False
 
     @classmethod
-    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+    def get_cudagraph_support(
+        cls, vllm_config: Any, kv_cache_spec: Any, *args: Any, **kwargs: Any
+    ) -> AttentionCGSupport:
         """Full graphs for decode batches; vLLM keeps piecewise graphs for the others."""
         if isinstance(kv_cache_spec, SparseMMSpec):
             return AttentionCGSupport.UNIFORM_BATCH
-        return super().get_cudagraph_support(vllm_config, kv_cache_spec)
+        return super().get_cudagraph_support(vllm_config, kv_cache_spec, *args, **kwargs)
 
     def build(
         self,
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> SparseMMMetadata | FlashAttentionMetadata:
         """The metadata of one step. Does not wait for the device."""
         common, step = common_attn_metadata, self.step
         if step is None:  # layers that stay dense, batches that stand for none
-            return super().build(common_prefix_len, common, fast_build)
+            return super().build(common_prefix_len, common, *args, **kwargs)
         first = step.short_rows
         dense, first_token = None, common.num_actual_tokens
         if first < common.num_reqs:
             first_token = int(common.query_start_loc_cpu[first])
-            dense = super().build(0, _dense_part(common, step, first_token), fast_build)
+            dense = super().build(0, _dense_part(common, step, first_token), *args, **kwargs)
         return SparseMMMetadata(
             step, common.block_table_tensor, dense, slice(first_token, common.num_actual_tokens)
         )

@@ -51,11 +51,12 @@ class SparseMMSpec(FullAttentionSpec):
         compact = self.layout.most_compact_blocks(max_len, self.block_size)
         return cdiv(max_len, self.block_size) + compact
 
-    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> int:
         """Bytes that suffice for one request of up to the longest length at its peak."""
         longest = vllm_config.model_config.max_model_len
         compact = self.layout.most_compact_blocks(longest, self.block_size)
-        return super().max_memory_usage_bytes(vllm_config) + compact * self.page_size_bytes
+        dense = super().max_memory_usage_bytes(vllm_config, *args, **kwargs)
+        return dense + compact * self.page_size_bytes
 
 
 @dataclass(slots=True)

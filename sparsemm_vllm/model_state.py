@@ -50,9 +50,15 @@ class SparseMMModelState(DefaultModelState):
     """Keeps the running requests and tells the metadata builders what a step does to them."""
 
     def __init__(
-        self, vllm_config: VllmConfig, model: Any, encoder_cache: Any, device: torch.device
+        self,
+        vllm_config: VllmConfig,
+        model: Any,
+        encoder_cache: Any,
+        device: torch.device,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(vllm_config, model, encoder_cache, device)
+        super().__init__(vllm_config, model, encoder_cache, device, *args, **kwargs)
         self._state = _allocate_state(
             vllm_config, self.max_num_reqs, max(self.max_model_len, self.max_num_tokens), device
         )

@@ -3,7 +3,7 @@
 from typing import Any
 
 
-def dense_metadata(builder: Any, prefix: int, given: Any, fast_build: bool) -> Any:
+def dense_metadata(builder: Any, prefix: int, given: Any, fast_build: bool = False) -> Any:
     """The builder's `build`: a batch's metadata, without FlashAttention's own schedule."""
     from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
 

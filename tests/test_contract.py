@@ -320,3 +320,24 @@ def test_methods_that_are_called_are_called() -> None:
 
 def test_vllms_request_still_tells_its_length() -> None:
     assert contract.resolve("vllm.v1.request:Request.num_tokens") == (Request, "num_tokens")
+
+
+def test_whatever_stands_around_a_function_of_vllms_passes_everything_on() -> None:
+    """Wrappers, and methods that call the one they replace: a new parameter goes through.
+
+    But for attention itself, which must not ignore what it does not know.
+    """
+    around = {}
+    for wrap in (*patches.WRAPPED, *patches.WRAPPED_IN_WORKERS):
+        name = wrap.symbol.path.replace(":", ".").rpartition(".")[2]
+        factory = wrap.wrapper
+        around[name], _ = sources.wrapper(factory.__module__, factory.__name__, name)
+    for ours in OVERRIDES:
+        methods = sources.methods(ours)
+        for name, _ in sources.super_calls(ours):
+            if name in methods and name != "forward":
+                around[f"{ours}.{name}"] = methods[name]
+    assert len(around) > 20
+    kinds = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    narrow = [n for n, s in around.items() if not kinds <= {p.kind for p in s.parameters.values()}]
+    assert narrow == []

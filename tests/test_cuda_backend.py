@@ -164,7 +164,7 @@ class Flash:
         self.built: list[CommonAttentionMetadata] = []
         self.attended: list[cuda_backend.FlashAttentionMetadata] = []
 
-        def build(builder: Any, prefix: int, given: Any, fast_build: bool) -> Any:
+        def build(builder: Any, prefix: int, given: Any, fast_build: bool = False) -> Any:
             self.built.append(given)
             return dense_metadata(builder, prefix, given, fast_build)
 
