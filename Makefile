@@ -1,8 +1,8 @@
 # Two commands on a fresh machine, with or without a GPU: `make demo` and `make test`.
 # With VLLM=0.32 they use that version of vLLM, in an environment of its own.
 PYTHON ?= python3
-VLLM ?= 0.33
 LATEST := 0.33
+VLLM ?= $(LATEST)
 SUFFIX := $(if $(filter $(LATEST),$(VLLM)),,-$(VLLM))
 VENV := .venv$(SUFFIX)
 CONSTRAINTS := constraints$(SUFFIX).txt
@@ -45,7 +45,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
-	@echo "Installing vLLM $(VLLM), torch and this project into $(VENV): 8.7 GB, some minutes, the first time."
+	@echo "Installing vLLM $(VLLM), torch and this project into $(VENV): 10 GB, some minutes, the first time."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --disable-pip-version-check --progress-bar on -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@

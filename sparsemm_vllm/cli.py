@@ -375,9 +375,10 @@ def check(
         return canary.print_findings(canary.check(), console, everything)
 
     if record is not None:
-        from sparsemm_vllm import contract, patches
+        with _one_line_errors("check"):
+            from sparsemm_vllm import contract, patches
 
-        contract.record(patches.every_wrap()).save(record)
+            contract.record(patches.every_wrap()).save(record)
         console.print(f"saved {record}", highlight=False, markup=False, soft_wrap=True)
         return
     if not run:

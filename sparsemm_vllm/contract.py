@@ -14,7 +14,7 @@ import importlib
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from inspect import Signature
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 from packaging.version import Version
 
 from sparsemm_vllm import sources
+from sparsemm_vllm.files import write_whole
 from sparsemm_vllm.signatures import (
     CallSite,
     changes,
@@ -108,8 +109,12 @@ class Contract:
     signatures: dict[str, str]
 
     def save(self, file: Path) -> None:
-        """Write it, a symbol a line."""
-        file.write_text(json.dumps({"vllm": self.vllm, "signatures": self.signatures}, indent=1))
+        """Write it, a symbol a line.
+
+        Raises:
+            OSError: naming the file, if it cannot be written.
+        """
+        write_whole(file, json.dumps(asdict(self), indent=1))
 
 
 @dataclass
@@ -203,7 +208,7 @@ def uses(wraps: Iterable[Any]) -> dict[str, Use]:
     """Everything that SPARSEMM wraps, overrides, calls or imports of vLLM, by symbol.
 
     Args:
-        wraps: objects with `symbol.path`, and `wrapper`, the function that makes ours.
+        wraps: objects with `symbol`, and `wrapper`, the function that makes ours.
     """
     found: dict[str, Use] = {}
 
@@ -214,7 +219,7 @@ def uses(wraps: Iterable[Any]) -> dict[str, Use]:
         return entry
 
     for wrap in wraps:
-        symbol, factory = wrap.symbol.path, wrap.wrapper
+        symbol, factory = wrap.symbol, wrap.wrapper
         name = symbol.replace(":", ".").rpartition(".")[2]
         ours, reads = sources.wrapper(factory.__module__, factory.__name__, name)
         use(symbol, "wrapped").stands_in[f"{factory.__module__}.{factory.__name__}"] = ours

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sparsemm_vllm import contract
-from sparsemm_vllm.patches import Symbol, Wrap
+from sparsemm_vllm.patches import Wrap
 from sparsemm_vllm.signatures import argument
 
 PAD_SLOT = -1
@@ -42,12 +42,11 @@ def _gather_block_tables(original: Callable[..., Any]) -> Callable[..., Any]:
         for group, (source, table) in enumerate(zip(self.block_tables, tables, strict=True)):
             table[:requests] = source.gpu[request]
             table[requests:rows] = 0
-            if num_computed_tokens is not None:  # 0.33: the null block where no query looks
-                reach = int(self.sliding_window_reach[group])
-                unseen = (num_computed_tokens[request] - reach).clamp(min=0)
-                if reach > 0:
-                    first = unseen // self.block_sizes[group]
-                    table[:requests][torch.arange(table.shape[1]) < first[:, None]] = 0
+            # 0.33: the null block where a sliding window has passed, and no query looks.
+            if num_computed_tokens is not None and (reach := int(self.sliding_window_reach[group])):
+                passed = (num_computed_tokens[request] - reach).clamp(min=0)
+                unseen = passed // self.block_sizes[group]
+                table[:requests][torch.arange(table.shape[1]) < unseen[:, None]] = 0
         return tuple(table[:num_reqs_padded] for table in tables)
 
     return gather_block_tables
@@ -210,7 +209,7 @@ _INTERPRETED = "the interpreter is slow"
 _TABLES = "vllm.v1.worker.gpu.block_table:BlockTables"
 _RUNNER = "vllm.v1.worker.gpu.model_runner"
 TWINS = tuple(
-    Wrap(Symbol(path), _INTERPRETED, twin)
+    Wrap(path, _INTERPRETED, twin)
     for path, twin in (
         (f"{_TABLES}.gather_block_tables", _gather_block_tables),
         (f"{_TABLES}.compute_slot_mappings", _slot_mappings),
@@ -226,5 +225,5 @@ TWINS = tuple(
 def install() -> None:
     """Put the twins in place, of the functions that are as in a supported release. Idempotent."""
     for twin in TWINS:
-        if contract.is_recorded(twin.symbol.path):
+        if contract.is_recorded(twin.symbol):
             twin.install()

@@ -27,31 +27,22 @@ class IncompatibleError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Symbol:
-    """A function of vLLM: `module:qualified.name`."""
-
-    path: str
-
-    def resolve(self) -> tuple[Any, str]:
-        """The object that holds it, and its attribute name there.
-
-        Raises:
-            ImportError, AttributeError: if it is gone.
-        """
-        return contract.resolve(self.path)
-
-
-@dataclass(frozen=True)
 class Wrap:
-    """A function that gets something around it."""
+    """A function that gets something around it.
 
-    symbol: Symbol
+    Attributes:
+        symbol: vLLM's function, ``module:qualified.name``.
+        reason: why no hook of vLLM's serves.
+        wrapper: function that makes ours from vLLM's.
+    """
+
+    symbol: str
     reason: str
     wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
 
     def install(self) -> None:
         """Put the wrapper in place, once."""
-        holder, name = self.symbol.resolve()
+        holder, name = contract.resolve(self.symbol)
         original = getattr(holder, name)
         if not hasattr(original, "__sparsemm__"):
             wrapped = functools.wraps(original)(self.wrapper(original))
@@ -60,7 +51,7 @@ class Wrap:
 
     def is_installed(self) -> bool:
         """Whether the wrapper is in place."""
-        holder, name = self.symbol.resolve()
+        holder, name = contract.resolve(self.symbol)
         return hasattr(getattr(holder, name), "__sparsemm__")
 
 
@@ -209,41 +200,41 @@ def _prune_seconds(original: Callable[..., Any]) -> Callable[..., Any]:
 
 WRAPPED = (
     Wrap(
-        Symbol("vllm.model_executor.layers.attention.attention:Attention.get_kv_cache_spec"),
+        "vllm.model_executor.layers.attention.attention:Attention.get_kv_cache_spec",
         "a backend's customize_spec knows neither the layer nor the model, the budgets depend on "
         "both",
         _layer_spec,
     ),
     Wrap(
-        Symbol("vllm.v1.worker.gpu.model_states:resolve_model_state_cls"),
+        "vllm.v1.worker.gpu.model_states:resolve_model_state_cls",
         "the model state is chosen by the model alone; ours puts generated tokens into the blocks "
         "behind the compact ones",
         _model_state,
     ),
     Wrap(
-        Symbol("vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks"),
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks",
         "a prefix hit must leave the window queries to compute, and the manager must know the "
         "prompt's length before admission",
         _computed_blocks,
     ),
     Wrap(
-        Symbol("vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead"),
+        "vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead",
         "the chunk that ends a prompt must hold all of its window queries, and end with it",
         _chunk_end,
     ),
     Wrap(
-        Symbol("vllm.v1.engine.input_processor:InputProcessor.process_inputs"),
+        "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         "streaming input extends a prompt after its prefill, and what a request must not ask for "
         "has to be refused before the engine sees it",
         _request_check,
     ),
     Wrap(
-        Symbol("vllm.v1.core.sched.scheduler:Scheduler.update_from_output"),
+        "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
         "the scheduler's statistics have no place for a plugin's own numbers",
         _step_statistics,
     ),
     Wrap(
-        Symbol("vllm.v1.metrics.loggers:StatLoggerManager.__init__"),
+        "vllm.v1.metrics.loggers:StatLoggerManager.__init__",
         "a stat logger plugin would switch statistics on in every vLLM, with or without SPARSEMM",
         _stat_loggers,
     ),
@@ -251,13 +242,13 @@ WRAPPED = (
 # Only workers import the model runner: it takes seconds.
 WRAPPED_IN_WORKERS = (
     Wrap(
-        Symbol("vllm.v1.worker.gpu.model_runner:GPUModelRunner.profile_cudagraph_memory"),
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.profile_cudagraph_memory",
         "the model runner drops the KV cache that it measured CUDA graphs with, and no hook of a "
         "model state is called then; its memory is wanted for the real cache",
         _graph_memory,
     ),
     Wrap(
-        Symbol("vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens"),
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens",
         "a model state cannot add to a step's output; the time of pruning is known to the worker",
         _prune_seconds,
     ),
@@ -290,7 +281,7 @@ def every_wrap() -> list[Wrap]:
     from sparsemm_vllm.plugin import _install_if_asked
 
     entry = Wrap(
-        Symbol("vllm.engine.arg_utils:EngineArgs.create_engine_config"),
+        "vllm.engine.arg_utils:EngineArgs.create_engine_config",
         "a plugin that finds a configuration which asks for it must be installed before it is used",
         _install_if_asked,
     )
@@ -313,9 +304,9 @@ def problems() -> list[str]:
     gone = []
     for wrap in WRAPPED:
         try:
-            wrap.symbol.resolve()
+            contract.resolve(wrap.symbol)
         except (ImportError, AttributeError) as error:
-            gone.append(f"{wrap.symbol.path}: {error}")
+            gone.append(f"{wrap.symbol}: {error}")
     return gone or _breaking(differences())
 
 
@@ -360,7 +351,7 @@ def install_in_worker() -> None:
         IncompatibleError: listing everything that SPARSEMM would fail with.
     """
     for wrap in WRAPPED_IN_WORKERS:
-        wrap.symbol.resolve()  # imports it
+        contract.resolve(wrap.symbol)  # imports it
     if found := _breaking(differences()):
         raise IncompatibleError("SPARSEMM cannot run on this vLLM: " + "; ".join(found))
     for wrap in WRAPPED_IN_WORKERS:
@@ -373,7 +364,7 @@ def require_installed() -> None:
     Raises:
         IncompatibleError: if `install` did not run in this process.
     """
-    missing = [wrap.symbol.path for wrap in WRAPPED if not wrap.is_installed()]
+    missing = [wrap.symbol for wrap in WRAPPED if not wrap.is_installed()]
     if missing:
         raise IncompatibleError(
             "SPARSEMM is not installed in this process; build the engine from EngineArgs, or call "

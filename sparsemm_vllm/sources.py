@@ -4,7 +4,6 @@ Our modules may fail to import in a release of vLLM that they were not written f
 """
 
 import ast
-import importlib.util
 from collections.abc import Iterator
 from functools import cache
 from inspect import Signature
@@ -19,16 +18,13 @@ ROOT = Path(__file__).parent
 
 @cache
 def modules() -> dict[str, ast.Module]:
-    """Our modules by name, those in which nothing of vLLM's stands too."""
+    """Our modules by name, also those that use nothing of vLLM's."""
     trees = {}
     for file in sorted(ROOT.rglob("*.py")):
         parts = file.relative_to(ROOT).with_suffix("").parts
-        trees[".".join((ROOT.name, *parts)).removesuffix(".__init__")] = _parse(file)
+        name = ".".join((ROOT.name, *parts)).removesuffix(".__init__")
+        trees[name] = ast.parse(file.read_text("utf-8"))
     return trees
-
-
-def _parse(file: Path) -> ast.Module:
-    return ast.parse(file.read_text("utf-8"))
 
 
 @cache
@@ -75,14 +71,18 @@ def super_calls(path: str) -> Iterator[tuple[str, CallSite]]:
 
 def calls_of(name: str) -> list[CallSite]:
     """Our calls of a method of that name, of whatever object."""
-    return [
-        CallSite.read(node, _where(module))
-        for module, tree in modules().items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr == name
-    ]
+    return _method_calls().get(name, [])
+
+
+@cache
+def _method_calls() -> dict[str, list[CallSite]]:
+    """All our calls of methods, by name."""
+    found: dict[str, list[CallSite]] = {}
+    for module, tree in modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                found.setdefault(node.func.attr, []).append(CallSite.read(node, _where(module)))
+    return found
 
 
 def wrapper(module: str, factory: str, name: str) -> tuple[Signature, list[str]]:
@@ -121,12 +121,9 @@ def _definition(module: str, name: str) -> Function:
 
 
 def _module(name: str) -> ast.Module:
-    if name in modules():
-        return modules()[name]
-    spec = importlib.util.find_spec(name)  # a test's
-    if spec is None or spec.origin is None:
+    if name not in modules():
         raise LookupError(f"{name} is no module of ours")
-    return _parse(Path(spec.origin))
+    return modules()[name]
 
 
 def _where(module: str) -> str:

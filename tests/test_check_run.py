@@ -331,7 +331,7 @@ def test_this_vllm_passes(tmp_path: Path) -> None:
 UNWRAPPED = """
 from sparsemm_vllm import patches
 from sparsemm_vllm.check_run import child
-patches.WRAPPED = tuple(w for w in patches.WRAPPED if "get_computed_blocks" not in w.symbol.path)
+patches.WRAPPED = tuple(w for w in patches.WRAPPED if "get_computed_blocks" not in w.symbol)
 patches.version = {"vllm": "0.99.0"}.__getitem__
 child.main()
 """

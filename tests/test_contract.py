@@ -1,5 +1,6 @@
 """What was recorded of each supported vLLM, and what is found when the installed one is another."""
 
+import ast
 import importlib
 import inspect
 import json
@@ -19,7 +20,7 @@ from vllm.v1.request import Request
 from sparsemm_vllm import contract, patches, sources
 from sparsemm_vllm.cli import app
 from sparsemm_vllm.contract import NO_SIGNATURE, OVERRIDES, Contract, compare, nearest, recorded
-from sparsemm_vllm.patches import Symbol, Wrap
+from sparsemm_vllm.patches import Wrap
 from sparsemm_vllm.signatures import from_text
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +67,12 @@ def test_a_record_is_made_by_a_command(tmp_path: Path) -> None:
     )
 
 
+def test_a_record_for_a_folder_that_does_not_exist(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["check", "--record", str(tmp_path / "none" / "made.json")])
+    assert done.exit_code == 2
+    assert done.stderr.endswith("made.json: No such file or directory\n")
+
+
 def test_supported_versions_are_those_with_a_record() -> None:
     lowest, above = patches.SUPPORTED
     supported = SpecifierSet(f">={lowest},<{above}")
@@ -105,11 +112,13 @@ def narrow(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_computed_blocks
 
 
-NARROW = Wrap(Symbol(LOOKUP), "as it was", narrow)
+NARROW = Wrap(LOOKUP, "as it was", narrow)
 
 
 def plant(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A vLLM with one more parameter than was recorded, given by position."""
+    """A vLLM with one more parameter than was recorded, and this file as a module of ours."""
+    module, this = sources._module, ast.parse(Path(__file__).read_text("utf-8"))
+    monkeypatch.setattr(sources, "_module", lambda n: this if n == __name__ else module(n))
 
     def get_computed_blocks(self, request, max_cache_hit_length=None, planted=None):
         raise AssertionError("never called")
@@ -135,7 +144,7 @@ def test_an_added_positional_parameter_breaks_a_narrow_wrapper(
 
 def test_install_refuses_where_a_wrapper_would_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
-    rest = [wrap for wrap in patches.every_wrap() if wrap.symbol.path != LOOKUP]
+    rest = [wrap for wrap in patches.every_wrap() if wrap.symbol != LOOKUP]
     monkeypatch.setattr(patches, "every_wrap", lambda: [*rest, NARROW])
     with pytest.raises(patches.IncompatibleError) as error:
         patches.install()
@@ -329,7 +338,7 @@ def test_whatever_stands_around_a_function_of_vllms_passes_everything_on() -> No
     """
     around = {}
     for wrap in (*patches.WRAPPED, *patches.WRAPPED_IN_WORKERS):
-        name = wrap.symbol.path.replace(":", ".").rpartition(".")[2]
+        name = wrap.symbol.replace(":", ".").rpartition(".")[2]
         factory = wrap.wrapper
         around[name], _ = sources.wrapper(factory.__module__, factory.__name__, name)
     for ours in OVERRIDES:
@@ -341,3 +350,32 @@ def test_whatever_stands_around_a_function_of_vllms_passes_everything_on() -> No
     kinds = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
     narrow = [n for n, s in around.items() if not kinds <= {p.kind for p in s.parameters.values()}]
     assert narrow == []
+
+
+def passes_on(node: ast.AST, name: str) -> bool:
+    """Whether all calls of `original`, or of a base class's method of the name, have both stars."""
+    calls = [
+        call
+        for call in ast.walk(node)
+        if isinstance(call, ast.Call)
+        and ast.unparse(call.func) in ("original", "look_up", f"super().{name}")
+    ]
+    return bool(calls) and all(
+        any(isinstance(a, ast.Starred) for a in call.args)
+        and any(k.arg is None for k in call.keywords)
+        for call in calls
+    )
+
+
+def test_nothing_of_what_is_passed_on_is_left_out() -> None:
+    checked = []
+    for wrap in (*patches.WRAPPED, *patches.WRAPPED_IN_WORKERS):
+        factory = sources._definition(wrap.wrapper.__module__, wrap.wrapper.__name__)
+        checked.append((wrap.symbol, passes_on(factory, "")))
+    for ours in OVERRIDES:
+        called = {name for name, _ in sources.super_calls(ours)} - {"forward"}
+        for node in sources._class(ours).body:
+            if isinstance(node, sources.FUNCTIONS) and node.name in called:
+                checked.append((f"{ours}.{node.name}", passes_on(node, node.name)))
+    assert len(checked) > 20
+    assert [name for name, all_of_it in checked if not all_of_it] == []

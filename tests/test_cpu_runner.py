@@ -24,9 +24,9 @@ MAX_TOKENS = 40
 def pair(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The twin in place and vLLM's function."""
     cpu_runner.install()
-    (wrap,) = (t for t in cpu_runner.TWINS if t.symbol.path.endswith(name))
+    (wrap,) = (t for t in cpu_runner.TWINS if t.symbol.endswith(name))
     assert wrap.is_installed(), f"vLLM's {name} has other parameters"
-    holder, attribute = wrap.symbol.resolve()
+    holder, attribute = contract.resolve(wrap.symbol)
     twin = getattr(holder, attribute)
     return twin, twin.__wrapped__
 
@@ -191,7 +191,7 @@ def test_top_k_top_p(k: list[int] | None, p: list[float] | None, kept: list[list
 
 def test_another_vllm_keeps_its_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twins replace only functions that are as in a release that SPARSEMM supports."""
-    assert all(contract.is_recorded(twin.symbol.path) for twin in cpu_runner.TWINS)
+    assert all(contract.is_recorded(twin.symbol) for twin in cpu_runner.TWINS)
     assert not contract.is_recorded("vllm.v1:gone")
     from vllm.v1.worker.gpu import model_runner
 

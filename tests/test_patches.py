@@ -18,16 +18,16 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from sparsemm_vllm import patches, plugin
+from sparsemm_vllm import contract, patches, plugin
 from sparsemm_vllm.kv_cache import SparseMMManager, SparseMMSpec
 from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.patches import WRAPPED, IncompatibleError, Symbol, install, problems
+from sparsemm_vllm.patches import WRAPPED, IncompatibleError, install, problems
 
 MANAGER = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
 
 
 def current(wrap):
-    holder, name = wrap.symbol.resolve()
+    holder, name = contract.resolve(wrap.symbol)
     return getattr(holder, name)
 
 
@@ -41,7 +41,7 @@ def original(function):
 def uninstalled(monkeypatch):
     """vLLM as it comes; what was installed before is back afterwards."""
     for wrap in WRAPPED:
-        holder, name = wrap.symbol.resolve()
+        holder, name = contract.resolve(wrap.symbol)
         monkeypatch.setattr(holder, name, original(getattr(holder, name)))
     assert not any(wrap.is_installed() for wrap in WRAPPED)
 
@@ -103,7 +103,7 @@ def test_a_missing_method_that_is_wrapped(monkeypatch):
 )
 def test_whatever_is_gone_is_named(path, what):
     with pytest.raises((ImportError, AttributeError), match=what):
-        Symbol(path).resolve()
+        contract.resolve(path)
 
 
 def test_any_version_is_admitted_where_it_is_to_be_tried(monkeypatch):
@@ -193,13 +193,13 @@ def make_manager():
 def test_a_manager_refuses_to_run_half_installed(monkeypatch, missing):
     install()
     make_manager()
-    holder, name = WRAPPED[missing].symbol.resolve()
+    holder, name = contract.resolve(WRAPPED[missing].symbol)
     monkeypatch.setattr(holder, name, original(getattr(holder, name)))
     with pytest.raises(IncompatibleError) as error:
         make_manager()
     message = str(error.value)
-    assert WRAPPED[missing].symbol.path in message
-    assert all(w.symbol.path not in message for i, w in enumerate(WRAPPED) if i != missing)
+    assert WRAPPED[missing].symbol in message
+    assert all(w.symbol not in message for i, w in enumerate(WRAPPED) if i != missing)
     assert "patches.install()" in message
 
 

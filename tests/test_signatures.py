@@ -105,6 +105,10 @@ def test_changes(before: str, after: str, phrases: list[str]) -> None:
         ("self, a, c", "self, a", ["no c, which ours needs"]),
         ("self, a", "self, a, *rest, **names", ["any number of positions", "any name"]),
         ("self, a, *, b=1", "self, a, *, b=1", []),
+        # What is meant for the rest would end in a parameter of ours.
+        ("self, b=None, *rest", "self, *rest, b=None", ["what ours would read as b"]),
+        ("self, b=None, **names", "self, **names", ["what ours would read as b"]),
+        ("self, a, **names", "self, a, /, **names", ["what ours would read as a"]),
         ("cls, a", "self, a", []),
     ],
 )  # fmt: skip

@@ -33,7 +33,7 @@ from sparsemm_vllm.check_run.model import (
     LAYERS,
     QUERY_HEADS,
     make_tokenizer,
-    rename_for_vllm,
+    save_llava,
     text_config,
 )
 from sparsemm_vllm.check_run.model import KV_HEADS as KV_HEADS
@@ -80,22 +80,13 @@ def make_llava_next(folder: Path, seed: int = 0) -> Path:
         vision_feature_select_strategy="default",
     )
     torch.manual_seed(seed)
-    LlavaNextForConditionalGeneration(config).to(torch.float32).save_pretrained(folder)
-    LlavaNextProcessor(
-        image_processor=LlavaNextImageProcessor(
-            size={"shortest_edge": 56},
-            crop_size={"height": 56, "width": 56},
-            image_grid_pinpoints=pinpoints,
-        ),
-        tokenizer=make_tokenizer(),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        image_token="<image>",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)
-    rename_for_vllm(folder / "model.safetensors")
-    return folder
+    model = LlavaNextForConditionalGeneration(config)
+    images = LlavaNextImageProcessor(
+        size={"shortest_edge": 56},
+        crop_size={"height": 56, "width": 56},
+        image_grid_pinpoints=pinpoints,
+    )
+    return save_llava(folder, model, LlavaNextProcessor, images)
 
 
 def make_qwen2_vl(folder: Path, seed: int = 0) -> Path:

@@ -2,6 +2,7 @@
 
 import string
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -103,10 +105,26 @@ def make_llava(
         image_seq_length=IMAGE_TOKENS,
     )
     torch.manual_seed(seed)
-    LlavaForConditionalGeneration(config).to(torch.float32).save_pretrained(folder)
+    model = LlavaForConditionalGeneration(config)
     size = {"height": 112, "width": 112}
-    LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 112}, crop_size=size),
+    images = CLIPImageProcessor(size={"shortest_edge": 112}, crop_size=size)
+    return save_llava(folder, model, LlavaProcessor, images)
+
+
+def save_llava(
+    folder: Path, model: PreTrainedModel, processor_class: Any, image_processor: Any
+) -> Path:
+    """Save a random LLaVA or LLaVA-NeXT with patches of 14 pixels, in the form that vLLM loads.
+
+    Args:
+        folder: folder to make.
+        model: model, with random weights.
+        processor_class: class of its processor.
+        image_processor: what makes pictures into pixels for it.
+    """
+    model.to(torch.float32).save_pretrained(folder)
+    processor_class(
+        image_processor=image_processor,
         tokenizer=make_tokenizer(),
         patch_size=14,
         vision_feature_select_strategy="default",
@@ -114,11 +132,11 @@ def make_llava(
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
-    rename_for_vllm(folder / "model.safetensors")
+    _rename_for_vllm(folder / "model.safetensors")
     return folder
 
 
-def rename_for_vllm(weights: Path) -> None:
+def _rename_for_vllm(weights: Path) -> None:
     """transformers 5 drops `vision_model.` from the vision tower's names; vLLM expects it."""
     parts = ("embeddings", "encoder", "pre_layrnorm", "post_layernorm")
     tensors = load_file(weights)
