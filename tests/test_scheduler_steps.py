@@ -71,6 +71,13 @@ def priorities(vllm_config):
     return config
 
 
+@pytest.fixture
+def said(monkeypatch):
+    said = []
+    monkeypatch.setattr("sparsemm_vllm.watchdog.logger.error", said.append)
+    return said
+
+
 # Priorities
 
 
@@ -146,9 +153,7 @@ def ended(outputs, request):
     return output
 
 
-def test_a_prompt_that_the_pool_cannot_hold_is_ended_with_an_error(
-    vllm_config, with_blocks, monkeypatch
-):
+def test_a_prompt_that_the_pool_cannot_hold_is_ended_with_an_error(vllm_config, with_blocks, said):
     """A block less than prompt and compact blocks need; with it, it is served."""
     layout = Steps(vllm_config).manager.layout
     needed = len(LONG) // P + layout.compact_blocks(len(LONG), P)
@@ -160,8 +165,6 @@ def test_a_prompt_that_the_pool_cannot_hold_is_ended_with_an_error(
     with_blocks(needed)
     steps = Steps(vllm_config)
     steps.manager.watchdog.patience = 5
-    said = []
-    monkeypatch.setattr("sparsemm_vllm.watchdog.logger.error", said.append)
     request = steps.put(LONG, 1)
     for _ in range(4):
         steps.step()
@@ -205,7 +208,7 @@ def test_a_running_request_that_no_step_has_room_for_is_ended(vllm_config):
     assert steps.pool.get_num_free_blocks() == BLOCKS - 1
 
 
-def test_what_waits_for_a_step_in_flight_is_not_stuck(vllm_config):
+def test_what_waits_for_a_step_in_flight_is_not_stuck(vllm_config, said):
     """The last token is known to come, and nothing else is to be scheduled until it has."""
     steps = Steps(vllm_config, AsyncScheduler, ahead=2)
     steps.manager.watchdog.patience = 1
@@ -216,6 +219,22 @@ def test_what_waits_for_a_step_in_flight_is_not_stuck(vllm_config):
     while steps.steps:
         steps.update()
     assert request.status is RequestStatus.FINISHED_LENGTH_CAPPED
+    assert not said
+
+
+def test_only_idle_steps_one_after_another_count(vllm_config, said):
+    steps = Steps(vllm_config)
+    steps.manager.watchdog.patience = 3
+    busy, stuck = steps.put(range(10), 20), steps.put(LONG[:60], 1)
+    steps.step_tokens = W - 1
+    while busy.status is not RequestStatus.FINISHED_LENGTH_CAPPED:
+        steps.step()
+    for _ in range(2):
+        steps.step()
+    assert not said
+    steps.step()
+    assert len(said) == 1
+    assert stuck.request_id in said[0]
 
 
 def test_a_paused_engine_ends_nothing(vllm_config):
