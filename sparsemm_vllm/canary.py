@@ -37,11 +37,14 @@ ATTRIBUTES = {
     "vllm.engine.arg_utils:EngineArgs": "attention_backend attention_config create_engine_config",
     "vllm.model_executor.layers.attention.attention:Attention": "get_attn_backend impl kv_cache",
     "vllm.v1.core.block_pool:BlockPool": "get_num_free_blocks num_gpu_blocks",
+    "vllm.v1.core.encoder_cache_manager:EncoderCacheManager": "cache_size get_cached_input_ids "
+    "num_free_slots num_freeable_slots",
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator": "single_type_managers",
     "vllm.v1.core.kv_cache_manager:KVCacheManager": "coordinator",
     "vllm.v1.core.sched.output:NewRequestData": "mm_features prompt_len prompt_token_ids req_id "
     "sampling_params",
-    "vllm.v1.core.sched.scheduler:Scheduler": "kv_cache_manager requests",
+    "vllm.v1.core.sched.scheduler:Scheduler": "encoder_cache_manager kv_cache_manager "
+    "max_num_encoder_input_tokens requests",
     "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager": "block_pool block_size "
     "req_to_blocks",
     "vllm.v1.engine:EngineCoreOutputs": "scheduler_stats",
@@ -51,7 +54,8 @@ ATTRIBUTES = {
     "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry": "_ensure_registered",
     "vllm.v1.metrics.loggers:StatLoggerManager": "engine_indexes stat_loggers",
     "vllm.v1.metrics.stats:SchedulerStats": "ec_connector_stats",
-    "vllm.v1.request:Request": "num_prompt_tokens num_tokens request_id sampling_params",
+    "vllm.v1.request:Request": "has_encoder_inputs mm_features num_computed_tokens "
+    "num_prompt_tokens num_tokens request_id sampling_params",
     "vllm.v1.worker.gpu.async_utils:AsyncOutput": "model_runner_output",
     "vllm.v1.worker.gpu.input_batch:InputBatch": "idx_mapping idx_mapping_np num_reqs "
     "num_reqs_after_padding num_scheduled_tokens positions prefill_len_np query_start_loc "

@@ -149,11 +149,13 @@ def _request_check(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _step_statistics(original: Callable[..., Any]) -> Callable[..., Any]:
     from sparsemm_vllm.metrics import send
+    from sparsemm_vllm.window_pictures import take_room_back
 
     def update_from_output(
         self: Any, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any
     ) -> Any:
         outputs = original(self, scheduler_output, model_runner_output, *args, **kwargs)
+        take_room_back(self)
         send(self, model_runner_output, outputs)
         return outputs
 
@@ -230,7 +232,8 @@ WRAPPED = (
     ),
     Wrap(
         "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
-        "the scheduler's statistics have no place for a plugin's own numbers",
+        "the scheduler's statistics have no place for a plugin's own numbers, and nothing tells a "
+        "plugin that a step is done",
         _step_statistics,
     ),
     Wrap(
