@@ -182,8 +182,8 @@ def why_no_profile(vllm_config: VllmConfig, engine_args: Any) -> str | None:
         ),
         (
             _has_external_ranks(vllm_config) and not launched_on_one_node(),
-            "each node of an external launcher would make its own; all nodes need the same file "
-            "(LOCAL_WORLD_SIZE and WORLD_SIZE do not say that there is one node)",
+            "the external launcher does not say that all ranks are on one node (torchrun sets "
+            "GROUP_WORLD_SIZE=1): each node would make its own, and all need the same file",
         ),
     ]
     return next((reason for applies, reason in checks if applies), None)

@@ -97,9 +97,8 @@ def quiet_environment(on_terminal: bool) -> dict[str, str]:
 
 
 def launched_on_one_node() -> bool:
-    """Whether a launcher such as torchrun says that it started all ranks on this node."""
-    ranks = os.environ.get("WORLD_SIZE")
-    return ranks is not None and ranks == os.environ.get("LOCAL_WORLD_SIZE")
+    """Whether torchrun, or what is like it, says that it started all ranks on this node."""
+    return os.environ.get("GROUP_WORLD_SIZE") == "1"  # its groups are nodes
 
 
 def admits_any_vllm() -> bool:
