@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 from tiny import make_llava, skewed_profile
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoProcessor
 
 from sparsemm_vllm import auto_profile, environment, profile_cache
 from sparsemm_vllm.auto_profile import last_lines, profile_command, run_profiler
 from sparsemm_vllm.bundled_model import reader_folder
 from sparsemm_vllm.config_hash import config_hash
 from sparsemm_vllm.profile import HeadProfile, ProfileError, save_profile
-from sparsemm_vllm.profiler.engine import open_engine
+from sparsemm_vllm.profiler.engine import check_model, open_engine
 from sparsemm_vllm.server import free_port
 
 # Stands for `sparsemm profile`: writes the profile beside it, and a line for each time it runs.
@@ -356,6 +356,23 @@ def test_several_processes_make_one(llava: Path, program: Program, made: HeadPro
     assert len(program.runs) == 1
 
 
+def test_the_profiler_reads_the_model_with_the_token(
+    llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    for reader in (AutoConfig, AutoProcessor):
+        original = reader.from_pretrained
+
+        def read(model: str, original: Any = original, **options: Any) -> Any:
+            given.append(options)
+            return original(model)
+
+        monkeypatch.setattr(reader, "from_pretrained", read)
+    check_model(str(llava), {"hf_token": True, "revision": "main", "dtype": "float32"})
+    ours = given[:2]  # the processor may read the config once more
+    assert ours == [{"revision": "main", "token": True}] * 2
+
+
 EXTERNAL_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}
 
 
@@ -681,8 +698,10 @@ def test_a_program_that_leaves_something_behind_is_over(
         "print(engine.pid, flush=True); sys.exit(3)"
     )
     seen: list[str] = []
+    began = time.monotonic()
     with pytest.raises(ProfileError, match="ended with code 3"):
         run_profiler([sys.executable, "-c", code], show=seen.append)
+    assert time.monotonic() - began < 50, "it waited for what was left behind"
     assert has_ended(int("".join(seen)))
 
 
