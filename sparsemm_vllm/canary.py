@@ -37,6 +37,8 @@ ATTRIBUTES = {
     "vllm.engine.arg_utils:EngineArgs": "attention_backend attention_config create_engine_config",
     "vllm.model_executor.layers.attention.attention:Attention": "get_attn_backend impl kv_cache",
     "vllm.v1.core.block_pool:BlockPool": "get_num_free_blocks num_gpu_blocks",
+    "vllm.v1.core.encoder_cache_manager:EncoderCacheManager": "cache_size get_cached_input_ids "
+    "num_free_slots num_freeable_slots",
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator": "single_type_managers",
     "vllm.v1.core.kv_cache_manager:KVCacheManager": "coordinator",
     "vllm.v1.core.sched.output:NewRequestData": "mm_features prompt_len prompt_token_ids req_id "

@@ -2,11 +2,17 @@
 
 import ctypes
 import os
+import re
 import sys
 from pathlib import Path
 
 SPARED = "HUMMING_DISABLE_PARALLEL_BUILD"  # vLLM imports humming: 14 s of CPU time a process
 ANY_VLLM = "SPARSEMM_ANY_VLLM"
+# What a launcher tells a rank: read by torch's env:// rendezvous, and by vLLM.
+RANK_VARIABLE = re.compile(
+    "((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)"
+    "|TORCHELASTIC_.*|VLLM_DP_.*)"
+)
 CPU_VARIABLES = {
     "SPARSEMM_CPU": "1",  # activates our CPU platform
     "TRITON_INTERPRET": "1",  # the V2 model runner's own kernels are Triton
@@ -78,11 +84,21 @@ def metrics_folder() -> Path | None:
 def quiet_environment(on_terminal: bool) -> dict[str, str]:
     """This environment, for a program whose output we pass on: its vLLM only warns.
 
+    The program is no rank of what this process is a rank of: what torchrun and offline data
+    parallelism tell a process is left out, or it would wait for the others.
+
     Args:
         on_terminal: whether it may draw as on a terminal, although it writes to a pipe.
     """
-    quiet = {"VLLM_LOGGING_LEVEL": "WARNING"} | os.environ
+    quiet = {"VLLM_LOGGING_LEVEL": "WARNING"} | {
+        name: value for name, value in os.environ.items() if not RANK_VARIABLE.fullmatch(name)
+    }
     return quiet | {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"} if on_terminal else quiet
+
+
+def launched_on_one_node() -> bool:
+    """Whether torchrun, or what is like it, says that it started all ranks on this node."""
+    return os.environ.get("GROUP_WORLD_SIZE") == "1"  # its groups are nodes
 
 
 def admits_any_vllm() -> bool:

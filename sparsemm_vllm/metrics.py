@@ -8,20 +8,29 @@ engine that vLLM's own numbers arrive from: spawned, data parallel, on another m
 
 import json
 import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import REGISTRY, Counter, Gauge
+from pydantic import TypeAdapter, ValidationError
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from sparsemm_vllm.profile import HeadProfile
-from sparsemm_vllm.request_stats import Outcome
+from sparsemm_vllm.request_stats import Outcome, RequestRecord
 from sparsemm_vllm.scheduling import find_manager
 from sparsemm_vllm.settings import Settings
 
+logger = init_logger("vllm.sparsemm.metrics")
+
 PREFIX = "sparsemm:"
-RECENT = "sparsemm-recent-"  # file name of what API servers tell each other
+RECENT = "sparsemm-recent-"  # file name of what API servers tell each other, in vLLM's folder
+RECENT_FILE = re.compile(rf"{RECENT}(\d+)-\d+\.json")  # engine, process
 PRUNE_SECONDS = "sparsemm_prune_seconds"  # attribute of the worker's output
 _OURS, _THEIRS = "sparsemm", "other"
 
@@ -139,23 +148,51 @@ class SparseMMStatLogger(AggregateStatLoggerBase):
         self._shared = folder
 
     def _write_recent(self, folder: Path, engine_idx: int) -> None:
+        """Tell the others, if the folder takes it. vLLM calls this where it passes answers on."""
         file = folder / f"{RECENT}{engine_idx}-{os.getpid()}.json"
         partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(self._recent[engine_idx]))
-        partial.replace(file)
+        try:
+            partial.write_text(json.dumps(self._recent[engine_idx]))
+            partial.replace(file)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
+            logger.warning_once(
+                "SPARSEMM: the page of the other API servers lacks requests of this one: %s: %s",
+                error.strerror, folder,
+            )  # fmt: skip
 
     def recent(self) -> dict[int, list[dict[str, Any]]]:
         """The last requests of each engine, the latest first, as `RequestRecord` has them."""
         latest = dict(self._recent)
-        for file in self._shared.glob(f"{RECENT}*.json") if self._shared else ():
-            engine = int(file.name.removeprefix(RECENT).partition("-")[0])
-            told = json.loads(file.read_text())
+        for engine, told in _told_by_others(self._shared) if self._shared else ():
             if engine not in latest or told["time"] > latest[engine]["time"]:
                 latest[engine] = told
         return {engine: told["requests"] for engine, told in latest.items()}
 
     def log_engine_initialized(self) -> None:
         """The engine logs for itself."""
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What an API server writes of an engine."""
+
+    time: float
+    requests: list[RequestRecord]
+
+
+_TOLD = TypeAdapter(_Told)
+
+
+def _told_by_others(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The engines that API servers wrote of; a file that none of them wrote is passed over."""
+    for file in folder.glob(f"{RECENT}*.json"):
+        try:
+            if name := RECENT_FILE.fullmatch(file.name):
+                yield int(name[1]), asdict(_TOLD.validate_json(file.read_bytes()))
+        except (OSError, ValidationError) as error:
+            logger.warning_once("SPARSEMM: the page leaves out %s: %s", str(file), str(error))
 
 
 def config_labels(vllm_config: VllmConfig) -> dict[str, str]:

@@ -170,12 +170,14 @@ def _step_begins(original: Callable[..., Any]) -> Callable[..., Any]:
 def _step_ends(original: Callable[..., Any]) -> Callable[..., Any]:
     from sparsemm_vllm.metrics import send
     from sparsemm_vllm.scheduling import free_pruned_blocks
+    from sparsemm_vllm.window_pictures import take_room_back
 
     def update_from_output(
         self: Any, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any
     ) -> Any:
         outputs = original(self, scheduler_output, model_runner_output, *args, **kwargs)
         free_pruned_blocks(self, scheduler_output)
+        take_room_back(self)
         send(self, model_runner_output, outputs)
         return outputs
 
@@ -259,7 +261,8 @@ WRAPPED = (
     Wrap(
         "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
         "the blocks of a prompt are free when the step that pruned it is processed, not when the "
-        "request next needs one; and the scheduler's statistics have no place for a plugin's own",
+        "request next needs one; nothing tells a plugin that a step is done; and the scheduler's "
+        "statistics have no place for a plugin's own numbers",
         _step_ends,
     ),
     Wrap(

@@ -3,9 +3,11 @@
 import hashlib
 import os
 import re
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -15,6 +17,8 @@ from sparsemm_vllm.environment import cache_folder
 from sparsemm_vllm.profile import HeadProfile, ProfileError, load_profile, save_profile
 
 logger = init_logger("vllm.sparsemm.cache")
+
+SAY_EVERY = 60.0  # seconds
 
 
 class ProfileCache:
@@ -51,15 +55,24 @@ class ProfileCache:
         return None
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Only one process at a time makes the profile; the others wait here."""
+    def lock(self) -> Iterator[bool]:
+        """Only one process at a time makes the profile; the others wait here, and say so.
+
+        Yields:
+            Whether there is a lock: no folder may take one.
+        """
         lock = self._open_lock()
         if lock is None:
-            yield
+            yield False
             return
+        holder = Path(f"{lock.lock_file}.holder")
+        with suppress(OSError):  # only what those who wait say depends on it
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         try:
-            yield
+            yield True
         finally:
+            with suppress(OSError):
+                holder.unlink()
             lock.release()
 
     def _open_lock(self) -> FileLock | None:
@@ -86,12 +99,27 @@ class ProfileCache:
 
 
 def _acquired(lock: FileLock) -> FileLock:
+    """Wait for a lock as long as another process holds it; a process that ends lets go of it."""
+    since = time.monotonic()
+    patience = 0.0
+    while True:
+        try:
+            lock.acquire(timeout=patience)
+        except Timeout:
+            logger.warning(
+                "SPARSEMM: waiting for %s, which makes this model's head profile (%.0f s so far)",
+                _holder(lock), time.monotonic() - since,
+            )  # fmt: skip
+            patience = SAY_EVERY
+        else:
+            return lock
+
+
+def _holder(lock: FileLock) -> str:
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.info("SPARSEMM: waiting for another process that makes this model's head profile")
-        lock.acquire()
-    return lock
+        return Path(f"{lock.lock_file}.holder").read_text("utf-8")
+    except (OSError, ValueError):
+        return "another process"
 
 
 def _folders() -> list[Path]:

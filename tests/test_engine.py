@@ -231,3 +231,5 @@ def test_abort_frees_everything(sparse: Engine) -> None:
     engine.step()
     assert sparse.all_free()
     assert not sparse.manager.prompts
+    assert sparse.state.recorder is not None
+    assert not sparse.state.recorder._layers

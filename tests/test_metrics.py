@@ -1,8 +1,10 @@
 """Prometheus metrics: what the engine counts, and how it gets to the API server."""
 
+import errno
 import inspect
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,9 @@ from tiny import make_llava
 from vllm.v1.metrics import loggers
 from vllm.v1.metrics.stats import SchedulerStats
 
+from sparsemm_vllm import metrics
 from sparsemm_vllm.metrics import SparseMMStatLogger, take
+from sparsemm_vllm.request_stats import Outcome, RequestRecord
 
 SHORT = {"prompt": "<s>hello"}
 
@@ -85,6 +89,10 @@ def test_the_last_requests_stay_until_others_arrive() -> None:
     assert logger.recent() == {0: [{"request_id": "a"}]}
 
 
+def record_of(name: str) -> dict[str, Any]:
+    return asdict(RequestRecord(name, Outcome.PRUNED, 100, 40.5, completed=1.0))
+
+
 def test_api_servers_tell_each_other_of_requests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,8 +105,78 @@ def test_api_servers_tell_each_other_of_requests(
     ]  # fmt: skip
     for logger, engine, at, name in told:
         monkeypatch.setattr("os.getpid", lambda logger=logger: id(logger))
-        logger.record(carried(recent={"time": at, "requests": [name]}), None, engine_idx=engine)
-    assert first.recent() == second.recent() == {0: ["c"], 1: ["b"]}
+        recent = {"time": at, "requests": [record_of(name)]}
+        logger.record(carried(recent=recent), None, engine_idx=engine)
+    assert first.recent() == second.recent() == {0: [record_of("c")], 1: [record_of("b")]}
+
+
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is warned of, each as often as anyone would read it."""
+    said: list[str] = []
+
+    def warning_once(text: str, *args: Any) -> None:
+        if (line := text % args) not in said:
+            said.append(line)
+
+    monkeypatch.setattr(metrics.logger, "warning_once", warning_once)
+    return said
+
+
+@pytest.mark.parametrize("broken", ["a full disk", "a folder that was removed"])
+def test_what_cannot_be_shared_ends_no_api_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warned: list[str], broken: str
+) -> None:
+    """vLLM calls `record` in the task that passes all answers on."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    logger = SparseMMStatLogger(config(), [0])
+    logger.share_recent(folder)
+    with monkeypatch.context() as patch:
+        if broken == "a full disk":
+            patch.setattr(Path, "replace", no_space)
+        else:
+            folder.rmdir()
+        for at in (1.0, 2.0):
+            recent = {"time": at, "requests": [record_of(str(at))]}
+            logger.record(carried(recent=recent, held_blocks=7), None)
+    reason = "No space left" if broken == "a full disk" else "No such file"
+    (line,) = warned
+    assert reason in line
+    assert str(folder) in line
+    assert sample("held_blocks") == 7
+    assert logger.recent() == {0: [record_of("2.0")]}
+    assert not folder.exists() or not list(folder.iterdir()), "half of a file is left"
+
+
+def no_space(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b'{"time": 3', b"\xff", b"[]", b'{"time": "now", "requests": []}',
+        b'{"time": 3.0, "requests": [{"request_id": "of something else"}]}', None,
+    ],
+    ids=["empty", "half", "no text", "another shape", "another type", "no record", "a folder"],
+)  # fmt: skip
+def test_foreign_files_are_passed_over(
+    tmp_path: Path, warned: list[str], content: bytes | None
+) -> None:
+    logger = SparseMMStatLogger(config(), [0])
+    logger.share_recent(tmp_path)
+    logger.record(carried(recent={"time": 1.0, "requests": [record_of("ours")]}), None)
+    foreign = tmp_path / "sparsemm-recent-0-1.json"
+    if content is None:
+        foreign.mkdir()
+    else:
+        foreign.write_bytes(content)
+    (tmp_path / "sparsemm-recent-mine.json").write_text("{}")
+    for _ in range(2):
+        assert logger.recent() == {0: [record_of("ours")]}
+    (line,) = warned
+    assert str(foreign) in line
 
 
 def test_the_dashboard_shows_metrics_that_exist() -> None:

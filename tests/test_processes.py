@@ -87,7 +87,7 @@ def test_unsupported_vllm_works_without_sparsemm(installed: str) -> None:
         "import sys\n"
         "from sparsemm_vllm import patches, plugin\n"
         f"patches.version = lambda name: {installed!r}\n"
-        "sys.argv = ['vllm', 'serve', 'some-model', *sys.argv[1:]]\n"
+        "sys.argv = ['vllm', 'serve', '/models/SPARSEMM', *sys.argv[1:]]\n"
         "plugin.register()\n"
         "from vllm.v1.attention.backends.registry import AttentionBackendEnum\n"
         "assert 'SPARSEMM' not in AttentionBackendEnum.__members__\n"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,8 +45,14 @@ def engine(model: Path) -> Engine:
 
 @pytest.fixture(autouse=True)
 def _idle(engine: Engine) -> Iterator[None]:
+    """What a request got beyond vLLM's sizes is not there after it."""
+    scheduler, cache = engine.scheduler, engine.scheduler.encoder_cache_manager
+    before = cache.cache_size, scheduler.max_num_encoder_input_tokens
     yield
     engine.rest()
+    assert (cache.cache_size, scheduler.max_num_encoder_input_tokens) == before
+    assert cache.num_freeable_slots == cache.cache_size
+    assert cache.num_free_slots == cache.cache_size - sum(cache.num_embeds_by_hash.values())
 
 
 def pictures(seed: int) -> list[Image.Image]:
@@ -53,16 +60,21 @@ def pictures(seed: int) -> list[Image.Image]:
     return [picture(seed).resize((224, 224)), picture(seed + 100)]
 
 
-def ask(*seeds: int, engine: Engine, tokens: int = TOKENS) -> list[Answer]:
-    """Answers; fails if the engine goes on without an end."""
-    steps = 0
+def prompt(seed: int) -> dict[str, Any]:
+    return {"prompt": TEXT, "multi_modal_data": {"image": pictures(seed)}}
+
+
+def ask(
+    *seeds: int, engine: Engine, tokens: int = TOKENS, sizes: list[int] | None = None
+) -> list[Answer]:
+    """Answers, and the cache's size after each step; fails if the engine goes on without an end."""
+    seen = [] if sizes is None else sizes
 
     def watch() -> None:
-        nonlocal steps
-        steps += 1
-        assert steps < MOST_STEPS, "the requests wait for ever"
+        seen.append(engine.scheduler.encoder_cache_manager.cache_size)
+        assert len(seen) < MOST_STEPS, "the requests wait for ever"
 
-    prompts = [{"prompt": TEXT, "multi_modal_data": {"image": pictures(s)}} for s in seeds]
+    prompts = [prompt(seed) for seed in seeds]
     try:
         return engine.generate(*prompts, max_tokens=tokens, watch=watch)
     finally:
@@ -75,11 +87,13 @@ def test_the_second_picture_gets_room(
 ) -> None:
     size = engine.scheduler.encoder_cache_manager.cache_size
     assert size < 64 + 16, "the cache holds both pictures: this shows nothing"
-    (ours,) = ask(1, engine=engine)
+    sizes: list[int] = []
+    (ours,) = ask(1, engine=engine, sizes=sizes)
     assert ours.prompt_tokens == 2 * WINDOW
     assert ours.tokens == answer[0]
     np.testing.assert_allclose(ours.logprobs, answer[1], atol=1e-4)
-    assert engine.scheduler.encoder_cache_manager.cache_size == 64 + 16
+    assert set(sizes) == {size, 64 + 16}
+    assert sizes[-TOKENS // 2 :] == [size] * (TOKENS // 2), "larger while nobody needs it"
 
 
 def test_a_prefix_hit_needs_both_at_once(
@@ -98,3 +112,29 @@ def test_several_that_wait_for_one_another(
     together = ask(1, 2, 3, 4, engine=engine)
     assert together[0].tokens == answer[0]
     assert len({tuple(ours.tokens) for ours in together}) == 4
+
+
+def test_room_that_an_aborted_request_waited_for(engine: Engine) -> None:
+    from vllm import SamplingParams
+
+    llm, cache = engine.llm.llm_engine, engine.scheduler.encoder_cache_manager
+    size = cache.cache_size
+    llm.add_request("waits", prompt(9), SamplingParams(max_tokens=1, temperature=0))
+    for _ in range(MOST_STEPS):
+        if cache.cache_size > size:
+            break
+        llm.step()
+    assert cache.cache_size == 64 + 16
+    llm.abort_request(["waits"])
+    engine.generate({"prompt": "<s>text"}, max_tokens=2)
+    assert cache.cache_size == size
+
+
+def test_pictures_beyond_the_size_make_way(engine: Engine) -> None:
+    """The cache holds both when it is smaller again: other pictures take their place."""
+    cache = engine.scheduler.encoder_cache_manager
+    ask(10, engine=engine, tokens=1)
+    assert sum(cache.num_embeds_by_hash.values()) > cache.cache_size
+    large = {"prompt": f"<s>{IMAGE}", "multi_modal_data": {"image": pictures(11)[:1]}}
+    engine.generate(large, max_tokens=1)
+    assert sum(cache.num_embeds_by_hash.values()) <= cache.cache_size

@@ -29,7 +29,8 @@ def check_model(model: str, options: dict[str, Any]) -> Any:
 
     from sparsemm_vllm.geometry import FAMILIES
 
-    given = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+    names = {"revision": "revision", "trust_remote_code": "trust_remote_code", "hf_token": "token"}
+    given = {theirs: options[ours] for ours, theirs in names.items() if ours in options}
     try:
         config = AutoConfig.from_pretrained(model, **given)
         if not hasattr(config, "vision_config"):
