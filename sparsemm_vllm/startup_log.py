@@ -62,7 +62,7 @@ def notes(vllm_config: Any, settings: Settings, layout: CacheLayout) -> list[str
     dense = total - len(layout.capacities)
     found = [
         (not layout.rules.prunes, f"Nothing is pruned: method {settings.method}."),
-        (dense > 0, f"{dense} of {total} layers stay dense: they have a sliding window."),
+        (dense > 0, f"{dense} of {total} layers stay dense: they see a window or a chunk."),
         (
             settings.min_prompt_tokens > 0,
             f"Prompts of less than {settings.min_prompt_tokens:,} tokens stay dense: "

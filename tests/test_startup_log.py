@@ -51,7 +51,7 @@ def test_what_is_off_and_why() -> None:
     made.cache_config.enable_prefix_caching = True
     text = describe_serving(made, LAYOUT, 101, 1000)
     for note in (
-        "4 of 6 layers stay dense: they have a sliding window.",
+        "4 of 6 layers stay dense: they see a window or a chunk.",
         "Prompts of less than 99 tokens stay dense: min_prompt_tokens.",
         "stay dense: prune_when_free_below 0.25.",
         "Prefix caching is off for answers to pruned prompts",
