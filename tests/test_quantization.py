@@ -10,10 +10,12 @@ import pytest
 import torch
 from engines import Engine, ask, assert_close, assert_same, assert_same_kept, settings
 from safetensors.torch import load_file, save_file
-from tiny import make_llama
+from tiny import make_gemma3, make_llama
+from vllm.v1.attention.backend import MultipleOf
 
 from sparsemm_vllm import environment
 from sparsemm_vllm.check_run.oracle import Oracle
+from sparsemm_vllm.cpu_backend import SparseMMBackend as CpuBackend
 
 pytestmark = pytest.mark.engine
 
@@ -138,6 +140,36 @@ def test_scales_of_an_8_bit_cache(tmp_path: Path) -> None:
         assert shared(engine.kept(answer), oracle) > 0.9
     assert_same(*answers, tolerance=1e-3)
     assert_same_kept(*every_kept)
+
+
+@pytest.mark.parametrize("kernel_block", [1, 16])
+def test_sliding_windows_kept_out_of_an_8_bit_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel_block: int
+) -> None:
+    """Gemma 3: vLLM gives the layers in fp8 four times the tokens a block.
+
+    With kernels that take multiples of 16 tokens, as on a GPU, it makes blocks larger at startup.
+    """
+    monkeypatch.setattr(
+        CpuBackend, "get_supported_kernel_block_sizes", lambda *_: [MultipleOf(kernel_block)]
+    )
+    model = make_gemma3(tmp_path / "model")
+    options = {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["sliding_window"]}
+    (theirs,) = Engine(model, None, **options).generate(ask(TEXT), max_tokens=TOKENS)
+    (covered,) = Engine(model, settings(300), **options).generate(ask(TEXT), max_tokens=TOKENS)
+    assert_same(covered, theirs)
+    engine = Engine(model, settings(BUDGET, tmp_path / "kept"), **options)
+    pools = engine.scheduler.kv_cache_config.kv_cache_groups
+    assert {group.kv_cache_spec.dtype for group in pools} == {torch.float32, torch.uint8}
+    assert engine.manager.block_size == engine.state.page_size == 64
+    (cold,) = engine.generate(ask(TEXT), max_tokens=TOKENS)
+    oracle = Oracle(model, engine.layout)
+    oracle.generate(TEXT, [], 1)
+    assert shared(engine.kept(cold), oracle) > 0.9
+    (cached,) = engine.generate(ask(TEXT), max_tokens=TOKENS)
+    assert cached.cached_tokens == 128
+    assert_same(cached, cold)
+    assert engine.all_free()
 
 
 @pytest.mark.gpu
