@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_gemma3, make_llama
 from vllm.v1.attention.backend import MultipleOf
 
-from sparsemm_vllm import environment
+from sparsemm_vllm import environment, model_state
 from sparsemm_vllm.check_run.oracle import Oracle
 from sparsemm_vllm.cpu_backend import SparseMMBackend as CpuBackend
 
@@ -158,7 +158,11 @@ def test_sliding_windows_kept_out_of_an_8_bit_cache(
     (theirs,) = Engine(model, None, **options).generate(ask(TEXT), max_tokens=TOKENS)
     (covered,) = Engine(model, settings(300), **options).generate(ask(TEXT), max_tokens=TOKENS)
     assert_same(covered, theirs)
+    said: list[str] = []
+    monkeypatch.setattr(model_state.logger, "info", said.append)
     engine = Engine(model, settings(BUDGET, tmp_path / "kept"), **options)
+    held = engine.layout.held_blocks(1024, 1024, 64)
+    assert f"in {held} KV blocks after its prefill, dense" in said[0]
     pools = engine.scheduler.kv_cache_config.kv_cache_groups
     assert {group.kv_cache_spec.dtype for group in pools} == {torch.float32, torch.uint8}
     assert engine.manager.block_size == engine.state.page_size == 64
