@@ -27,7 +27,8 @@ ATTRIBUTES = {
     "vllm.config:ModelConfig": "dtype enforce_eager get_head_size get_num_attention_heads "
     "get_num_kv_heads get_sliding_window get_total_num_hidden_layers get_total_num_kv_heads "
     "hf_config hf_text_config is_attention_free is_encoder_decoder is_hybrid max_model_len model "
-    "model_arch_config rswa_window runner_type served_model_name use_mla",
+    "model_arch_config multimodal_config rswa_window runner_type served_model_name use_mla",
+    "vllm.config:MultiModalConfig": "video_pruning_rate",
     "vllm.config:ParallelConfig": "decode_context_parallel_size pipeline_parallel_size "
     "prefill_context_parallel_size tensor_parallel_size use_ubatching",
     "vllm.config:SchedulerConfig": "disable_chunked_mm_input disable_hybrid_kv_cache_manager "

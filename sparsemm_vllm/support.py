@@ -83,6 +83,7 @@ def unsupported(vllm_config: VllmConfig, settings: Settings) -> list[str]:
     parallel = vllm_config.parallel_config
     scheduler = vllm_config.scheduler_config
     cache = vllm_config.cache_config
+    videos = model.multimodal_config
     speculative = vllm_config.speculative_config
     threshold = scheduler.long_prefill_token_threshold
     drafts = 0 if speculative is None else speculative.num_speculative_tokens or 0
@@ -147,6 +148,11 @@ def unsupported(vllm_config: VllmConfig, settings: Settings) -> list[str]:
             scheduler.disable_chunked_mm_input,
             "the chunk that ends a prompt holds its window, which may begin inside a picture; drop "
             "--disable-chunked-mm-input",
+        ),
+        (
+            videos is not None and bool(videos.video_pruning_rate) and cache.enable_prefix_caching,
+            "vLLM gives what follows a pruned video other positions if the video comes from the "
+            "prefix cache: give --no-enable-prefix-caching with --video-pruning-rate",
         ),
         (
             0 < threshold < settings.window,
