@@ -21,13 +21,14 @@ ATTRIBUTES = {
     "vllm.config:VllmConfig": "additional_config attention_config cache_config compilation_config "
     "kv_transfer_config model_config parallel_config scheduler_config speculative_config "
     "use_v2_model_runner",
-    "vllm.config:CacheConfig": "block_size cache_dtype enable_prefix_caching kv_offloading_size "
-    "num_gpu_blocks user_specified_block_size",
+    "vllm.config:CacheConfig": "block_size cache_dtype enable_prefix_caching "
+    "kv_cache_dtype_skip_layers kv_offloading_size num_gpu_blocks user_specified_block_size",
     "vllm.config:CompilationConfig": "custom_ops static_forward_context",
     "vllm.config:ModelConfig": "dtype enforce_eager get_head_size get_num_attention_heads "
     "get_num_kv_heads get_sliding_window get_total_num_hidden_layers get_total_num_kv_heads "
     "hf_config hf_text_config is_attention_free is_encoder_decoder is_hybrid max_model_len model "
-    "model_arch_config rswa_window runner_type served_model_name use_mla",
+    "model_arch_config multimodal_config rswa_window runner_type served_model_name use_mla",
+    "vllm.config:MultiModalConfig": "video_pruning_rate",
     "vllm.config:ParallelConfig": "decode_context_parallel_size pipeline_parallel_size "
     "prefill_context_parallel_size tensor_parallel_size use_ubatching",
     "vllm.config:SchedulerConfig": "disable_chunked_mm_input disable_hybrid_kv_cache_manager "
@@ -35,7 +36,8 @@ ATTRIBUTES = {
     "vllm.config:SpeculativeConfig": "method num_speculative_tokens",
     "vllm.config:AttentionConfig": "backend backend_per_kind",
     "vllm.engine.arg_utils:EngineArgs": "attention_backend attention_config create_engine_config",
-    "vllm.model_executor.layers.attention.attention:Attention": "get_attn_backend impl kv_cache",
+    "vllm.model_executor.layers.attention.attention:Attention": "attn_backend "
+    "get_attn_backend impl kv_cache layer_name",
     "vllm.v1.core.block_pool:BlockPool": "get_num_free_blocks num_gpu_blocks",
     "vllm.v1.core.encoder_cache_manager:EncoderCacheManager": "cache_size get_cached_input_ids "
     "num_free_slots num_freeable_slots",
@@ -51,6 +53,7 @@ ATTRIBUTES = {
     "req_to_blocks",
     "vllm.v1.engine:EngineCoreOutputs": "scheduler_stats",
     "vllm.v1.engine.async_llm:AsyncLLM": "logger_manager",
+    "vllm.v1.kv_cache_interface:FullAttentionSpec": "head_size head_size_v num_kv_heads",
     "vllm.v1.kv_cache_interface:KVCacheConfig": "kv_cache_groups num_blocks",
     "vllm.v1.kv_cache_interface:KVCacheGroupSpec": "kv_cache_spec layer_names",
     "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry": "_ensure_registered",

@@ -23,7 +23,7 @@ from sparsemm_vllm.step import Step
 from sparsemm_vllm.triton_kernels.reference import dense_attention
 
 
-@dataclass(frozen=True)
+@dataclass  # vLLM adds to that of layers with chunked attention
 class TorchMetadata:
     """A step's batch; see `CommonAttentionMetadata`.
 

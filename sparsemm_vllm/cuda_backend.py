@@ -292,9 +292,6 @@ class SparseMMBackend(SparseBackendMixin, FlashAttentionBackend):
         quantized = kv_cache_dtype is not None and is_quantized_kv_cache(kv_cache_dtype)
         if quantized and device_capability < DeviceCapability(8, 9):
             return "an fp8 KV cache needs compute capability 8.9: older GPUs do not convert e4m3"
-        plain = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-        if plain.get(kv_cache_dtype, dtype) != dtype:
-            return "a KV cache of 16 bits must have the type of the queries: leave it at auto"
         return None
 
     @staticmethod

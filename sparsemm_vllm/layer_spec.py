@@ -29,7 +29,7 @@ def sparse_spec(
     Raises:
         UnsupportedError: for a layer whose cache is not that of the model's configuration.
     """
-    if layer.attn_backend.get_name() != NAME or type(spec) is not FullAttentionSpec:
+    if type(spec) is not FullAttentionSpec or not uses_sparsemm(vllm_config):
         return spec
     _check_layer(layer, spec, vllm_config)
     settings = Settings.from_additional_config(vllm_config.additional_config)
@@ -47,6 +47,17 @@ def _check_layer(layer: Any, spec: FullAttentionSpec, vllm_config: VllmConfig) -
     model = vllm_config.model_config
     tensor_parallel = vllm_config.parallel_config.tensor_parallel_size
     total_heads = model.get_total_num_kv_heads()
+    if (backend := layer.attn_backend.get_name()) != NAME:
+        raise UnsupportedError(
+            f"SPARSEMM: layer {name} attends to the whole prompt with {backend}, which the model "
+            "or --attention-config chose for it: its cache would not be pruned"
+        )
+    if {spec.head_size, spec.head_size_v} != {model.get_head_size()}:
+        raise UnsupportedError(
+            f"SPARSEMM: layer {name} has keys of {spec.head_size} numbers and values of "
+            f"{spec.head_size_v}, the model's heads have {model.get_head_size()}: head pages hold "
+            "one size only"
+        )
     if extract_layer_index(name) not in pruned_layers(model):
         raise UnsupportedError(
             f"SPARSEMM: layer {name} attends to the whole prompt, but the model's configuration "

@@ -109,6 +109,7 @@ class SparseMMModelState(DefaultModelState):
                     self.vllm_config,
                     self._state.layout,
                     kv_cache_config.num_blocks,
+                    group.kv_cache_spec.block_size,
                     group.kv_cache_spec.page_size_bytes,
                 )
             )

@@ -15,7 +15,11 @@ TYPICAL = 3072  # prompt tokens: a picture for LLaVA-NeXT, and a question
 
 
 def describe_serving(
-    vllm_config: Any, layout: CacheLayout, num_blocks: int, layer_block_bytes: int
+    vllm_config: Any,
+    layout: CacheLayout,
+    num_blocks: int,
+    block_size: int,
+    layer_block_bytes: int,
 ) -> str:
     """The paragraph.
 
@@ -23,10 +27,10 @@ def describe_serving(
         vllm_config: vLLM's.
         layout: budgets of the whole model.
         num_blocks: of the KV cache, vLLM's empty one among them.
+        block_size: tokens in a block of the layers to prune; vLLM may give other layers another.
         layer_block_bytes: of a block in one layer of one rank.
     """
     settings = Settings.from_additional_config(vllm_config.additional_config)
-    block_size = vllm_config.cache_config.block_size
     longest = vllm_config.model_config.max_model_len
     block_bytes = layer_block_bytes * len(layout.capacities) * layout.tensor_parallel
     sentences = [
@@ -62,7 +66,7 @@ def notes(vllm_config: Any, settings: Settings, layout: CacheLayout) -> list[str
     dense = total - len(layout.capacities)
     found = [
         (not layout.rules.prunes, f"Nothing is pruned: method {settings.method}."),
-        (dense > 0, f"{dense} of {total} layers stay dense: they have a sliding window."),
+        (dense > 0, f"{dense} of {total} layers stay dense: they see a window or a chunk."),
         (
             settings.min_prompt_tokens > 0,
             f"Prompts of less than {settings.min_prompt_tokens:,} tokens stay dense: "

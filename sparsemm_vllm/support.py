@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from sparsemm_vllm.auto_profile import find_profile
 from sparsemm_vllm.config_hash import config_hash
@@ -16,6 +18,7 @@ from sparsemm_vllm.triton_kernels.batch import decode_rows
 
 logger = init_logger("vllm.sparsemm")  # vLLM configures its own loggers only
 
+PLAIN_CACHES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 NGRAM_METHODS = ("ngram", "ngram_gpu")
 
 
@@ -79,6 +82,8 @@ def unsupported(vllm_config: VllmConfig, settings: Settings) -> list[str]:
     model = vllm_config.model_config
     parallel = vllm_config.parallel_config
     scheduler = vllm_config.scheduler_config
+    cache = vllm_config.cache_config
+    videos = model.multimodal_config
     speculative = vllm_config.speculative_config
     threshold = scheduler.long_prefill_token_threshold
     drafts = 0 if speculative is None else speculative.num_speculative_tokens or 0
@@ -98,8 +103,7 @@ def unsupported(vllm_config: VllmConfig, settings: Settings) -> list[str]:
             "speculation or none",
         ),
         (
-            vllm_config.kv_transfer_config is not None
-            or vllm_config.cache_config.kv_offloading_size is not None,
+            vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None,
             "KV connectors and offloading move blocks by prompt position, pruned requests have "
             "none",
         ),
@@ -107,6 +111,16 @@ def unsupported(vllm_config: VllmConfig, settings: Settings) -> list[str]:
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
             "context parallelism spreads a head's tokens over ranks; use tensor or pipeline "
             "parallelism",
+        ),
+        (
+            PLAIN_CACHES.get(cache.cache_dtype, model.dtype) != model.dtype,
+            "a KV cache of 16 bits must have the type of the queries: leave it at auto",
+        ),
+        (
+            is_quantized_kv_cache(cache.cache_dtype)
+            and not {"sliding_window"}.issuperset(cache.kv_cache_dtype_skip_layers),
+            "--kv-cache-dtype-skip-layers names single layers, and a head page lies in the cache "
+            "of any layer that is pruned; give sliding_window or none",
         ),
         (parallel.use_ubatching, "dual-batch overlap builds attention metadata per microbatch"),
         (model.use_mla, "MLA keeps one latent vector for all heads, there is no head to prune"),
@@ -136,6 +150,11 @@ def unsupported(vllm_config: VllmConfig, settings: Settings) -> list[str]:
             scheduler.disable_chunked_mm_input,
             "the chunk that ends a prompt holds its window, which may begin inside a picture; drop "
             "--disable-chunked-mm-input",
+        ),
+        (
+            videos is not None and bool(videos.video_pruning_rate) and cache.enable_prefix_caching,
+            "vLLM gives what follows a pruned video other positions if the video comes from the "
+            "prefix cache: give --no-enable-prefix-caching with --video-pruning-rate",
         ),
         (
             0 < threshold < last_chunk,

@@ -10,13 +10,16 @@ from test_refusals import build, save
 from tiny import HEAD_SIZE, KV_HEADS, QUERY_HEADS, skewed_profile, text_config
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.model_executor.layers.attention.chunked_local_attention import (
+    create_chunked_local_attention_backend,
+)
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.utils import (
     get_supported_kv_cache_layouts,
     resolve_kv_cache_layout,
 )
-from vllm.v1.kv_cache_interface import get_kv_quant_mode
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, get_kv_quant_mode
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from sparsemm_vllm import cuda_backend
@@ -121,6 +124,28 @@ def test_flash_attention_schedules_what_it_computes(
         assert isinstance(meta, cuda_backend.FlashAttentionMetadata)
         assert (meta.scheduler_metadata is not None) == scheduled
     assert len(schedules.types) == 2 * scheduled
+
+
+def test_layers_with_chunks_stay_dense(llama: Path, schedules: Schedules) -> None:
+    """Llama 4: vLLM builds such a layer's metadata around ours, of one row for each chunk."""
+    config = build(llama, dtype="bfloat16")
+    backend = create_chunked_local_attention_backend(SparseMMBackend, 2 * P)
+    assert backend.get_name() == SparseMMBackend.get_name()
+    spec = ChunkedLocalAttentionSpec(
+        block_size=P,
+        num_kv_heads=KV_HEADS,
+        head_size=HEAD_SIZE,
+        dtype=torch.bfloat16,
+        attention_chunk_size=2 * P,
+    )
+    with set_current_vllm_config(config):
+        builder = backend.get_builder_cls()(spec, ["layers.0"], config, CPU)
+    assert builder.get_cudagraph_support(config, spec) == AttentionCGSupport.NEVER
+    metadata: Any = builder.build(0, batch(100))
+    assert isinstance(metadata, cuda_backend.FlashAttentionMetadata)
+    assert metadata.query_start_loc.tolist() == [0, 32, 64, 96, 100]
+    assert metadata.seq_lens.tolist() == [32, 32, 32, 4]
+    assert metadata.block_table.shape == (4, 2)
 
 
 @pytest.mark.parametrize(

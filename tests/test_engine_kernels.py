@@ -48,8 +48,11 @@ def same(model: Path, folder: Path, **options: Any) -> tuple[list[Answer], list[
     return ours, theirs
 
 
-# Group of 2 and a head size of 32 in the tiny model; a page of 16, and of 32 tokens.
-@pytest.mark.parametrize("block_size", [16, pytest.param(32, marks=pytest.mark.slow)])
+# Group of 2 and a head size of 32 in the tiny model; pages of vLLM's size on GPUs, and larger ones.
+@pytest.mark.parametrize(
+    "block_size",
+    [16, *(pytest.param(size, marks=pytest.mark.slow) for size in (32, 64)), 128],
+)
 def test_kernels_serve_as_their_twins_do(model: Path, tmp_path: Path, block_size: int) -> None:
     for ours, theirs in zip(*same(model, tmp_path, block_size=block_size), strict=True):
         assert_same(ours, theirs)

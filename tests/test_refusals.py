@@ -92,6 +92,10 @@ MP = {"distributed_executor_backend": "mp"}
         ({"max_num_batched_tokens": 39, "max_num_seqs": 8}, "give at least 40"),
         ({"max_num_scheduled_tokens": 20}, "--max-num-scheduled-tokens 20"),
         ({"max_num_scheduled_tokens": 39, "max_num_seqs": 8}, "give at least 40, or none"),
+        (
+            {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["sliding_window", "1"]},
+            "--kv-cache-dtype-skip-layers names single layers",
+        ),
         ({"disable_chunked_mm_input": True}, "drop --disable-chunked-mm-input"),
         ({"runner": "pooling"}, "only generation"),
         ({"tensor_parallel_size": 8} | MP, "4 KV heads cannot be divided among 8"),
@@ -286,11 +290,28 @@ def test_what_a_gpu_does_not_take() -> None:
     assert refused(SparseMMBackend, (7, 5)) == ["compute capability not supported"]
     for taken in ({"kv_cache_dtype": "bfloat16"}, {"kv_cache_dtype": "fp8"}):
         assert refused(SparseMMBackend, **taken) == []
-    (reason,) = refused(SparseMMBackend, kv_cache_dtype="float16")
-    assert reason.startswith("a KV cache of 16 bits must have the type of the queries")
     for dtype in (torch.float16, torch.float32):
         assert refused(SparseMMBackend, dtype=dtype) == []
-        assert refused(SparseMMBackend, dtype=dtype, kv_cache_dtype="bfloat16") == [reason]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_16_bit_caches_of_another_type(llama: Path, dtype: str) -> None:
+    """vLLM 0.33 refuses them before we could, 0.32 does not."""
+    from sparsemm_vllm.settings import Settings
+    from sparsemm_vllm.support import unsupported
+
+    config = build(llama, dtype=dtype)
+    for cache in ("float16", "bfloat16"):
+        config.cache_config.cache_dtype = cache
+        reasons = unsupported(config, Settings())
+        if cache == dtype:
+            assert reasons == []
+            build(llama, dtype=dtype, kv_cache_dtype=cache)
+            continue
+        (reason,) = reasons
+        assert reason.startswith("a KV cache of 16 bits must have the type of the queries")
+        with pytest.raises(ValueError, match=r"incompatible with dtype|must have the type"):
+            build(llama, dtype=dtype, kv_cache_dtype=cache)
 
 
 # What vLLM's own answer is right for.

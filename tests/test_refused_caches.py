@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import KV_HEADS, LAYERS, skewed_profile
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.attention.backends.flash_attn_diffkv import FlashAttentionDiffKVBackend
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from sparsemm_vllm import layer_spec, model_state
 from sparsemm_vllm.cuda_backend import SparseMMBackend
@@ -34,6 +35,7 @@ def make_config(caches: list[torch.Tensor], pruned: list[int] | None = None) -> 
         model_config=SimpleNamespace(
             get_total_num_hidden_layers=lambda: LAYERS,
             get_total_num_kv_heads=lambda: KV_HEADS,
+            get_head_size=lambda: D,
             hf_text_config=SimpleNamespace(layer_types=kinds),
         ),
     )
@@ -126,23 +128,39 @@ def test_layers_of_one_allocation_at_unequal_distances(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("pruned", "kv_heads", "sharing", "reason"),
+    ("pruned", "shape", "sharing", "reason"),
     [
-        ([0, 2], KV_HEADS, None, r"the model's configuration does not say so \(layer_types\)"),
-        (None, 2, None, "each KV head must lie on exactly one rank"),
-        (None, KV_HEADS, "layers.1", "layers layers.3 share the KV cache of layers.1"),
+        ([0, 2], {}, None, r"the model's configuration does not say so \(layer_types\)"),
+        (None, {"num_kv_heads": 2}, None, "each KV head must lie on exactly one rank"),
+        (None, {}, "layers.1", "layers layers.3 share the KV cache of layers.1"),
+        (None, {"head_size_v": 16}, None, "keys of 32 numbers and values of 16, the model's heads"),
+        (None, {"head_size": 64}, None, "keys of 64 numbers and values of 64, the model's heads"),
     ],
-    ids=["kinds of layers", "heads on several ranks", "shared caches"],
+    ids=["kinds of layers", "heads on several ranks", "shared caches", "values", "heads"],
 )
-def test_layers(pruned: Any, kv_heads: int, sharing: str | None, reason: str) -> None:
+def test_layers(pruned: Any, shape: dict[str, int], sharing: str | None, reason: str) -> None:
     config = make_config(caches(), pruned)
     context = config.compilation_config.static_forward_context
-    layer = SimpleNamespace(layer_name="layers.1")
+    layer = SimpleNamespace(layer_name="layers.1", attn_backend=SparseMMBackend)
     layer_spec._check_layer(layer, SPEC, make_config(caches()))
     context["layers.3"].kv_sharing_target_layer_name = sharing
-    spec = FullAttentionSpec(**SHAPE | {"num_kv_heads": kv_heads})
+    spec = FullAttentionSpec(**SHAPE | shape)
     with pytest.raises(UnsupportedError, match=reason):
         layer_spec._check_layer(layer, spec, config)
+
+
+def test_layers_of_another_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MiMo and openPangu choose one for values of another size than keys, whatever is asked for."""
+    layer: Any = SimpleNamespace(layer_name="layers.1", attn_backend=FlashAttentionDiffKVBackend)
+    window = SlidingWindowSpec(**SHAPE, sliding_window=32)
+    spec = FullAttentionSpec(**SHAPE, head_size_v=16)
+    config = make_config(caches())
+    monkeypatch.setattr(layer_spec, "uses_sparsemm", lambda _: True)
+    assert layer_spec.sparse_spec(layer, window, config) is window
+    with pytest.raises(UnsupportedError, match="with FLASH_ATTN_DIFFKV, which the model"):
+        layer_spec.sparse_spec(layer, spec, config)
+    monkeypatch.setattr(layer_spec, "uses_sparsemm", lambda _: False)
+    assert layer_spec.sparse_spec(layer, spec, config) is spec
 
 
 def test_models_with_a_state_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,3 +288,19 @@ def test_sleeping_is_not_for_the_cpu(model: Path) -> None:
         EngineArgs(
             model=str(model), attention_backend="SPARSEMM", enable_sleep_mode=True
         ).create_engine_config()
+
+
+def test_answers_with_a_watermark(model: Path) -> None:
+    """vLLM's detector finds it in the answer to a pruned prompt, with the server's key only."""
+    from vllm.v1.watermarking import GumbelWatermarkDetector
+
+    watermarked = Engine(model, settings(BUDGET), watermark_config={"key": 7})
+    same = {"temperature": 1, "max_tokens": 60, "seed": 5}
+    params = [same | {"watermarking": mark} for mark in (True, False)]
+    marked, plain = generate(watermarked, [ask(HELLO, 1)] * 2, params)
+    for output, key, found in ((marked, 7, True), (marked, 8, False), (plain, 7, False)):
+        detected = GumbelWatermarkDetector(key, 4, p_value_threshold=1e-3).detect(
+            list(output.outputs[0].token_ids)
+        )
+        assert detected.is_watermarked == found, detected
+    assert watermarked.all_free()

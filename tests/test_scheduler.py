@@ -433,3 +433,44 @@ def test_prompts_stay_whole_while_the_pool_is_ample(vllm_config, scheduler_class
     server.finish()
     assert min(server.seen[outcome] for outcome in Outcome) > 10, server.seen
     assert server.seen["preempted"] > 10
+
+
+class WatermarkedServer(Server):
+    """Sees that a request is admitted beside others only if enough blocks stay free."""
+
+    def schedule(self):
+        progress = super().schedule()
+        running = self.scheduler.running
+        admitted = {new.req_id for new in self.steps[-1].output.scheduled_new_reqs}
+        if running and running[-1].request_id in admitted:
+            self._check_admission(running[-1], alone=len(running) == 1)
+        return progress
+
+    def _check_admission(self, request, alone):
+        """Of the last one: with what it takes until its prompt is pruned, nothing else came."""
+        prompt = self.manager.prompts[request.request_id]
+        whole = -(-request.num_tokens // P) + prompt.compact_blocks
+        to_come = whole - len(self.manager.req_to_blocks[request.request_id])
+        spare = self.pool.get_num_free_blocks() - to_come
+        self.seen["alone" if alone else "beside others"] += 1
+        assert alone or spare >= self.scheduler.kv_cache_manager.watermark_blocks
+
+
+@pytest.mark.parametrize("watermark", [0.05, 0.3, 0.9])
+@pytest.mark.parametrize(("scheduler_class", "ahead"), [(Scheduler, 0), (AsyncScheduler, 2)])
+def test_blocks_kept_free_for_running_requests(
+    vllm_config, monkeypatch, scheduler_class, ahead, watermark
+):
+    """--watermark: compact blocks count when a request is admitted, and none waits for ever.
+
+    A request that is alone is admitted whatever is free: a large share would admit none.
+    """
+    monkeypatch.setattr(vllm_config.scheduler_config, "watermark", watermark)
+    scheduler, layout = make_scheduler(vllm_config, scheduler_class, 0)
+    assert scheduler.kv_cache_manager.watermark_blocks == int(watermark * BLOCKS)
+    server = WatermarkedServer(scheduler, layout, ahead, 0, seed=5)
+    server.run(chats=150)
+    server.finish()
+    assert server.seen[Outcome.PRUNED] > 30
+    assert server.seen["beside others"] > (5 if watermark == 0.9 else 80), server.seen
+    assert server.seen["alone"] > (30 if watermark == 0.9 else 0), server.seen

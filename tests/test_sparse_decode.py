@@ -170,7 +170,7 @@ def mixed(**options: object) -> Requests:
 
 
 # Page and tile sizes need not divide one another; one page a tile, two, half of one.
-@pytest.mark.parametrize("P", [8, 16, 32, 128])
+@pytest.mark.parametrize("P", [8, 16, 32, 64, 128])
 def test_page_sizes(P: int) -> None:
     mixed(P=P).check()
 

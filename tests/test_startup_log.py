@@ -19,7 +19,7 @@ LAYOUT = CacheLayout(((100, 4), (0, 12)), window=8, base=29, tensor_parallel=2)
 def config(longest: int, layers: int = 2, eager: bool = False, **values: Any) -> Any:
     return SimpleNamespace(
         additional_config={"sparsemm": {"profile": "none", "budget": 37, "window": 8} | values},
-        cache_config=SimpleNamespace(block_size=16, enable_prefix_caching=False),
+        cache_config=SimpleNamespace(enable_prefix_caching=False),
         model_config=SimpleNamespace(
             max_model_len=longest,
             enforce_eager=eager,
@@ -30,7 +30,9 @@ def config(longest: int, layers: int = 2, eager: bool = False, **values: Any) ->
 
 def test_bytes_and_requests() -> None:
     # Rank 0 of 2 has 7 + 0 pages in 2 layers: 4 blocks. 200 tokens fill 13 blocks, 12 are freed.
-    text = describe_serving(config(200), LAYOUT, num_blocks=101, layer_block_bytes=1000)
+    text = describe_serving(
+        config(200), LAYOUT, num_blocks=101, block_size=16, layer_block_bytes=1000
+    )
     assert text == (
         "SPARSEMM: method sparsemm, no head profile (every head has the same budget), budget 37 "
         "tokens per KV head, window 8. A prompt of 200 tokens (max_model_len) holds 20 kB in 5 "
@@ -40,18 +42,18 @@ def test_bytes_and_requests() -> None:
 
 
 def test_a_typical_prompt_and_the_longest() -> None:
-    text = describe_serving(config(8000), LAYOUT, 1001, 1000)
+    text = describe_serving(config(8000), LAYOUT, 1001, 16, 1000)
     assert text.index("A prompt of 3,072 tokens holds") < text.index("8,000 tokens (max_model_len)")
 
 
 def test_what_is_off_and_why() -> None:
-    plain = describe_serving(config(200), LAYOUT, 101, 1000)
+    plain = describe_serving(config(200), LAYOUT, 101, 16, 1000)
     off = {"min_prompt_tokens": 99, "mask_heads": [[0, 1]], "record_kept": "folder"}
     made = config(200, 6, True, prune_when_free_below=0.25, **off)
     made.cache_config.enable_prefix_caching = True
-    text = describe_serving(made, LAYOUT, 101, 1000)
+    text = describe_serving(made, LAYOUT, 101, 16, 1000)
     for note in (
-        "4 of 6 layers stay dense: they have a sliding window.",
+        "4 of 6 layers stay dense: they see a window or a chunk.",
         "Prompts of less than 99 tokens stay dense: min_prompt_tokens.",
         "stay dense: prune_when_free_below 0.25.",
         "Prefix caching is off for answers to pruned prompts",
@@ -97,7 +99,7 @@ def test_the_engine_says_it_once_and_means_it(
     n = answer.prompt_tokens
     paragraph = describe_serving(
         engine.llm.llm_engine.vllm_config, engine.layout, engine.pool.num_gpu_blocks,
-        engine.manager.kv_cache_spec.page_size_bytes,
+        engine.manager.block_size, engine.manager.kv_cache_spec.page_size_bytes,
     )  # fmt: skip
     assert text == paragraph
     assert f"of {engine.pool.num_gpu_blocks - 1:,} blocks" in text

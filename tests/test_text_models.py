@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from engines import BLOCK, WINDOW, Engine, ask, assert_same, assert_same_kept, settings
-from tiny import KV_HEADS, LAYERS, QUERY_HEADS, make_gemma3, make_llama, skewed_profile
+from tiny import KV_HEADS, LAYERS, QUERY_HEADS, make_gemma3, make_llama, make_llama4, skewed_profile
 
 from sparsemm_vllm.check_run.oracle import Oracle
 from sparsemm_vllm.import_scores import import_scores
@@ -87,9 +87,13 @@ def test_prompt_embeddings(plain: Engine, oracle: Oracle) -> None:
     assert plain.all_free()
 
 
-def test_mixed_attention(tmp_path: Path) -> None:
-    """Gemma 3: layers with a sliding window keep theirs, the others are pruned."""
-    model = make_gemma3(tmp_path / "model")
+MIXED = {"Gemma 3": make_gemma3, "Llama 4": make_llama4}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_mixed_attention(name: str, tmp_path: Path) -> None:
+    """Layers with a sliding window or with chunks keep theirs, the others are pruned."""
+    model = MIXED[name](tmp_path / "model")
     engine = Engine(model, settings(BUDGET, tmp_path / "kept"))
     oracle = Oracle(model, engine.layout)
     assert len(engine.layout.capacities) == LAYERS // 2

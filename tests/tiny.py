@@ -8,6 +8,8 @@ from transformers import (
     CLIPVisionConfig,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaForCausalLM,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
@@ -49,7 +51,7 @@ TOWER = {
     "image_size": 56,
     "patch_size": 14,
 }
-GEMMA_SIZES = (
+TEXT_SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -166,7 +168,7 @@ def make_llama(folder: Path, seed: int = 0) -> Path:
 def make_gemma3(folder: Path, seed: int = 0) -> Path:
     """A text-only Gemma 3: every other layer sees 32 tokens, and no scale is 1 / sqrt(D)."""
     config = Gemma3TextConfig(
-        **{key: getattr(text_config(), key) for key in GEMMA_SIZES},
+        **{key: getattr(text_config(), key) for key in TEXT_SIZES},
         sliding_window=32,
         layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
         query_pre_attn_scalar=2 * HEAD_SIZE,
@@ -177,5 +179,25 @@ def make_gemma3(folder: Path, seed: int = 0) -> Path:
     )
     torch.manual_seed(seed)
     Gemma3ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_llama4(folder: Path, seed: int = 0) -> Path:
+    """A text-only Llama 4 without experts: every other layer sees a chunk of 48 tokens."""
+    config = Llama4TextConfig(
+        **{key: getattr(text_config(), key) for key in TEXT_SIZES},
+        intermediate_size_mlp=text_config().intermediate_size,
+        attention_chunk_size=48,
+        no_rope_layers=[1, 0] * (LAYERS // 2),
+        attn_temperature_tuning=False,  # vLLM has it for more than 32K tokens only
+        moe_layers=[],
+        interleave_moe_layer_step=LAYERS + 1,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(seed)
+    Llama4ForCausalLM(config).to(torch.float32).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder

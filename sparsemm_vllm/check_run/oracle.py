@@ -26,7 +26,7 @@ NAME = "sparsemm_oracle"
 class Oracle:
     """Greedy decoding with a KV cache pruned by `layout`, of a model with or without pictures.
 
-    Layers with a sliding window are not pruned; the layout has the others, in their order.
+    Layers that see a window or a chunk are not pruned; the layout has the others, in their order.
 
     Args:
         model: folder of the model; it is computed in float32.
@@ -45,7 +45,7 @@ class Oracle:
         self.kept: dict[tuple[int, int], torch.Tensor] = {}
         self.regrets: list[float] = []
         self._visible: dict[int, torch.Tensor] = {}
-        self._prompt_tokens = 0
+        self._prompt_tokens = self._tokens = 0
         AttentionInterface.register(NAME, self._attend)
         config = AutoConfig.from_pretrained(model)
         types = getattr(config.get_text_config(), "layer_types", None)
@@ -77,6 +77,11 @@ class Oracle:
         visible = causal.expand(Hkv, -1, -1).clone()
         if sliding_window is not None:
             visible &= causal.triu(T - Q - sliding_window + 1)
+        elif self._pruned and layer not in self._pruned:
+            chunk = (
+                torch.arange(self._tokens - T, self._tokens) // module.config.attention_chunk_size
+            )
+            visible &= chunk[T - Q :, None] == chunk
         elif n == T == Q and self.layout.is_pruned(n):
             # The twin scales by 1 / sqrt(D), not every model does.
             self._prune(layer, query[0] * scaling * query.shape[3] ** 0.5, key[0])
@@ -135,6 +140,7 @@ class Oracle:
         self.regrets = []
         tokens, logprobs, cache = [], [], None
         for step in range(max_tokens):
+            self._tokens = self._prompt_tokens + step
             output = self.model(**inputs, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             scores = output.logits[0, -1].log_softmax(-1)
