@@ -185,6 +185,7 @@ def test_requests_of_any_kind(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 @fuzzed(1000)
 @given(st.lists(calls(), min_size=AT_ONCE, max_size=AT_ONCE))
 def test_requests_of_any_kind_for_long(
