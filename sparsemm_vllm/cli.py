@@ -48,9 +48,11 @@ def demo(
     ] = 64,
 ) -> None:
     """Let the bundled model read a new picture from a pruned KV cache, and show what was kept."""
-    from sparsemm_vllm.demo import run_demo
+    with _one_line_errors("demo"):
+        from sparsemm_vllm.demo import run_demo
 
-    raise typer.Exit(run_demo(out, seed, budget))
+        code = run_demo(out, seed, budget)
+    raise typer.Exit(code)
 
 
 def _user_errors() -> tuple[type[Exception], ...]:

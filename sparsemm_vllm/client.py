@@ -8,11 +8,16 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 
-def data_url(image: Image.Image) -> str:
-    """The picture as a URL that holds it, for ``image_url`` in a message."""
+def png(image: Image.Image) -> bytes:
+    """The picture as a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def data_url(image: Image.Image) -> str:
+    """The picture as a URL that holds it, for ``image_url`` in a message."""
+    return "data:image/png;base64," + base64.b64encode(png(image)).decode()
 
 
 def samples(page: str, name: str, **labels: str) -> list[Sample]:

@@ -21,8 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsemm_vllm.bundled_model import READER, reader_folder
-from sparsemm_vllm.client import data_url, metric, pool_blocks
+from sparsemm_vllm.client import data_url, metric, png, pool_blocks
 from sparsemm_vllm.environment import has_gpu
+from sparsemm_vllm.files import write_whole
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.pictures import DEMO_SEEDS, Sample, make_demo_sample
 from sparsemm_vllm.profile import load_profile
@@ -72,6 +73,9 @@ def run_demo(out: Path, seed: int | None, budget: int) -> int:
 
     Returns:
         The exit code: 0, or 1 if the server failed, or 130 after Ctrl-C.
+
+    Raises:
+        OSError: naming the file, if one cannot be written.
     """
     console = Console()
     if budget <= WINDOW:
@@ -80,7 +84,7 @@ def run_demo(out: Path, seed: int | None, budget: int) -> int:
     chosen = random.randrange(len(DEMO_SEEDS)) if seed is None else seed
     sample = make_demo_sample(DEMO_SEEDS.start + chosen, "read")
     out.mkdir(parents=True, exist_ok=True)
-    sample.image.save(out / "picture.png")
+    write_whole(out / "picture.png", png(sample.image))
     settings = {
         "profile": READER,
         "budget": budget,
@@ -284,7 +288,7 @@ def _show(report: dict[str, Any], console: Console) -> None:
 def _save(report: dict[str, Any], sample: Sample, outcome: Outcome, out: Path) -> None:
     from sparsemm_vllm.kept_map import draw_kept_map, image_token_positions
 
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_whole(out / "report.json", json.dumps(report, indent=2) + "\n")
     if report["pruned"]:
         kept = load_kept(out / "kept", outcome.request_id)
     else:

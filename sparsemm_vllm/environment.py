@@ -81,6 +81,11 @@ def metrics_folder() -> Path | None:
     return Path(folder) if folder else None
 
 
+def uses_rust_front_end() -> bool:
+    """Whether `vllm serve` leaves HTTP to vLLM's Rust program, in which nothing of ours runs."""
+    return bool(int(os.environ.get("VLLM_USE_RUST_FRONTEND", "0")))
+
+
 def quiet_environment(on_terminal: bool) -> dict[str, str]:
     """This environment, for a program whose output we pass on: its vLLM only warns.
 

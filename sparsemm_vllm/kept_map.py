@@ -1,10 +1,16 @@
 """The picture beside what a few heads kept of it."""
 
+import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
+
+from sparsemm_vllm.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PANELS = 5
 INK, FADED, ACCENT = "#1b1f24", "#6b7280", "#d9480f"
@@ -115,5 +121,16 @@ def draw_kept_map(
         figure.text(0.02, y, name, fontsize=10, color=FADED, va="top")
         figure.text(0.105, y, report[key], fontsize=10, color=colour, va="top")
     figure.subplots_adjust(left=0.02, right=0.98, top=0.81, bottom=0.035, wspace=0.07, hspace=0.17)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
     plt.close(figure)
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Save a figure as a PNG that is never half written.
+
+    Raises:
+        OSError: naming the file, if it cannot be written.
+    """
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format="png")
+    write_whole(path, picture.getvalue())

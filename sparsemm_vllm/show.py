@@ -10,7 +10,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from sparsemm_vllm.kept_map import ACCENT, FADED, INK
+from sparsemm_vllm.kept_map import ACCENT, FADED, INK, save_figure
 from sparsemm_vllm.plan import build_layout, check_sizes, printable, tokens_per_head
 from sparsemm_vllm.profile import HeadProfile
 
@@ -222,7 +222,7 @@ def draw_profile(
 
     with matplotlib.rc_context(STYLE):
         figure = profile_figure(profile, kept, budget, prompt_tokens, _method_note(**allocation))
-        figure.savefig(path, dpi=130, format="png")
+        save_figure(figure, path)
 
 
 def profile_figure(

@@ -6,6 +6,7 @@ It comes from the worker: the first place that knows the configuration and the n
 import hashlib
 from typing import Any
 
+from sparsemm_vllm.environment import uses_rust_front_end
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.plan import printable, readable_bytes, requests_at_once
 from sparsemm_vllm.profile import HeadProfile
@@ -91,5 +92,11 @@ def notes(vllm_config: Any, settings: Settings, layout: CacheLayout) -> list[str
             f"{len(settings.mask_heads)} query heads are off: mask_heads.",
         ),
         (settings.record_kept is not None, "Every step waits for the device: record_kept."),
+        (
+            uses_rust_front_end(),
+            "Requests are checked in the engine only, because of VLLM_USE_RUST_FRONTEND: a wrong "
+            "'sparsemm' setting is logged and the server's own is used, where the Python front "
+            "end answers HTTP 400. /metrics has no sparsemm: metrics, and there is no page.",
+        ),
     ]
     return [note for applies, note in found if applies]

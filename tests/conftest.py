@@ -27,7 +27,10 @@ hypothesis.settings.register_profile("new", deadline=None)
 hypothesis.settings.load_profile("same")
 
 
-LONG = ("test_soak", "test_engine_kernels", "test_window_scores", "test_demo", "test_serve")
+LONG = (
+    "test_soak", "test_engine_kernels", "test_window_scores", "test_demo", "test_serve",
+    "test_hostile",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from sparsemm_vllm.environment import has_gpu
 from sparsemm_vllm.evaluate.questions import Question, load_questions
+from sparsemm_vllm.files import write_whole
 from sparsemm_vllm.profiler.engine import parse_engine_options
 
 CPU_OPTIONS = {
@@ -233,9 +234,7 @@ def main() -> None:
             print(answered, file=progress)
 
     result = run(job, on_answer)
-    partial = job.result.with_suffix(".partial")
-    partial.write_text(result.model_dump_json(indent=1) + "\n")
-    partial.replace(job.result)
+    write_whole(job.result, result.model_dump_json(indent=1) + "\n")
 
 
 if __name__ == "__main__":

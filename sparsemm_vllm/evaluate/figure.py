@@ -11,7 +11,7 @@ from sparsemm_vllm.evaluate.records import (
     dense_record,
 )
 from sparsemm_vllm.evaluate.report import tasks_of
-from sparsemm_vllm.kept_map import ACCENT, FADED, INK
+from sparsemm_vllm.kept_map import ACCENT, FADED, INK, save_figure
 from sparsemm_vllm.plan import printable, readable_bytes
 from sparsemm_vllm.show import STYLE
 
@@ -43,7 +43,7 @@ def draw_records(records: Sequence[Record], model: str, path: Path) -> None:
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        records_figure(records, model).savefig(path, dpi=130, format="png")
+        save_figure(records_figure(records, model), path)
 
 
 def records_figure(records: Sequence[Record], model: str) -> "Figure":

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from sparsemm_vllm.evaluate.engine import Result
 from sparsemm_vllm.evaluate.errors import EvalError
 from sparsemm_vllm.evaluate.points import Point
+from sparsemm_vllm.files import write_whole
 
 
 class EvalFolder:
@@ -31,9 +32,10 @@ class EvalFolder:
             _check_same(path, json.loads(own.read_bytes()), configuration)
         elif path.exists() and any(path.iterdir()):
             raise EvalError(f"{path} holds no evaluation, but other files; name another folder")
+        path.mkdir(parents=True, exist_ok=True)
+        write_whole(own, json.dumps(configuration, indent=1) + "\n")
         for folder in ("points", "logs"):
-            (path / folder).mkdir(parents=True, exist_ok=True)
-        own.write_text(json.dumps(configuration, indent=1) + "\n")
+            (path / folder).mkdir(exist_ok=True)
 
     def point(self, point: Point) -> Path:
         """The file of a point's result."""

@@ -20,6 +20,7 @@ from sparsemm_vllm.evaluate.records import (
     curves,
     dense_record,
 )
+from sparsemm_vllm.files import write_whole
 from sparsemm_vllm.plan import printable, readable_bytes
 
 
@@ -38,7 +39,7 @@ def save_json(path: Path, configuration: dict[str, Any], records: Sequence[Recor
         "records": [asdict(record) for record in records],
     }
     rounded = json.loads(json.dumps(document), parse_float=lambda text: round(float(text), 6))
-    path.write_text(json.dumps(rounded, indent=1) + "\n")
+    write_whole(path, json.dumps(rounded, indent=1) + "\n")
 
 
 def tasks_of(records: Sequence[Record]) -> list[str]:

@@ -10,6 +10,7 @@ from sparsemm_vllm.evaluate.engine import Job, Result
 from sparsemm_vllm.evaluate.errors import EvalError
 from sparsemm_vllm.evaluate.folder import EvalFolder
 from sparsemm_vllm.evaluate.points import Point
+from sparsemm_vllm.files import write_whole
 from sparsemm_vllm.serve import serve_environment
 from sparsemm_vllm.server import end_group
 
@@ -56,7 +57,7 @@ def run_job(job: Job, log: Path, on_answer: Callable[[int], None]) -> None:
         EvalError: if it fails, with the error that its log ends with.
     """
     file = job.result.with_suffix(".job")
-    file.write_text(job.model_dump_json())
+    write_whole(file, job.model_dump_json())
     with log.open("wb") as output:
         process = subprocess.Popen(
             # Without -P the working folder would be on the module path.

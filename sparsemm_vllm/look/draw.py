@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sparsemm_vllm.kept_map import FADED, INK
+from sparsemm_vllm.kept_map import FADED, INK, save_figure
 from sparsemm_vllm.look.sight import Sight
 from sparsemm_vllm.plan import printable
 from sparsemm_vllm.show import STYLE, PictureError
@@ -63,7 +63,7 @@ def draw_sight(sight: Sight, path: Path) -> None:
         for row, (title, head) in enumerate(_examples(sight), 1):
             _draw_kept(figure.add_subplot(grid[row, 1]), sight, title, head)
         _write_answer(figure, sight)
-        figure.savefig(path, dpi=130)
+        save_figure(figure, path)
         plt.close(figure)
 
 

@@ -1,13 +1,14 @@
 """What a run has scored so far, on the disk, so that it can be continued."""
 
+import io
 import json
-import os
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from sparsemm_vllm.files import write_whole
 from sparsemm_vllm.profiler.attention import Scores
 from sparsemm_vllm.profiler.errors import ProfilerError
 
@@ -70,12 +71,7 @@ class Partial:
 
     def save(self, scores: Scores) -> None:
         """Keep what has been scored, whole."""
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                run = json.dumps(asdict(self._run))
-                np.savez(file, run=run, hits=scores.hits, tokens=scores.tokens)
-            temporary.replace(self.path)
-        except BaseException:  # Ctrl-C too
-            temporary.unlink(missing_ok=True)
-            raise
+        run = json.dumps(asdict(self._run))
+        buffer = io.BytesIO()
+        np.savez(buffer, run=run, hits=scores.hits, tokens=scores.tokens)
+        write_whole(self.path, buffer.getvalue())
