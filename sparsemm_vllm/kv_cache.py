@@ -23,6 +23,7 @@ from vllm.v1.request import Request
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.request_settings import SHOWN, Accepted, RequestLimits, accept
 from sparsemm_vllm.request_stats import Outcome, RequestStats
+from sparsemm_vllm.sampling_limits import too_long, without_too_long
 from sparsemm_vllm.watchdog import Watchdog
 
 logger = init_logger("vllm.sparsemm")
@@ -104,6 +105,7 @@ class SparseMMManager(FullAttentionManager):
         self.prompts: dict[str, Prompt] = {}
         self.stats = RequestStats()
         self.watchdog = Watchdog()
+        self.refused: dict[str, str] = {}  # requests that no worker can serve, and why
 
     def register_prompt(self, request: Request) -> Prompt:
         """Learn a request's prompt and settings, before it is admitted and when it is resumed.
@@ -129,6 +131,9 @@ class SparseMMManager(FullAttentionManager):
         if accepted is None:
             accepted = accept(request.sampling_params.extra_args, self.limits)
             problem = accepted.problem
+            if long := too_long(request.sampling_params):
+                request.sampling_params = without_too_long(request.sampling_params)
+                self.refused[request.request_id] = long
             if request.resumable:  # its prompt would grow after it was pruned
                 request.resumable = False
                 problem = "streaming input is not served"

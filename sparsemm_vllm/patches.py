@@ -122,6 +122,7 @@ def _request_check(original: Callable[..., Any]) -> Callable[..., Any]:
         asks_for_us,
         check_request,
     )
+    from sparsemm_vllm.sampling_limits import too_long
     from sparsemm_vllm.settings import Settings
 
     def limits_of(processor: Any) -> RequestLimits:
@@ -147,13 +148,16 @@ def _request_check(original: Callable[..., Any]) -> Callable[..., Any]:
                     check_request(extra_args, limits_of(self))
                 except RequestError as error:  # HTTP 400: of other errors vLLM makes a 500
                     raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
-        return original(self, request_id, prompt, params, *args, **kwargs)
+        request = original(self, request_id, prompt, params, *args, **kwargs)
+        if uses_sparsemm(self.vllm_config) and (problem := too_long(request.sampling_params)):
+            raise VLLMValidationError(problem)
+        return request
 
     return process_inputs
 
 
 def _step_begins(original: Callable[..., Any]) -> Callable[..., Any]:
-    from sparsemm_vllm.scheduling import find_manager, order_by_priority
+    from sparsemm_vllm.scheduling import end_refused, find_manager, order_by_priority
 
     def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
         manager = find_manager(self.kv_cache_manager)
@@ -162,6 +166,7 @@ def _step_begins(original: Callable[..., Any]) -> Callable[..., Any]:
         order_by_priority(self)
         output = original(self, *args, **kwargs)
         manager.watchdog.observe(self, output)
+        end_refused(self, manager)
         return output
 
     return schedule

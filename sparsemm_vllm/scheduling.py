@@ -8,6 +8,7 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 
 from sparsemm_vllm.kv_cache import SparseMMManager
 from sparsemm_vllm.request_stats import Outcome
+from sparsemm_vllm.versions import end_with_error
 
 
 def find_manager(kv_cache_manager: Any) -> SparseMMManager | None:
@@ -89,6 +90,19 @@ def order_by_priority(scheduler: Any) -> None:
     for earlier, later in pairwise(scheduler.running):
         if later.priority == earlier.priority and later.arrival_time <= earlier.arrival_time:
             later.arrival_time = math.nextafter(earlier.arrival_time, math.inf)
+
+
+def end_refused(scheduler: Any, manager: SparseMMManager) -> None:
+    """End the requests that the manager found no worker can serve, with an error.
+
+    Args:
+        scheduler: vLLM's.
+        manager: of its pruned layers.
+    """
+    for request_id, message in manager.refused.items():
+        if request_id in scheduler.requests:
+            end_with_error(scheduler, request_id, message)
+    manager.refused.clear()
 
 
 def free_pruned_blocks(scheduler: Any, scheduler_output: Any) -> None:

@@ -133,6 +133,22 @@ def test_the_front_end_refuses_before_the_engine_sees_it(backend, refused):
     assert bool(seen) != refused
 
 
+def test_the_front_end_refuses_lists_that_no_worker_has_room_for():
+    """Bad words are known as tokens only when vLLM has made the request."""
+
+    def process_inputs(self, request_id, prompt, params, resumable=False):
+        params._bad_words_token_ids = [[7] * 2000]
+        return SimpleNamespace(sampling_params=params)
+
+    attention = SimpleNamespace(backend=SimpleNamespace(name="SPARSEMM"), backend_per_kind={})
+    processor = SimpleNamespace(
+        vllm_config=SimpleNamespace(attention_config=attention, additional_config={})
+    )
+    process = patches._request_check(process_inputs)
+    with pytest.raises(VLLMValidationError, match="bad_words, in tokens: 2,000, at most 1,024"):
+        process(processor, "id", "prompt", SamplingParams())
+
+
 def test_a_server_may_take_no_request_settings():
     closed = RequestLimits.of(Settings(budget=40, window=W, allow_request_settings=False))
     for extra_args in ({"sparsemm": 0}, {"sparsemm_budget": 60}):

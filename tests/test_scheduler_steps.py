@@ -14,6 +14,7 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.request import Request, RequestStatus
 
 from sparsemm_vllm.request_stats import Outcome
+from sparsemm_vllm.sampling_limits import too_long
 
 installed = test_scheduler.installed
 vllm_config = test_scheduler.vllm_config
@@ -278,6 +279,39 @@ def test_what_cannot_be_is_served_as_the_server_would(vllm_config, extra_args, m
     assert steps.manager.stats.drain(0)["invalid_requests"] == 0
     assert len(said) == 1, "the others are counted"
     assert "request 'chat-0' was not checked by its front end: " in said[0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "logit_bias: 1,025, at most 1,024"),
+        ({"allowed_token_ids": list(range(1025))}, "allowed_token_ids: 1,025, at most 1,024"),
+        (
+            {"stop_token_ids": list(range(200)), "min_tokens": 1},
+            "stop_token_ids (with min_tokens): 200, at most 128",
+        ),
+        ({"bad_words": [[1]] * 129}, "bad_words: 129, at most 128"),
+        ({"bad_words": [[1] * 2000]}, "bad_words, in tokens: 2,000, at most 1,024"),
+    ],
+)
+def test_lists_that_no_worker_has_room_for_end_their_request(vllm_config, asked, reason):
+    """A worker raises for them, which ends the engine; vLLM's front ends let most of them pass."""
+    steps = Steps(vllm_config)
+    request, other = steps.put(LONG, 3), steps.put(range(20), 3)
+    words = asked.pop("bad_words", None)
+    params = SamplingParams(max_tokens=3, **asked)
+    params._bad_words_token_ids = words
+    request.sampling_params = params
+    output = steps.schedule() and ended(finish_step(steps), request)
+    assert output.finish_reason is FinishReason.ERROR
+    if hasattr(output, "error"):
+        assert output.error.message == f"too many entries: {reason}"
+    while steps.scheduler.has_unfinished_requests():
+        steps.step()
+    assert len(steps.answers[other.request_id]) == 3
+    # What workers were sent is what they take.
+    assert too_long(params) is not None
+    assert too_long(request.sampling_params) is None
 
 
 def test_streaming_input_ends_with_its_first_part(vllm_config):
