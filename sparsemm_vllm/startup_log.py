@@ -87,5 +87,6 @@ def notes(vllm_config: Any, settings: Settings, layout: CacheLayout) -> list[str
             f"{len(settings.mask_heads)} query heads are off: mask_heads.",
         ),
         (settings.record_kept is not None, "Every step waits for the device: record_kept."),
+        (settings.poison_freed, "Every step is checked, and is slow: poison_freed."),
     ]
     return [note for applies, note in found if applies]
