@@ -35,12 +35,15 @@ ATTRIBUTES = {
     "vllm.config:SpeculativeConfig": "method num_speculative_tokens",
     "vllm.config:AttentionConfig": "backend backend_per_kind",
     "vllm.engine.arg_utils:EngineArgs": "attention_backend attention_config create_engine_config",
+    "vllm.lora.request:LoRARequest": "lora_name",
     "vllm.model_executor.layers.attention.attention:Attention": "get_attn_backend impl kv_cache",
+    "vllm.multimodal.inputs:MultiModalFeatureSpec": "identifier mm_position",
+    "vllm.multimodal.inputs:PlaceholderRange": "length offset",
     "vllm.v1.core.block_pool:BlockPool": "get_num_free_blocks num_gpu_blocks",
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator": "single_type_managers",
     "vllm.v1.core.kv_cache_manager:KVCacheManager": "coordinator",
-    "vllm.v1.core.sched.output:NewRequestData": "mm_features prompt_len prompt_token_ids req_id "
-    "sampling_params",
+    "vllm.v1.core.sched.output:NewRequestData": "block_ids lora_request mm_features "
+    "num_computed_tokens prefill_token_ids prompt_len prompt_token_ids req_id sampling_params",
     "vllm.v1.core.sched.scheduler:Scheduler": "kv_cache_manager requests",
     "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager": "block_pool block_size "
     "req_to_blocks",
@@ -53,6 +56,8 @@ ATTRIBUTES = {
     "vllm.v1.metrics.stats:SchedulerStats": "ec_connector_stats",
     "vllm.v1.request:Request": "num_prompt_tokens num_tokens request_id sampling_params",
     "vllm.v1.worker.gpu.async_utils:AsyncOutput": "model_runner_output",
+    "vllm.v1.worker.gpu.block_table:BlockTables": "input_block_tables num_blocks",
+    "vllm.v1.worker.gpu.buffer_utils:UvaBackedTensor": "np",
     "vllm.v1.worker.gpu.input_batch:InputBatch": "idx_mapping idx_mapping_np num_reqs "
     "num_reqs_after_padding num_scheduled_tokens positions prefill_len_np query_start_loc "
     "query_start_loc_np seq_lens seq_lens_cpu_upper_bound",

@@ -312,8 +312,8 @@ class Poison:
             if wrong.any():
                 at = int(wrong.argmax())
                 where = f"position {positions[at]}"
-                if is_compact[at]:
-                    where = f"compact block {entries[at]}, layer slot {layers[at]}"
+                if entries[at] < 0 or is_compact[at]:
+                    where = f"entry {entries[at]} of its row, layer slot {layers[at]}"
                 what = f"reads {where}, head slot {heads[at]}, slot {tokens[at]} in layer {layer}"
                 self._fail(holder, int(blocks[at]), why, what)
 
@@ -323,9 +323,11 @@ class Poison:
         _, blocks, heads, tokens = np.unravel_index(slots, self._cache.shape[:4])
         entries = np.array([holder.entries.get(b, -1) for b in blocks.tolist()], dtype=int)
         is_compact, _ = self._places(holder, entries, tokens)
+        again = np.ones(len(slots), dtype=bool)
+        again[np.unique(slots, return_index=True)[1]] = False
         for wrong, why in (
             (~is_compact | (entries < 0), "is not one of its compact blocks"),
-            (~is_nan, "holds a kept token there already"),
+            (again | ~is_nan, "holds a kept token there already"),
         ):
             if wrong.any():
                 at = int(wrong.argmax())
