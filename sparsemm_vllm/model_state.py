@@ -107,6 +107,9 @@ class SparseMMModelState(DefaultModelState):
         if self._poisons:
             window = self._state.layout.window
             self._state.poison = Poison(cache.tensor, window, self.max_num_tokens)
+            if len(kv_cache_config.kv_cache_groups) > 1:
+                # vLLM reads the null block where a sliding window has passed, and masks it.
+                cache.tensor[:, 0] = 0
         # vLLM also comes here before it knows the number of blocks, to try CUDA graphs.
         sized = kv_cache_config.num_blocks == self.vllm_config.cache_config.num_gpu_blocks
         if sized and get_pp_group().is_first_rank and get_tp_group().is_first_rank:

@@ -1,9 +1,11 @@
 """Poisoned KV, a debug aid: whoever touches a slot that is not its own is found at once.
 
-A block is filled with NaN when a request gets it, before anything is written to it; who got it, for
-the how many-th time, and what has been written since is noted on the host. In every step that is
-held against what the step writes and, where the torch twins compute attention, against each slot
-that they read. Kernels read unseen: attention that is NaN tells that they read what nobody wrote.
+A block is filled with NaN when a request gets it, before anything is written to it. Not when it is
+freed: it may still be cached. The host notes who got the block, how often it has been given to
+anyone (its generation), and which slots were written since. Every step is checked against these
+notes: what it writes, and where the torch twins compute attention, each slot that they read. What
+kernels read is not seen: if it is what nobody wrote, attention is NaN, and that is checked.
+A read that should be made and is not, nothing here can tell.
 
 Knows nothing of vLLM. Waits for the device in every step.
 """
@@ -409,7 +411,7 @@ class WatchedCache(TorchFunctionMode):
         self._memory = cache.untyped_storage().data_ptr()
         self._width = cache.shape[4]
         self._slots = slots
-        self._row = -1
+        self._row: int | None = None
 
     def __torch_function__(
         self,
@@ -439,6 +441,8 @@ class WatchedCache(TorchFunctionMode):
     def _check(
         self, check: Callable[..., None], source: torch.Tensor, values: torch.Tensor, index: Any
     ) -> None:
+        if self._row is None:
+            raise PoisonError("poison_freed: the cache is read without the block table")
         strides = [stride // self._width for stride in source.stride()[:-1]]
         offset = source.storage_offset() // self._width
         slots = self._slots.as_strided(source.shape[:-1], strides, offset)[index]

@@ -195,6 +195,15 @@ def test_any_operation_reads(steps: Steps) -> None:
             page.sum()
 
 
+def test_a_read_without_the_block_table(steps: Steps) -> None:
+    pruned(steps)
+    with (
+        steps.poison.watch(0, steps.table),
+        pytest.raises(PoisonError, match="without the block table"),
+    ):
+        steps.cache[0, 7, 1, 0].sum()
+
+
 def test_keys_of_a_knockout(steps: Steps) -> None:
     """It reads the window and what follows it, and not all of their blocks."""
     steps.add(0, [5, 6, 7])

@@ -13,6 +13,7 @@ from engines import BLOCK, DIGITS, HELLO, Engine, ask, settings
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.worker.gpu.block_table import BlockTables
 
 from sparsemm_vllm import cpu_backend
 from sparsemm_vllm.kv_cache import SparseMMManager
@@ -145,6 +146,38 @@ def test_an_index_keeps_what_another_request_had(
     engine.generate(ask(DIGITS, 1, 2), max_tokens=2)
     monkeypatch.setattr(HeadPages, "enter", lambda *args: None)
     assert "is not one of its blocks" in found(engine, PROMPTS[0])
+
+
+def test_a_row_keeps_another_requests_blocks(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = BlockTables.append_block_ids
+
+    def append_only(
+        self: BlockTables, index: int, blocks: tuple[list[int], ...], overwrite: bool
+    ) -> None:
+        if overwrite:
+            self.num_blocks.np[0, index] = len(blocks[0])
+        else:
+            append(self, index, blocks, overwrite)
+
+    engine.generate(*PROMPTS[:3], max_tokens=2)
+    monkeypatch.setattr(BlockTables, "append_block_ids", append_only)
+    text = found(engine)
+    assert "writes position 0, slot 0" in text
+    assert "is not one of its blocks" in text
+
+
+def test_a_layer_is_not_compacted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    compact = torch_ops.compact_kv
+    monkeypatch.setattr(
+        torch_ops,
+        "compact_kv",
+        lambda cache, layer, *args: None if layer == 2 else compact(cache, layer, *args),
+    )
+    text = found(engine, PROMPTS[0])
+    assert " in layer 2: block " in text
+    assert "holds NaN there" in text
 
 
 def test_a_token_behind_the_kept_ones_is_read(
