@@ -36,15 +36,18 @@ ATTRIBUTES = {
     "vllm.config:SpeculativeConfig": "method num_speculative_tokens",
     "vllm.config:AttentionConfig": "backend backend_per_kind",
     "vllm.engine.arg_utils:EngineArgs": "attention_backend attention_config create_engine_config",
+    "vllm.lora.request:LoRARequest": "lora_name",
     "vllm.model_executor.layers.attention.attention:Attention": "attn_backend "
     "get_attn_backend impl kv_cache layer_name",
+    "vllm.multimodal.inputs:MultiModalFeatureSpec": "identifier mm_position",
+    "vllm.multimodal.inputs:PlaceholderRange": "length offset",
     "vllm.v1.core.block_pool:BlockPool": "get_num_free_blocks num_gpu_blocks",
     "vllm.v1.core.encoder_cache_manager:EncoderCacheManager": "cache_size get_cached_input_ids "
     "num_free_slots num_freeable_slots",
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator": "single_type_managers",
     "vllm.v1.core.kv_cache_manager:KVCacheManager": "coordinator",
-    "vllm.v1.core.sched.output:NewRequestData": "mm_features prompt_len prompt_token_ids req_id "
-    "sampling_params",
+    "vllm.v1.core.sched.output:NewRequestData": "block_ids lora_request mm_features "
+    "num_computed_tokens prefill_token_ids prompt_len prompt_token_ids req_id sampling_params",
     "vllm.v1.core.sched.output:SchedulerOutput": "num_scheduled_tokens total_num_scheduled_tokens",
     "vllm.v1.core.sched.scheduler:Scheduler": "encoder_cache_manager grammar_compile_error_reqs "
     "kv_cache_manager max_num_encoder_input_tokens max_num_scheduled_tokens pause_state policy "
@@ -63,6 +66,8 @@ ATTRIBUTES = {
     "num_in_flight_tokens num_preemptions num_prompt_tokens num_tokens priority request_id "
     "resumable sampling_params status",
     "vllm.v1.worker.gpu.async_utils:AsyncOutput": "model_runner_output",
+    "vllm.v1.worker.gpu.block_table:BlockTables": "input_block_tables num_blocks",
+    "vllm.v1.worker.gpu.buffer_utils:UvaBackedTensor": "np",
     "vllm.v1.worker.gpu.input_batch:InputBatch": "idx_mapping idx_mapping_np num_reqs "
     "num_reqs_after_padding num_scheduled_tokens positions prefill_len_np query_start_loc "
     "query_start_loc_np seq_lens seq_lens_cpu_upper_bound",

@@ -1,5 +1,6 @@
 """Attention on the CPU, in torch: dense for comparison, and SPARSEMM on top of it."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from sparsemm_vllm.sparse_attention import (
     refuse_variants,
 )
 from sparsemm_vllm.step import Step
+from sparsemm_vllm.triton_kernels import torch_ops
 from sparsemm_vllm.triton_kernels.reference import dense_attention
 
 
@@ -131,7 +133,20 @@ class TorchAttentionImpl(AttentionImpl[TorchMetadata]):
         """Attention of this step's queries, into `output` ``[T, Hq, D]``."""
         if attn_metadata is None:  # vLLM profiles memory
             return output.fill_(0)
-        meta, scale, v_scale = attn_metadata, self.scale, None
+        with watch_cache(attn_metadata, layer.layer_name):
+            self._attend(layer, query, kv_cache, attn_metadata, output)
+        return output
+
+    def _attend(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        meta: TorchMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """Dense rows first, then what SPARSEMM adds."""
+        scale, v_scale = self.scale, None
         if is_quantized_kv_cache(self.kv_cache_dtype):
             kv_cache = kv_cache.view(torch.float8_e4m3fn)
             scale, v_scale = scale * float(layer._k_scale), layer._v_scale
@@ -150,7 +165,21 @@ class TorchAttentionImpl(AttentionImpl[TorchMetadata]):
             output[queries] = out if v_scale is None else out * v_scale
         if meta.step is not None:
             forward_sparse(meta.step, layer, query, output, meta.block_table, self.scale)
-        return output
+
+
+def watch_cache(meta: TorchMetadata, layer_name: str) -> AbstractContextManager[Any]:
+    """A context in which every slot that is read is checked, if `poison_freed` is on.
+
+    Kernels of ours, which tests interpret here, read unseen.
+
+    Args:
+        meta: the step's batch.
+        layer_name: vLLM's name of the layer.
+    """
+    step = meta.step
+    if step is None or step.state.poison is None or step.state.ops is not torch_ops:
+        return nullcontext()
+    return step.state.poison.watch(step.state.cache.layers[layer_name], meta.block_table)
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -115,15 +115,13 @@ def attend_without(
     _, Hkv, P, _ = layer_cache.shape
     G, D = query.shape[1] // Hkv, query.shape[2]
     end = knockout.position + knockout.count
-    first_block = knockout.first_key // P
-    blocks = block_table[knockout.row, first_block : -(-end // P)].long()
-    kv = layer_cache[blocks, knockout.head].flatten(0, 1)
-    kv = kv[knockout.first_key - first_block * P : end - first_block * P].float()
+    key = torch.arange(knockout.first_key, end, device=query.device)
+    blocks = block_table[knockout.row, key // P].long()
+    kv = layer_cache[blocks, knockout.head, key % P].float()
 
     queries = slice(knockout.query, knockout.query + knockout.count)
     heads = slice(knockout.head * G, (knockout.head + 1) * G)
     logits = torch.einsum("qgd,kd->qgk", query[queries, heads].float(), kv[:, :D]) * scale
-    key = torch.arange(knockout.first_key, end, device=query.device)
     last = torch.arange(knockout.position, end, device=query.device)
     logits.masked_fill_((key > last[:, None])[:, None], -torch.inf)
     output[queries, heads] = (logits.softmax(-1) @ kv[:, D:]).to(output.dtype)

@@ -23,6 +23,7 @@ from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.masked_heads import mask_layers
 from sparsemm_vllm.patches import install_in_worker
 from sparsemm_vllm.plugin import NAME
+from sparsemm_vllm.poison import Holder, Poison, block_contents
 from sparsemm_vllm.recording import KeptRecorder
 from sparsemm_vllm.request_settings import RequestLimits, received
 from sparsemm_vllm.settings import Settings
@@ -36,7 +37,7 @@ from sparsemm_vllm.step import (
     plan_step,
 )
 from sparsemm_vllm.support import UnsupportedError, build_layout, pruned_layers
-from sparsemm_vllm.triton_kernels.batch import decode_options
+from sparsemm_vllm.triton_kernels.batch import BATCH_ROW, decode_options
 from sparsemm_vllm.warm_up import warm_up
 
 logger = init_logger("vllm.sparsemm")
@@ -63,8 +64,10 @@ class SparseMMModelState(DefaultModelState):
             vllm_config, self.max_num_reqs, max(self.max_model_len, self.max_num_tokens), device
         )
         self._group = 0
+        self._block_tables: Any = None
         settings = Settings.from_additional_config(vllm_config.additional_config)
         self._limits = RequestLimits.of(settings)
+        self._poisons = settings.poison_freed
         if settings.mask_heads:
             layers = get_layers_from_vllm_config(vllm_config, Attention)
             rank = get_tp_group().rank_in_group
@@ -101,6 +104,13 @@ class SparseMMModelState(DefaultModelState):
                 f"{expected}"
             )
         self._state.attach(cache)
+        self._block_tables = block_tables
+        if self._poisons:
+            window = self._state.layout.window
+            self._state.poison = Poison(cache.tensor, window, self.max_num_tokens)
+            if len(kv_cache_config.kv_cache_groups) > 1:
+                # vLLM reads the null block where a sliding window has passed, and masks it.
+                cache.tensor[:, 0] = 0
         # vLLM also comes here before it knows the number of blocks, to try CUDA graphs.
         sized = kv_cache_config.num_blocks == self.vllm_config.cache_config.num_gpu_blocks
         if sized and get_pp_group().is_first_rank and get_tp_group().is_first_rank:
@@ -146,6 +156,42 @@ class SparseMMModelState(DefaultModelState):
                 state.knockouts.add(req_index, n, asked.sparsemm_knockout)
             except ValueError as error:  # of the client: the engine lives
                 logger.error("SPARSEMM: request %s: %s", new_req_data.req_id, error)
+        if state.poison is not None:
+            holder = self._block_holder(new_req_data, int(state.compact_blocks[req_index]))
+            state.poison.add(req_index, holder)
+
+    def _block_holder(self, new_req_data: Any, compact_blocks: int) -> Holder:
+        """A request, as `poison_freed` sees it."""
+        pictures = [
+            (f.mm_position.offset, f.mm_position.length, f.identifier)
+            for f in new_req_data.mm_features
+        ]
+        lora = new_req_data.lora_request
+        return Holder(
+            new_req_data.req_id,
+            new_req_data.prompt_len,
+            compact_blocks,
+            new_req_data.num_computed_tokens,
+            block_contents(
+                new_req_data.prefill_token_ids,
+                pictures,
+                "" if lora is None else lora.lora_name,
+                self._state.page_size,
+            ),
+            list(new_req_data.block_ids[self._group]),
+        )
+
+    def remove_request(self, req_id: str, *args: Any, **kwargs: Any) -> None:
+        """Forget a request that ended or was preempted."""
+        super().remove_request(req_id, *args, **kwargs)
+        if self._state.poison is not None:
+            self._state.poison.remove(req_id)
+
+    def postprocess_state(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's, when a step has run."""
+        super().postprocess_state(*args, **kwargs)
+        if self._state.poison is not None:
+            self._state.poison.end_step()
 
     def read_attention(self, rows: int) -> tuple[list[int], int, int, bytes]:
         """What was recorded of this rank's heads, for `read_attention` of the profiler.
@@ -189,6 +235,16 @@ class SparseMMModelState(DefaultModelState):
                 input_batch.seq_lens,
                 requests,
             )
+            if self._state.poison is not None:
+                self._state.poison.begin_step(
+                    input_batch.idx_mapping_np[: len(requests)],
+                    input_batch.query_start_loc_np,
+                    {prompt[BATCH_ROW] for prompts in step.prunes for prompt in prompts.entries},
+                    input_batch.positions,
+                    slot_mappings[self._group],
+                    block_tables[self._group],
+                    self._block_tables.num_blocks.np[self._group],
+                )
         for group in attn_groups[self._group]:
             group.get_metadata_builder(0).step = step
         return super().prepare_attn(

@@ -44,6 +44,8 @@ class Settings(BaseModel):
         mask_heads: query heads whose output is zero, ``[layer, head]`` each: for ablations.
         record_kept: folder into which workers write which tokens each head kept; slows them down.
         record_attention: queries whose attention workers can record, for `sparsemm profile`.
+        poison_freed: fill blocks with NaN when requests get them, and end the engine if anything
+            is read that its reader did not write or may not see; slows it down. To find defects.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -62,6 +64,7 @@ class Settings(BaseModel):
     mask_heads: list[list[int]] = Field(default_factory=list)
     record_kept: str | None = None
     record_attention: int = Field(default=0, ge=0)
+    poison_freed: bool = False
 
     @field_validator("mask_heads")
     @classmethod

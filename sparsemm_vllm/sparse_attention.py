@@ -151,6 +151,8 @@ def forward_sparse(
     if step.recorded is not None and state.attention is not None:
         keys = state.attention.keys[index]
         state.ops.top_keys(query, cache[index], block_table, step.recorded, keys)
+    if state.poison is not None:
+        state.poison.check_output(index, output)
 
 
 def kv_scales(

@@ -98,5 +98,6 @@ def notes(vllm_config: Any, settings: Settings, layout: CacheLayout) -> list[str
             "'sparsemm' setting is logged and the server's own is used, where the Python front "
             "end answers HTTP 400. /metrics has no sparsemm: metrics, and there is no page.",
         ),
+        (settings.poison_freed, "Every step is checked, and is slow: poison_freed."),
     ]
     return [note for applies, note in found if applies]

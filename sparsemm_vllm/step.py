@@ -12,6 +12,7 @@ import torch
 from sparsemm_vllm.attention_record import AttentionRecorder
 from sparsemm_vllm.knockout import Knockout, Knockouts
 from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.poison import Poison
 from sparsemm_vllm.prompt_scores import score_at_random, split_layer
 from sparsemm_vllm.prune_timer import PruneTimer
 from sparsemm_vllm.recording import KeptRecorder
@@ -143,6 +144,7 @@ class SparseState:
         tiles = max(-(-q // decode_queries(q, heads.G, max_rows)) for q in lengths)
         sizes = max_requests * tiles, heads.L, heads.Hkv, heads.D, cache_dtype, max_programs
         self.buffers = DecodeBuffers.allocate(*sizes, device, query_dtype)
+        self.poison: Poison | None = None
         self._programs: dict[int, int] = {}
         self._cache: PrunedCache | None = None
 
@@ -158,7 +160,7 @@ class SparseState:
 
     def detach(self) -> None:
         """Let go of the cache, so that its memory is free for another."""
-        self._cache = None
+        self._cache = self.poison = None
 
     @property
     def page_size(self) -> int:

@@ -101,6 +101,7 @@ def settings(budget: int, folder: Path | None = None, **options: Any) -> dict[st
         "budget": budget,
         "window": WINDOW,
         "profile": skewed_profile().model_dump(mode="json"),
+        "poison_freed": True,
     }
     if folder is not None:
         values["record_kept"] = str(folder)

@@ -32,7 +32,7 @@ KINDS = {
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     options = serve_options(
-        {"budget": 96, "window": 16},
+        {"budget": 96, "window": 16, "poison_freed": True},
         served_model_name=READER,
         max_model_len="1024",
         max_num_seqs="16",

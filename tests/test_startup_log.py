@@ -48,7 +48,12 @@ def test_a_typical_prompt_and_the_longest() -> None:
 
 def test_what_is_off_and_why() -> None:
     plain = describe_serving(config(200), LAYOUT, 101, 16, 1000)
-    off = {"min_prompt_tokens": 99, "mask_heads": [[0, 1]], "record_kept": "folder"}
+    off = {
+        "min_prompt_tokens": 99,
+        "mask_heads": [[0, 1]],
+        "record_kept": "folder",
+        "poison_freed": True,
+    }
     made = config(200, 6, True, prune_when_free_below=0.25, **off)
     made.cache_config.enable_prefix_caching = True
     text = describe_serving(made, LAYOUT, 101, 16, 1000)
@@ -60,6 +65,7 @@ def test_what_is_off_and_why() -> None:
         "CUDA graphs are off: --enforce-eager.",
         "1 query heads are off: mask_heads.",
         "Every step waits for the device: record_kept.",
+        "Every step is checked, and is slow: poison_freed.",
     ):
         assert note in text
         assert note not in plain

@@ -114,3 +114,6 @@ def test_mixed_attention(name: str, tmp_path: Path) -> None:
         assert_same(answer, cold)
         assert_same_kept(engine.kept(answer), kept)
     assert engine.all_free()
+    cache = engine.state.cache.tensor
+    assert cache[:, 1:].isnan().any()
+    assert not cache[:, 0].isnan().any(), "poison_freed leaves what vLLM reads and masks"

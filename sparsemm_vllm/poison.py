@@ -1,0 +1,502 @@
+"""Poisoned KV, a debug aid: whoever touches a slot that is not its own is found at once.
+
+A block is filled with NaN when a request gets it, before anything is written to it. Not when it is
+freed: it may still be cached. The host notes who got the block, how often it has been given to
+anyone (its generation), and which slots were written since. Every step is checked against these
+notes: what it writes, and where the torch twins compute attention, each slot that they read. What
+kernels read is not seen: if it is what nobody wrote, attention is NaN, and that is checked.
+A read that should be made and is not, nothing here can tell.
+
+Knows nothing of vLLM. Waits for the device in every step.
+"""
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+NAN_BYTE = 0x7F  # fp8 (e4m3)
+
+
+class PoisonError(RuntimeError):
+    """A request touched a slot that does not belong to it or holds nothing."""
+
+
+@dataclass
+class Holder:
+    """A running request and its row of the block table.
+
+    Attributes:
+        request_id: name of the request.
+        prompt_tokens: tokens of its prompt, `n`.
+        compact_blocks: compact blocks, `C`; 0 if its prompt stays whole.
+        hit_tokens: tokens that were computed before it came.
+        contents: digest of all tokens up to the end of each block, as far as they are known.
+        given: blocks that it came with.
+        blocks: entries of its row.
+        generations: generation of each block when the request got it.
+        entries: entry of each block.
+        is_pruning: whether the step under way prunes its prompt.
+        is_pruned: whether a step before did.
+    """
+
+    request_id: str
+    prompt_tokens: int
+    compact_blocks: int
+    hit_tokens: int
+    contents: list[bytes]
+    given: list[int]
+    blocks: list[int] = field(default_factory=list)
+    generations: list[int] = field(default_factory=list)
+    entries: dict[int, int] = field(default_factory=dict)
+    is_pruning: bool = False
+    is_pruned: bool = False
+
+
+class Poison:
+    """Fills blocks with NaN and checks who writes and reads them.
+
+    Args:
+        cache: KV cache of the pruned layers, ``[L, B, Hkv, P, 2 * D]``; all of it is filled.
+        window: `W`, in tokens.
+        max_tokens: tokens of a step at most.
+    """
+
+    def __init__(self, cache: torch.Tensor, window: int, max_tokens: int) -> None:
+        L, B, _, self._page_size, _ = cache.shape
+        self._cache = cache
+        self._window = window
+        self._generation = np.zeros(B, dtype=np.int64)
+        self._held_by = np.zeros(B, dtype=np.int64)  # requests that may read the block
+        self._written = np.zeros((B, self._page_size), dtype=bool)
+        self._owner = ["nobody"] * B
+        self._content: list[bytes | None] = [None] * B
+        self._may_be_shared = np.zeros(B, dtype=bool)
+        self._holders: dict[int, Holder] = {}
+        self._rows: list[Holder] = []
+        self._query_start = [0]
+        self._positions = np.zeros(0, dtype=np.int64)
+        self._is_nan = torch.zeros(L, max_tokens, dtype=torch.bool, device=cache.device)
+        self._slots = _number_slots(cache) if cache.device.type == "cpu" else None
+        self._fill(())
+
+    def _fill(self, index: tuple[Any, ...]) -> None:
+        """Fill a part of the cache with NaN."""
+        if self._cache.element_size() == 1:
+            self._cache.view(torch.uint8)[index] = NAN_BYTE
+        else:
+            self._cache[index] = torch.nan
+
+    # Requests.
+
+    def add(self, index: int, holder: Holder) -> None:
+        """Enter a request that starts or resumes; its blocks are given to it in the next step."""
+        self._holders[index] = holder
+
+    def remove(self, request_id: str) -> None:
+        """Forget a request that ended or was preempted, if it is known: it holds no block now."""
+        for index, holder in self._holders.items():
+            if holder.request_id == request_id:
+                del self._holders[index]
+                self._held_by[holder.blocks[self._freed(holder) :]] -= 1
+                return
+
+    def _freed(self, holder: Holder) -> int:
+        """First blocks of a row that the request no longer holds."""
+        if not holder.is_pruned:
+            return 0
+        return (holder.prompt_tokens - self._window) // self._page_size
+
+    # A step, before it runs.
+
+    def begin_step(
+        self,
+        requests: np.ndarray,
+        query_start: np.ndarray,
+        pruned_rows: set[int],
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        block_table: torch.Tensor,
+        block_counts: np.ndarray,
+    ) -> None:
+        """Poison the blocks that requests got for this step, and check what it will write.
+
+        Args:
+            requests: index of each row's request, ``[R]``.
+            query_start: first query of each row and the end of the last, ``[>= R + 1]``.
+            pruned_rows: rows whose prompt the step prunes.
+            positions: position of each token of the step in its request, ``[T]``.
+            slots: cache slot of each token, as it will be written, ``[T]``.
+            block_table: ``[R, max_blocks]``.
+            block_counts: entries of each request's row, ``[max_requests]``.
+
+        Raises:
+            PoisonError: naming the request, the position and the block.
+        """
+        self.end_step()
+        for holder in self._holders.values():
+            if holder.is_pruning:
+                holder.is_pruning, holder.is_pruned = False, True
+                self._held_by[holder.blocks[: self._freed(holder)]] -= 1
+        self._rows = [self._holders[index] for index in requests.tolist()]
+        self._query_start = query_start[: len(requests) + 1].tolist()
+        tokens = self._query_start[-1]
+        self._positions = positions[:tokens].cpu().numpy()
+        fresh: list[int] = []
+        for row, holder in enumerate(self._rows):
+            known = len(holder.given) or len(holder.blocks)
+            new = block_table[row, known : int(block_counts[requests[row]])].tolist()
+            fresh += self._extend(holder, new)
+        # Hits may be on blocks that another row got just now, and computes in this step.
+        for holder in self._rows:
+            new = holder.blocks[len(holder.generations) :]
+            holder.generations += self._generation[new].tolist()
+            self._held_by[holder.blocks[: self._hits(holder)]] += 1
+        if fresh:
+            self._fill((slice(None), torch.tensor(fresh, device=self._cache.device)))
+        self._write(slots[:tokens].cpu().numpy())
+        for row, holder in enumerate(self._rows):
+            self._check_hits(holder)
+            holder.hit_tokens = 0
+            if row in pruned_rows:
+                self._begin_prune(holder)
+
+    def _hits(self, holder: Holder) -> int:
+        """Blocks of a request that is new in this step that it shares."""
+        return holder.hit_tokens // self._page_size
+
+    def _extend(self, holder: Holder, new: list[int]) -> list[int]:
+        """Append blocks to a request's row.
+
+        Returns:
+            Those that it is the only one to hold, to be filled.
+        """
+        fresh = []
+        for entry, block in enumerate(holder.given + new, len(holder.blocks)):
+            if holder.entries.get(block, -1) >= self._freed(holder):
+                self._fail(
+                    holder, block, f"is entry {holder.entries[block]} and {entry} of its row"
+                )
+            holder.entries[block] = entry
+            holder.blocks.append(block)
+            if entry < self._hits(holder):
+                continue
+            self._claim(holder, entry, block)
+            copied = holder.hit_tokens - entry * self._page_size
+            if holder.hit_tokens and copied > 0:  # a hit ended inside a block, which vLLM copied
+                self._written[block, :copied] = True
+                self._fill((slice(None), block, slice(None), slice(copied, None)))
+            else:
+                fresh.append(block)
+        holder.given = []
+        return fresh
+
+    def _claim(self, holder: Holder, entry: int, block: int) -> None:
+        """Note that a request is the only one to hold a block, which holds nothing yet."""
+        self._check_free(holder, block)
+        self._held_by[block] = 1
+        self._generation[block] += 1
+        self._written[block] = False
+        self._owner[block] = holder.request_id
+        known = entry < len(holder.contents)
+        self._content[block] = holder.contents[entry] if known else None
+        in_prompt = (entry + 1) * self._page_size <= holder.prompt_tokens
+        self._may_be_shared[block] = in_prompt or not holder.compact_blocks
+
+    def _check_free(self, holder: Holder, block: int) -> None:
+        if not self._held_by[block]:
+            return
+        holders = [h for h in self._holders.values() if h is not holder]
+        names = [h.request_id for h in holders if h.entries.get(block, -1) >= self._freed(h)]
+        self._fail(holder, block, f"was given to it while {', '.join(names)} holds it")
+
+    def _begin_prune(self, holder: Holder) -> None:
+        holder.is_pruning = True
+        needed = -(-holder.prompt_tokens // self._page_size) + holder.compact_blocks
+        if len(holder.blocks) < needed:
+            raise PoisonError(
+                f"poison_freed: request {holder.request_id} has {len(holder.blocks)} blocks in the "
+                f"step that prunes its {holder.prompt_tokens} tokens, and needs {needed}"
+            )
+
+    def _check_hits(self, holder: Holder) -> None:
+        """That a new request's prefix was computed, and from the same tokens."""
+        for entry in range(self._hits(holder)):
+            block = holder.blocks[entry]
+            if not self._written[block].all():
+                self._fail(holder, block, "is a prefix hit, and was never computed")
+            if not self._may_be_shared[block]:
+                self._fail(holder, block, "is a prefix hit, and no prompt's")
+            content = self._content[block]
+            if content is not None and content != holder.contents[entry]:
+                self._fail(holder, block, "is a prefix hit, and holds other tokens")
+
+    def _write(self, slots: np.ndarray) -> None:
+        """Note what the step writes, and check that each token goes to its own place."""
+        P = self._page_size
+        for holder, first, end in zip(
+            self._rows, self._query_start, self._query_start[1:], strict=False
+        ):
+            written = slots[first:end] >= 0
+            blocks, tokens = np.divmod(slots[first:end][written], P)
+            positions = self._positions[first:end][written]
+            entries = np.array([holder.entries.get(b, -1) for b in blocks.tolist()], dtype=int)
+            is_compact, place = self._places(holder, entries, tokens)
+            others = np.array([self._owner[b] != holder.request_id for b in blocks], dtype=bool)
+            rewritten = self._written[blocks, tokens] & (positions < holder.prompt_tokens)
+            for wrong, why in (
+                (entries < 0, "is not one of its blocks"),
+                (is_compact, "is a compact block"),
+                (place != positions, "is the place of another position"),
+                (others, "is a prefix hit, which nobody may write"),
+                (rewritten, "holds a prompt token already"),
+            ):
+                if wrong.any():
+                    at = int(wrong.argmax())
+                    what = f"writes position {positions[at]}, slot {tokens[at]}"
+                    self._fail(holder, int(blocks[at]), why, what)
+            self._written[blocks, tokens] = True
+
+    def _places(
+        self, holder: Holder, entries: np.ndarray, tokens: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Which entries of a row are compact blocks, and the position of each slot if not."""
+        prompt_blocks = -(-holder.prompt_tokens // self._page_size)
+        behind = entries - holder.compact_blocks
+        is_compact = (entries >= prompt_blocks) & (behind < prompt_blocks)
+        entries = np.where(entries < prompt_blocks, entries, behind)
+        return is_compact, entries * self._page_size + tokens
+
+    # A step while it runs.
+
+    def watch(self, layer: int, block_table: torch.Tensor) -> "WatchedCache":
+        """Check each slot that torch code reads or writes in this context, on the CPU.
+
+        Args:
+            layer: layer of the cache that attends.
+            block_table: the step's; whoever reads looks its row up there first.
+        """
+        assert self._slots is not None, "kernels on a device cannot be watched"
+        return WatchedCache(self, layer, block_table, self._cache, self._slots)
+
+    def check_read(self, row: int, layer: int, slots: np.ndarray, is_nan: np.ndarray) -> None:
+        """Check the slots that a row of the step reads.
+
+        Args:
+            row: row of the block table.
+            layer: layer that reads.
+            slots: number of each slot, as in `_number_slots`.
+            is_nan: whether it holds a NaN.
+
+        Raises:
+            PoisonError: naming the request, the layer, the position and the block.
+        """
+        holder = self._rows[row]
+        layers, blocks, heads, tokens = np.unravel_index(slots, self._cache.shape[:4])
+        entries = np.array([holder.entries.get(b, -1) for b in blocks.tolist()], dtype=int)
+        is_compact, positions = self._places(holder, entries, tokens)
+        tail_start = holder.prompt_tokens - self._window if holder.is_pruned else 0
+        generations = np.array(holder.generations)[entries]
+        for wrong, why in (
+            (entries < 0, "is not one of its blocks"),
+            (self._generation[blocks] != generations, "was given to another since"),
+            (is_compact & (not holder.is_pruned), "is a compact block, and nothing is pruned yet"),
+            (~is_compact & (layers != layer), "is read in another layer's place"),
+            (~is_compact & (positions < tail_start), "held a pruned token"),
+            (~is_compact & ~self._written[blocks, tokens], "holds nothing there yet"),
+            (is_nan, "holds NaN there"),
+        ):
+            if wrong.any():
+                at = int(wrong.argmax())
+                where = f"position {positions[at]}"
+                if entries[at] < 0 or is_compact[at]:
+                    where = f"entry {entries[at]} of its row, layer slot {layers[at]}"
+                what = f"reads {where}, head slot {heads[at]}, slot {tokens[at]} in layer {layer}"
+                self._fail(holder, int(blocks[at]), why, what)
+
+    def check_copy(self, row: int, layer: int, slots: np.ndarray, is_nan: np.ndarray) -> None:
+        """Check the slots that a pruned row's kept tokens are copied to; see `check_read`."""
+        holder = self._rows[row]
+        _, blocks, heads, tokens = np.unravel_index(slots, self._cache.shape[:4])
+        entries = np.array([holder.entries.get(b, -1) for b in blocks.tolist()], dtype=int)
+        is_compact, _ = self._places(holder, entries, tokens)
+        again = np.ones(len(slots), dtype=bool)
+        again[np.unique(slots, return_index=True)[1]] = False
+        for wrong, why in (
+            (~is_compact | (entries < 0), "is not one of its compact blocks"),
+            (again | ~is_nan, "holds a kept token there already"),
+        ):
+            if wrong.any():
+                at = int(wrong.argmax())
+                what = f"keeps a token of layer {layer} in head slot {heads[at]}, slot {tokens[at]}"
+                self._fail(holder, int(blocks[at]), why, what)
+
+    def check_output(self, layer: int, output: torch.Tensor) -> None:
+        """Note which tokens' attention is NaN; on the CPU, fail at once.
+
+        Does not wait for the device and is the same in every step, so that a CUDA graph holds it.
+
+        Args:
+            layer: layer that attended.
+            output: ``[T, Hq, D]``, of padding tokens too.
+        """
+        is_nan = output.flatten(1).isnan().any(1)[: self._is_nan.shape[1]]
+        self._is_nan[layer].fill_(False)
+        self._is_nan[layer, : len(is_nan)].copy_(is_nan)
+        if self._slots is not None:
+            self.end_step()
+
+    def end_step(self) -> None:
+        """Fail if any attention of the step is NaN. Waits for the device.
+
+        Raises:
+            PoisonError: naming the request, the layer, the position and the block.
+        """
+        tokens = self._query_start[-1]
+        if not tokens or not self._is_nan[:, :tokens].any():
+            return
+        layer, token = self._is_nan[:, :tokens].nonzero()[0].tolist()
+        self._is_nan.fill_(False)
+        holder = self._rows[bisect_right(self._query_start, token) - 1]
+        position = int(self._positions[token])
+        raise PoisonError(
+            f"poison_freed: attention of request {holder.request_id}, position {position}, is NaN "
+            f"in layer {layer}: it read a slot that nothing was written to, or the model computes "
+            f"NaN; its blocks are {self._describe(holder)}"
+        )
+
+    def _describe(self, holder: Holder) -> str:
+        pairs = zip(holder.blocks, holder.generations, strict=True)
+        return ", ".join(f"{block} (generation {generation})" for block, generation in pairs)
+
+    def _fail(self, holder: Holder, block: int, why: str, what: str = "") -> NoReturn:
+        owner, generation = self._owner[block], self._generation[block]
+        raise PoisonError(
+            f"poison_freed: request {holder.request_id}{what and ' ' + what}: block {block} "
+            f"(of {owner}, generation {generation}) {why}"
+        )
+
+
+class WatchedCache(TorchFunctionMode):
+    """Sees every read and write of the cache that torch code makes in this context.
+
+    A read is an operation on the cache or a view of it whose result is in other memory. Which slots
+    it reads is found by the same operation on the slots' numbers, which have the cache's geometry.
+
+    Args:
+        poison: whoever checks the slots.
+        layer: layer that attends.
+        block_table: the step's.
+        cache: as in `Poison`.
+        slots: number of each slot, from `_number_slots`.
+    """
+
+    def __init__(
+        self,
+        poison: Poison,
+        layer: int,
+        block_table: torch.Tensor,
+        cache: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        super().__init__()
+        self._poison = poison
+        self._layer = layer
+        self._table = block_table.untyped_storage().data_ptr()
+        self._memory = cache.untyped_storage().data_ptr()
+        self._width = cache.shape[4]
+        self._slots = slots
+        self._row: int | None = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run the operation, and check what it touches."""
+        if not args or not isinstance(args[0], torch.Tensor):
+            return func(*args, **(kwargs or {}))
+        source = args[0]
+        memory = source.untyped_storage().data_ptr()
+        if memory == self._table and func is torch.Tensor.__getitem__ and source.dim() == 2:
+            self._row = args[1][0] if isinstance(args[1], tuple) else args[1]
+        if memory != self._memory:
+            return func(*args, **(kwargs or {}))
+        if func is torch.Tensor.__setitem__:
+            self._check(self._poison.check_copy, source, source[args[1]], args[1])
+            return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() != memory:
+            index = args[1] if func is torch.Tensor.__getitem__ else ()
+            self._check(self._poison.check_read, source, result, index)
+        return result
+
+    def _check(
+        self, check: Callable[..., None], source: torch.Tensor, values: torch.Tensor, index: Any
+    ) -> None:
+        if self._row is None:
+            raise PoisonError("poison_freed: the cache is read without the block table")
+        strides = [stride // self._width for stride in source.stride()[:-1]]
+        offset = source.storage_offset() // self._width
+        slots = self._slots.as_strided(source.shape[:-1], strides, offset)[index]
+        is_nan = _is_nan(values).any(-1)
+        check(self._row, self._layer, slots.flatten().numpy(), is_nan.flatten().numpy())
+
+
+def _is_nan(values: torch.Tensor) -> torch.Tensor:
+    if values.element_size() == 1:
+        return (values.view(torch.uint8) & NAN_BYTE) == NAN_BYTE
+    return values.isnan()
+
+
+def _number_slots(cache: torch.Tensor) -> torch.Tensor:
+    """The number of each slot ``[l, b, h, t]``, counted in this order, where it lies in memory.
+
+    Args:
+        cache: ``[L, B, Hkv, P, 2 * D]``.
+
+    Returns:
+        int64, one-dimensional, a number for every ``2 * D`` elements of the cache's memory, up to
+        its end.
+    """
+    shape, width = cache.shape[:4], cache.shape[4]
+    strides = [stride // width for stride in cache.stride()[:4]]
+    offset = cache.storage_offset() // width
+    end = offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    slots = torch.full((end,), -1, dtype=torch.int64)
+    slots.as_strided(shape, strides, offset).copy_(torch.arange(shape.numel()).view(shape))
+    return slots
+
+
+def block_contents(
+    token_ids: Sequence[int],
+    pictures: Sequence[tuple[int, int, str]],
+    adapter: str,
+    page_size: int,
+) -> list[bytes]:
+    """What stands in each full block of a request's tokens, and before it.
+
+    Args:
+        token_ids: tokens that are known before it runs.
+        pictures: first token, tokens and name of each picture.
+        adapter: name of its LoRA adapter.
+        page_size: tokens of a block.
+
+    Returns:
+        A digest of each block; equal for equal tokens and pictures up to the block's end.
+    """
+    digest, contents = adapter.encode(), []
+    for end in range(page_size, len(token_ids) + 1, page_size):
+        first = end - page_size
+        shown = [p for p in pictures if p[0] < end and first < p[0] + p[1]]
+        block = repr((digest, list(token_ids[first:end]), shown))
+        digest = hashlib.blake2b(block.encode(), digest_size=16).digest()
+        contents.append(digest)
+    return contents
