@@ -70,6 +70,7 @@ class Scenario:
         groups: KV cache groups: 1 of full attention, or 2, one with a sliding window.
         asynchronous: whether vLLM schedules before it knows the last tokens.
         stages: of the pipeline: as many steps are in flight, one more if asynchronous.
+        queue: steps in flight, if not so many.
         drafts: tokens that are drafted for each request at most.
         policy: of scheduling.
         spare: blocks beyond those that the largest request needs.
@@ -83,6 +84,7 @@ class Scenario:
     groups: int = 1
     asynchronous: bool = False
     stages: int = 1
+    queue: int | None = None
     drafts: int = 0
     policy: str = "fcfs"
     spare: int = 20
@@ -99,10 +101,13 @@ class Scenario:
         stages = rng.choice([1, 1, 2, 3])
         # Without asynchronous scheduling vLLM would draft from tokens that are still in flight.
         drafts = DRAFTS if (asynchronous or stages == 1) and rng.random() < 0.5 else 0
+        groups = 2 if stages < 3 and rng.random() < 0.3 else 1
+        deep = asynchronous and stages == groups == 1
         return cls(
-            groups=2 if stages < 3 and rng.random() < 0.3 else 1,
+            groups=groups,
             asynchronous=asynchronous,
             stages=stages,
+            queue=rng.choice([None, 3, 4]) if deep else None,
             drafts=drafts,
             policy=rng.choice(["fcfs", "priority", "priority"]),
             spare=rng.choice([0, 0, 1, 3, 8, 25]),
@@ -284,12 +289,12 @@ class Step:
 class Worker:
     """Follows the block tables that the scheduler sends, and knows which drafts were accepted."""
 
-    def __init__(self, blocks, layout, groups, rng, chats):
+    def __init__(self, blocks, layout, groups, rng, chats, seen):
         self.memory = np.full((blocks, P), JUNK)
         self.layout, self.groups, self.rng, self.chats = layout, groups, rng, chats
         self.rows, self.computed, self.prefill, self.inputs = {}, {}, {}, {}
         self.encoder = {}
-        self.encoded = Counter()
+        self.encoded, self.seen = Counter(), seen
         self.written = set()
         self.drafted = None
 
@@ -360,6 +365,9 @@ class Worker:
                 assert written.isdisjoint(step.sealed), f"{name} writes into the prefix cache"
                 self.written |= written
             samples = end - drafts >= self.prefill[name]
+            self.seen["drafts rejected behind the prompt"] += (
+                samples and accepted < drafts and start == chat.n
+            )
             first = end - drafts
             sampled[name] = chat.tokens[first : first + accepted + 1] if samples else []
             self.computed[name] = known
@@ -534,6 +542,7 @@ class Simulation:
         self.events = deque(maxlen=30)
         self.chats, self.steps, self.expected = {}, deque(), {}
         self.pending_abort = None
+        self.running = []  # requests, in each step that computes anything
         self.calls = self.quiet = self.last_call = 0
         config = make_config(self.scenario)
         specs = layer_specs(config, self.scenario.share)
@@ -541,6 +550,9 @@ class Simulation:
         config.cache_config.num_gpu_blocks_override = self.blocks
         with WITHOUT_COLLECTION:
             self.core = EngineCore(config, partial(Device, self), log_stats=True)
+        if self.scenario.queue is not None:
+            self.core.batch_queue_size = self.scenario.queue
+            self.core.batch_queue = deque(maxlen=self.scenario.queue)
         self.scheduler = self.core.scheduler
         self.kv = self.scheduler.kv_cache_manager
         self.pool = self.kv.block_pool
@@ -556,6 +568,7 @@ class Simulation:
             [m is self.manager for m in self.managers],
             random.Random(seed + 1),
             self.chats,
+            self.seen,
         )
         self.device = self.core.model_executor
         self._watch()
@@ -660,6 +673,8 @@ class Simulation:
             promised = self.promised[block.block_id]
             if promised is not None and promised is block.block_hash:
                 step.sealed[block.block_id] = promised
+        if step.reads:
+            self.running.append(len(self.scheduler.running))
         self.seen["empty steps"] += not step.reads
         step.fails = self.scenario.fails_at == self.calls
         self.steps.append(step)
