@@ -5,8 +5,6 @@ A request names its recorded queries in its sampling parameters: ``extra_args={"
 a buffer from `row` on. Whoever asks divides the rows among requests, and reads them.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -49,7 +47,7 @@ class AttentionRecorder:
         self._row = np.zeros(max_requests, dtype=np.int64)
 
     def add(
-        self, index: int, prompt_tokens: int, extra_args: dict[str, Any] | None, dense: bool = True
+        self, index: int, prompt_tokens: int, wanted: list[int] | None, dense: bool = True
     ) -> None:
         """Enter a request; overwrites what had the index before.
 
@@ -58,14 +56,13 @@ class AttentionRecorder:
         Args:
             index: of the request.
             prompt_tokens: `n`.
-            extra_args: of its sampling parameters.
+            wanted: first row and number of queries, ``[2]``, as the request asks; or nothing.
             dense: whether all its queries see all keys where they were computed; those of tokens
                 that are generated from a pruned prompt do not.
 
         Raises:
             ValueError: for rows or queries that do not exist, or cannot be recorded.
         """
-        wanted = (extra_args or {}).get(RECORD)
         self._first[index] = NEVER
         if wanted is None:
             return

@@ -31,7 +31,7 @@ ATTRIBUTES = {
     "vllm.config:ParallelConfig": "decode_context_parallel_size pipeline_parallel_size "
     "prefill_context_parallel_size tensor_parallel_size use_ubatching",
     "vllm.config:SchedulerConfig": "disable_chunked_mm_input disable_hybrid_kv_cache_manager "
-    "long_prefill_token_threshold max_num_batched_tokens max_num_seqs",
+    "long_prefill_token_threshold max_num_batched_tokens max_num_scheduled_tokens max_num_seqs",
     "vllm.config:SpeculativeConfig": "method num_speculative_tokens",
     "vllm.config:AttentionConfig": "backend backend_per_kind",
     "vllm.engine.arg_utils:EngineArgs": "attention_backend attention_config create_engine_config",
@@ -41,7 +41,10 @@ ATTRIBUTES = {
     "vllm.v1.core.kv_cache_manager:KVCacheManager": "coordinator",
     "vllm.v1.core.sched.output:NewRequestData": "mm_features prompt_len prompt_token_ids req_id "
     "sampling_params",
-    "vllm.v1.core.sched.scheduler:Scheduler": "kv_cache_manager requests",
+    "vllm.v1.core.sched.output:SchedulerOutput": "num_scheduled_tokens total_num_scheduled_tokens",
+    "vllm.v1.core.sched.scheduler:Scheduler": "encoder_cache_manager grammar_compile_error_reqs "
+    "kv_cache_manager max_num_encoder_input_tokens max_num_scheduled_tokens pause_state policy "
+    "requests running",
     "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager": "block_pool block_size "
     "req_to_blocks",
     "vllm.v1.engine:EngineCoreOutputs": "scheduler_stats",
@@ -51,7 +54,9 @@ ATTRIBUTES = {
     "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry": "_ensure_registered",
     "vllm.v1.metrics.loggers:StatLoggerManager": "engine_indexes stat_loggers",
     "vllm.v1.metrics.stats:SchedulerStats": "ec_connector_stats",
-    "vllm.v1.request:Request": "num_prompt_tokens num_tokens request_id sampling_params",
+    "vllm.v1.request:Request": "arrival_time has_encoder_inputs mm_features num_computed_tokens "
+    "num_in_flight_tokens num_preemptions num_prompt_tokens num_tokens priority request_id "
+    "resumable sampling_params status",
     "vllm.v1.worker.gpu.async_utils:AsyncOutput": "model_runner_output",
     "vllm.v1.worker.gpu.input_batch:InputBatch": "idx_mapping idx_mapping_np num_reqs "
     "num_reqs_after_padding num_scheduled_tokens positions prefill_len_np query_start_loc "

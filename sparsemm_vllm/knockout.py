@@ -6,7 +6,6 @@ the prompt goes on with, see the window only, in that KV head of that pruned lay
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -50,14 +49,13 @@ class Knockouts:
         self._window = window
         self._wanted: dict[int, tuple[int, int, int]] = {}
 
-    def add(self, index: int, prompt_tokens: int, extra_args: dict[str, Any] | None) -> None:
+    def add(self, index: int, prompt_tokens: int, wanted: list[int] | None) -> None:
         """Enter a request; overwrites what had the index before.
 
         Raises:
             ValueError: for a prompt without an answer behind the `n` tokens.
         """
         self._wanted.pop(index, None)
-        wanted = (extra_args or {}).get(KNOCKOUT)
         if wanted is None:
             return
         layer, head, n = wanted

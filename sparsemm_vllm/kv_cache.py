@@ -10,18 +10,24 @@ each head's kept tokens there, and when that step has been processed the prompt 
 the window go back to the pool.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.request import Request
 
 from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.request_settings import LEFT_DENSE, leave_dense, request_layout
+from sparsemm_vllm.request_settings import SHOWN, Accepted, RequestLimits, accept
 from sparsemm_vllm.request_stats import Outcome, RequestStats
+from sparsemm_vllm.watchdog import Watchdog
+
+logger = init_logger("vllm.sparsemm")
+
+ACCEPTED = "_sparsemm_accepted"  # of a `Request`, which no client can write to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +37,12 @@ class SparseMMSpec(FullAttentionSpec):
     Args:
         layout: the server's budgets.
         prune_when_free_below: see `Settings`.
+        limits: what requests may ask for; only what the layout lets them if not given.
     """
 
     layout: CacheLayout
     prune_when_free_below: float | None = None
+    limits: RequestLimits | None = None
 
     @classmethod
     def merge(cls, specs: list["SparseMMSpec"]) -> "SparseMMSpec":
@@ -90,8 +98,12 @@ class SparseMMManager(FullAttentionManager):
         super().__init__(kv_cache_spec, *args, **kwargs)
         self.layout = kv_cache_spec.layout
         self.prune_when_free_below = kv_cache_spec.prune_when_free_below
+        self.limits = kv_cache_spec.limits or RequestLimits(
+            self.layout.window, self.layout.largest_budget, self.layout.rules.prunes
+        )
         self.prompts: dict[str, Prompt] = {}
         self.stats = RequestStats()
+        self.watchdog = Watchdog()
 
     def register_prompt(self, request: Request) -> Prompt:
         """Learn a request's prompt and settings, before it is admitted and when it is resumed.
@@ -99,20 +111,48 @@ class SparseMMManager(FullAttentionManager):
         Until it is admitted first, a request whose prompt could stay whole is looked at anew.
         """
         n = request.num_prompt_tokens
-        if self.prune_when_free_below is not None and not request.num_preemptions:
-            params = leave_dense(request.sampling_params, False)
-            would_prune = request_layout(self.layout, params.extra_args).is_pruned(n)
-            request.sampling_params = leave_dense(params, would_prune and self._has_room_for(n))
-        layout = request_layout(self.layout, request.sampling_params.extra_args)
+        accepted = self._accept(request)
+        layout = accepted.layout(self.layout)
         prompt = Prompt(
             n,
             layout,
-            self._outcome(request, layout),
+            self._outcome(n, layout, accepted),
             layout.compact_blocks(n, self.block_size),
             layout.freed_blocks(n, self.block_size),
         )
         self.prompts[request.request_id] = prompt
         return prompt
+
+    def _accept(self, request: Request) -> Accepted:
+        """What the request gets, remembered with it; its parameters then say so to the workers."""
+        accepted: Accepted | None = getattr(request, ACCEPTED, None)
+        if accepted is None:
+            accepted = accept(request.sampling_params.extra_args, self.limits)
+            problem = accepted.problem
+            if request.resumable:  # its prompt would grow after it was pruned
+                request.resumable = False
+                problem = "streaming input is not served"
+            if problem is not None:
+                self._report(request.request_id, problem)
+        if self.prune_when_free_below is not None and not request.num_preemptions:
+            accepted = replace(accepted, left_dense=False)
+            pruned = accepted.layout(self.layout).is_pruned(request.num_prompt_tokens)
+            whole = pruned and self._has_room_for(request.num_prompt_tokens)
+            accepted = replace(accepted, left_dense=whole)
+        setattr(request, ACCEPTED, accepted)
+        request.sampling_params = accepted.send(request.sampling_params)
+        return accepted
+
+    def _report(self, request_id: str, problem: str) -> None:
+        """Count a request that asks for what cannot be; the first is logged."""
+        if self.stats.count_invalid():
+            logger.warning(
+                "SPARSEMM: request %a was not checked by its front end: %s. It is served with the "
+                "server's own settings, and counted in sparsemm:invalid_requests_total; others "
+                "like it are only counted.",
+                request_id[:SHOWN],
+                problem,
+            )
 
     def _has_room_for(self, prompt_tokens: int) -> bool:
         """Whether a whole prompt would leave enough blocks free."""
@@ -121,10 +161,10 @@ class SparseMMManager(FullAttentionManager):
         return free >= self.prune_when_free_below * self.block_pool.num_gpu_blocks
 
     @staticmethod
-    def _outcome(request: Request, layout: CacheLayout) -> Outcome:
-        if layout.is_pruned(request.num_prompt_tokens):
+    def _outcome(prompt_tokens: int, layout: CacheLayout, accepted: Accepted) -> Outcome:
+        if layout.is_pruned(prompt_tokens):
             return Outcome.PRUNED
-        if (request.sampling_params.extra_args or {}).get(LEFT_DENSE):
+        if accepted.left_dense:
             return Outcome.POOL_AMPLE
         return Outcome.TOO_SHORT if layout.rules.prunes else Outcome.OPTED_OUT
 

@@ -9,6 +9,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_a
 
 from sparsemm_vllm.kv_cache import SparseMMSpec
 from sparsemm_vllm.plugin import NAME
+from sparsemm_vllm.request_settings import RequestLimits
 from sparsemm_vllm.settings import Settings
 from sparsemm_vllm.support import UnsupportedError, build_layout, pruned_layers
 
@@ -37,6 +38,7 @@ def sparse_spec(
         SparseMMSpec,
         layout=build_layout(vllm_config, settings),
         prune_when_free_below=settings.prune_when_free_below,
+        limits=RequestLimits.of(settings),
     )
 
 

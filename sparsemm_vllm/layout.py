@@ -22,6 +22,14 @@ REMEMBERED = 4096  # prompt lengths whose blocks are not counted again
 BUDGETS = 64  # of requests, whose layouts are not made again
 
 
+def smallest_last_chunk(window: int) -> int:
+    """Fewest tokens in the chunk that ends a pruned prompt: the window, and never one.
+
+    vLLM runs chunks of one token as decodes, where nothing is pruned.
+    """
+    return max(window, 2)
+
+
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -142,11 +150,8 @@ class CacheLayout:
 
     @property
     def last_chunk(self) -> int:
-        """Fewest tokens in the chunk that ends a pruned prompt: the window, and never one.
-
-        vLLM runs chunks of one token as decodes, where nothing is pruned.
-        """
-        return max(self.window, 2)
+        """See `smallest_last_chunk`."""
+        return smallest_last_chunk(self.window)
 
     @cached_property
     def _table(self) -> np.ndarray:

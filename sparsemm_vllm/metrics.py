@@ -80,6 +80,11 @@ class SparseMMStatLogger(AggregateStatLoggerBase):
             "freed_blocks": _counter(
                 "freed_blocks", "Prompt blocks that pruned requests gave back to the pool."
             ),
+            "invalid_requests": _counter(
+                "invalid_requests",
+                "Requests that no front end checked and that asked for what cannot be; they are "
+                "served with the server's own settings.",
+            ),
             "prune_seconds": _counter(
                 "prune_seconds",
                 "Time the worker's device spent on scoring, selecting and compacting; of the rank "

@@ -24,7 +24,7 @@ from sparsemm_vllm.masked_heads import mask_layers
 from sparsemm_vllm.patches import install_in_worker
 from sparsemm_vllm.plugin import NAME
 from sparsemm_vllm.recording import KeptRecorder
-from sparsemm_vllm.request_settings import request_layout
+from sparsemm_vllm.request_settings import RequestLimits, received
 from sparsemm_vllm.settings import Settings
 from sparsemm_vllm.startup_log import describe_serving
 from sparsemm_vllm.step import (
@@ -64,6 +64,7 @@ class SparseMMModelState(DefaultModelState):
         )
         self._group = 0
         settings = Settings.from_additional_config(vllm_config.additional_config)
+        self._limits = RequestLimits.of(settings)
         if settings.mask_heads:
             layers = get_layers_from_vllm_config(vllm_config, Attention)
             rank = get_tp_group().rank_in_group
@@ -132,13 +133,18 @@ class SparseMMModelState(DefaultModelState):
         """Enter a request that starts, or resumes after preemption."""
         super().add_request(req_index, new_req_data, *args, **kwargs)
         state, n, params = self._state, new_req_data.prompt_len, new_req_data.sampling_params
-        layout = request_layout(state.layout, params.extra_args)
+        accepted = received(params.extra_args, self._limits)
+        layout = accepted.layout(state.layout)
         seed = request_seed(new_req_data) if layout.rules.token_scores else 0
         state.add(req_index, n, new_req_data.req_id, seed, layout)
         if state.attention is not None:
+            asked = accepted.settings
             dense = params.max_tokens == 1 or not layout.is_pruned(n)
-            state.attention.add(req_index, n, params.extra_args, dense)
-            state.knockouts.add(req_index, n, params.extra_args)
+            try:
+                state.attention.add(req_index, n, asked.sparsemm_record, dense)
+                state.knockouts.add(req_index, n, asked.sparsemm_knockout)
+            except ValueError as error:  # of the client: the engine lives
+                logger.error("SPARSEMM: request %s: %s", new_req_data.req_id, error)
 
     def read_attention(self, rows: int) -> tuple[list[int], int, int, bytes]:
         """What was recorded of this rank's heads, for `read_attention` of the profiler.

@@ -19,7 +19,7 @@ from sparsemm_vllm.environment import admits_any_vllm
 from sparsemm_vllm.signatures import argument
 
 SUPPORTED = ("0.32", "0.34")
-SETTINGS = "_sparsemm_settings"  # of a front end's `InputProcessor`
+LIMITS = "_sparsemm_limits"  # of a front end's `InputProcessor`
 
 
 class IncompatibleError(RuntimeError):
@@ -116,14 +116,19 @@ def _request_check(original: Callable[..., Any]) -> Callable[..., Any]:
     from vllm.exceptions import VLLMValidationError
 
     from sparsemm_vllm.layer_spec import uses_sparsemm
-    from sparsemm_vllm.request_settings import RequestError, asks_for_us, check_request
+    from sparsemm_vllm.request_settings import (
+        RequestError,
+        RequestLimits,
+        asks_for_us,
+        check_request,
+    )
     from sparsemm_vllm.settings import Settings
 
-    def settings_of(processor: Any) -> Settings:
-        if not hasattr(processor, SETTINGS):  # a head profile among them takes a millisecond
+    def limits_of(processor: Any) -> RequestLimits:
+        if not hasattr(processor, LIMITS):  # a head profile among the settings takes a millisecond
             settings = Settings.from_additional_config(processor.vllm_config.additional_config)
-            setattr(processor, SETTINGS, settings)
-        return getattr(processor, SETTINGS)
+            setattr(processor, LIMITS, RequestLimits.of(settings))
+        return getattr(processor, LIMITS)
 
     is_resumable = argument(original, "resumable")
 
@@ -139,7 +144,7 @@ def _request_check(original: Callable[..., Any]) -> Callable[..., Any]:
             extra_args = getattr(params, "extra_args", None) or {}  # pooling: vLLM refuses it
             if asks_for_us(extra_args):
                 try:
-                    check_request(extra_args, settings_of(self))
+                    check_request(extra_args, limits_of(self))
                 except RequestError as error:  # HTTP 400: of other errors vLLM makes a 500
                     raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
         return original(self, request_id, prompt, params, *args, **kwargs)
@@ -147,13 +152,30 @@ def _request_check(original: Callable[..., Any]) -> Callable[..., Any]:
     return process_inputs
 
 
-def _step_statistics(original: Callable[..., Any]) -> Callable[..., Any]:
+def _step_begins(original: Callable[..., Any]) -> Callable[..., Any]:
+    from sparsemm_vllm.scheduling import find_manager, order_by_priority
+
+    def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
+        manager = find_manager(self.kv_cache_manager)
+        if manager is None:
+            return original(self, *args, **kwargs)
+        order_by_priority(self)
+        output = original(self, *args, **kwargs)
+        manager.watchdog.observe(self, output)
+        return output
+
+    return schedule
+
+
+def _step_ends(original: Callable[..., Any]) -> Callable[..., Any]:
     from sparsemm_vllm.metrics import send
+    from sparsemm_vllm.scheduling import free_pruned_blocks
 
     def update_from_output(
         self: Any, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any
     ) -> Any:
         outputs = original(self, scheduler_output, model_runner_output, *args, **kwargs)
+        free_pruned_blocks(self, scheduler_output)
         send(self, model_runner_output, outputs)
         return outputs
 
@@ -229,9 +251,16 @@ WRAPPED = (
         _request_check,
     ),
     Wrap(
+        "vllm.v1.core.sched.scheduler:Scheduler.schedule",
+        "with priorities it preempts requests that it has scheduled in the same step, and what "
+        "can never be scheduled it tries for ever",
+        _step_begins,
+    ),
+    Wrap(
         "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
-        "the scheduler's statistics have no place for a plugin's own numbers",
-        _step_statistics,
+        "the blocks of a prompt are free when the step that pruned it is processed, not when the "
+        "request next needs one; and the scheduler's statistics have no place for a plugin's own",
+        _step_ends,
     ),
     Wrap(
         "vllm.v1.metrics.loggers:StatLoggerManager.__init__",

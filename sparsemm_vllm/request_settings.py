@@ -1,12 +1,14 @@
 """What one request may ask for: ``vllm_xargs`` of the OpenAI API, ``SamplingParams.extra_args``.
 
-The front end checks it, so that nothing wrong reaches the engine; scheduler and workers make the
-same cache layout of it, each by itself.
+vLLM's Python front end refuses what cannot be, with an error that names the key. Others do not ask
+us. So the scheduler and the workers look again, with the same function: a request that asks for
+what cannot be gets the server's own settings. There it never fails.
 """
 
 import difflib
 from copy import copy
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -20,6 +22,9 @@ from sparsemm_vllm.settings import Settings
 PREFIX = "sparsemm"
 PRUNE, BUDGET = "sparsemm", "sparsemm_budget"
 LEFT_DENSE = "sparsemm_left_dense"  # the scheduler's word to the workers; no request may say it
+SHOWN = 100  # characters of a key that an error repeats
+
+_Count = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class RequestError(ValueError):
@@ -40,8 +45,8 @@ class RequestSettings(BaseModel):
 
     sparsemm: int = Field(default=1, ge=0, le=1)
     sparsemm_budget: int | None = None
-    sparsemm_record: list[int] | None = None
-    sparsemm_knockout: list[int] | None = None
+    sparsemm_record: list[_Count] | None = Field(default=None, min_length=2, max_length=2)
+    sparsemm_knockout: list[_Count] | None = Field(default=None, min_length=3, max_length=3)
 
     @field_validator("sparsemm", mode="before")
     @classmethod
@@ -49,74 +54,157 @@ class RequestSettings(BaseModel):
         return int(value) if isinstance(value, bool) else value
 
 
+SERVERS_OWN = RequestSettings()
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """What a server lets requests ask for.
+
+    Attributes:
+        window: of the server, in tokens.
+        largest_budget: tokens per KV head on average, window included.
+        prunes: whether the server's method prunes anything.
+        recorded: queries whose attention its workers can record; 0 if they record none.
+        allowed: whether requests may have settings of their own at all.
+    """
+
+    window: int
+    largest_budget: int
+    prunes: bool = True
+    recorded: int = 0
+    allowed: bool = True
+
+    @classmethod
+    def of(cls, settings: Settings) -> "RequestLimits":
+        """The limits of a server with these settings."""
+        return cls(
+            settings.window,
+            settings.largest_budget,
+            METHODS[settings.method].prunes,
+            settings.record_attention,
+            settings.allow_request_settings,
+        )
+
+
 def asks_for_us(extra_args: dict[str, Any] | None) -> bool:
     """Whether a request has keys that only SPARSEMM could mean."""
-    return any(str(key).lower().startswith(PREFIX) for key in extra_args or ())
+    return any(map(_is_ours, extra_args or ()))
 
 
-def check_request(extra_args: dict[str, Any], settings: Settings) -> None:
-    """Refuse what the server cannot do.
+def _is_ours(key: Any) -> bool:
+    return str(key)[: len(PREFIX)].lower() == PREFIX
+
+
+def check_request(extra_args: dict[str, Any], limits: RequestLimits) -> RequestSettings:
+    """What a request asks for; other plugins' keys are left alone.
 
     Args:
         extra_args: of a request's sampling parameters.
-        settings: of the server.
+        limits: of the server.
 
     Raises:
         RequestError: one line that names the key and says what it may be.
     """
-    asked = {key: value for key, value in extra_args.items() if asks_for_us({key: value})}
+    asked = {key: value for key, value in extra_args.items() if _is_ours(key)}
     for key in asked:
         if key not in RequestSettings.model_fields:
-            near = difflib.get_close_matches(key.lower(), (PRUNE, BUDGET), n=1, cutoff=0.0)
-            raise RequestError(f"unknown request setting {key!a}; did you mean '{near[0]}'?")
+            shown = str(key)[:SHOWN]
+            near = difflib.get_close_matches(shown.lower(), (PRUNE, BUDGET), n=1, cutoff=0.0)
+            raise RequestError(f"unknown request setting {shown!a}; did you mean '{near[0]}'?")
+        if not limits.allowed:
+            raise RequestError(
+                f"request setting {key}: this server lets no request have its own "
+                "(allow_request_settings)"
+            )
     try:
         request = RequestSettings.model_validate(asked)
     except ValidationError as error:
         raise RequestError(f"request setting {first_error(error)}") from None
-    for key in {RECORD, KNOCKOUT} & asked.keys():
-        if not settings.record_attention:
+    for key in (RECORD, KNOCKOUT):
+        if key in asked and not limits.recorded:
             raise RequestError(f"request setting {key}: this server records no attention")
     if request.sparsemm_budget is not None:
-        _check_budget(request, settings)
+        _check_budget(request, limits)
+    return request
 
 
-def _check_budget(request: RequestSettings, settings: Settings) -> None:
+def _check_budget(request: RequestSettings, limits: RequestLimits) -> None:
     budget = request.sparsemm_budget
     assert budget is not None
-    if not settings.window < budget <= settings.largest_budget:
+    if not limits.window < budget <= limits.largest_budget:
+        shown = f"{budget} tokens" if abs(budget) < 2**64 else "a number of more than 64 bits"
         raise RequestError(
-            f"request setting {BUDGET}: {budget} tokens; this server takes {settings.window + 1} "
-            f"to {settings.largest_budget} (its window and max_request_budget)"
+            f"request setting {BUDGET}: {shown}; this server takes {limits.window + 1} "
+            f"to {limits.largest_budget} (its window and max_request_budget)"
         )
     if not request.sparsemm:
         raise RequestError(f"request setting {BUDGET}: '{PRUNE}' is 0, so nothing is pruned")
-    if not METHODS[settings.method].prunes:
+    if not limits.prunes:
         raise RequestError(f"request setting {BUDGET}: this server prunes nothing (method full)")
 
 
-def leave_dense(params: Any, left_dense: bool) -> Any:
-    """Sampling parameters with the scheduler's decision in them, which travels to the workers.
+@dataclass(frozen=True)
+class Accepted:
+    """What a request gets, on scheduler and workers alike.
 
-    A copy if they change: the samples of one prompt may share theirs.
+    Attributes:
+        settings: of the request, or the server's own if it asked for what cannot be.
+        problem: what was wrong, if anything.
+        left_dense: whether the scheduler leaves the prompt whole.
     """
-    extra_args = params.extra_args or {}
-    if extra_args.get(LEFT_DENSE, False) == left_dense:
+
+    settings: RequestSettings = SERVERS_OWN
+    problem: str | None = None
+    left_dense: bool = False
+
+    def layout(self, server: CacheLayout) -> CacheLayout:
+        """The cache layout of the request, by that of the server."""
+        if self.left_dense or not self.settings.sparsemm:
+            return server.dense
+        budget = self.settings.sparsemm_budget
+        return server if budget is None else server.of_budget(budget)
+
+    def send(self, params: Any) -> Any:
+        """Sampling parameters from which a worker reads this, and nothing else of ours.
+
+        A copy if they change: the samples of one prompt may share theirs.
+        """
+        before = params.extra_args or {}
+        ours = self.settings.model_dump(exclude_defaults=True)
+        if self.left_dense:
+            ours[LEFT_DENSE] = True
+        after = {key: value for key, value in before.items() if not _is_ours(key)} | ours
+        if after != before:
+            params = copy(params)
+            params.extra_args = after
         return params
-    params = copy(params)
-    params.extra_args = extra_args | {LEFT_DENSE: left_dense}
-    return params
 
 
-def request_layout(layout: CacheLayout, extra_args: dict[str, Any] | None) -> CacheLayout:
-    """The cache layout of a request that `check_request` let pass, on scheduler and workers.
+def accept(extra_args: dict[str, Any] | None, limits: RequestLimits) -> Accepted:
+    """What a request gets that maybe no front end has checked. Never fails.
 
     Args:
-        layout: the server's.
-        extra_args: of the request's sampling parameters.
+        extra_args: of the request's sampling parameters, as they came from the client.
+        limits: of the server.
     """
-    if not extra_args:
-        return layout
-    if extra_args.get(LEFT_DENSE) or not extra_args.get(PRUNE, 1):
-        return layout.dense
-    budget = extra_args.get(BUDGET)
-    return layout if budget is None else layout.of_budget(budget)
+    if not asks_for_us(extra_args):
+        return Accepted()
+    assert extra_args is not None
+    try:
+        return Accepted(check_request(extra_args, limits))
+    except RequestError as error:
+        return Accepted(problem=str(error))
+
+
+def received(extra_args: dict[str, Any] | None, limits: RequestLimits) -> Accepted:
+    """What a request gets, on a worker: as the scheduler sent it.
+
+    Args:
+        extra_args: of the request's sampling parameters, from `Accepted.send`.
+        limits: of the server.
+    """
+    if extra_args and LEFT_DENSE in extra_args:
+        rest = {key: value for key, value in extra_args.items() if key != LEFT_DENSE}
+        return replace(accept(rest, limits), left_dense=bool(extra_args[LEFT_DENSE]))
+    return accept(extra_args, limits)

@@ -54,11 +54,13 @@ class RequestStats:
         self._freed_now = self._compact_now = 0
         self._counts: dict[str, Counter[str]] = {}
         self._freed_blocks = 0
+        self._any_invalid = False
         self._reset()
 
     def _reset(self) -> None:
         self._counts = {name: Counter() for name in ("requests", "prompt_tokens", "kept_tokens")}
         self._freed_blocks = 0
+        self._invalid_requests = 0
         self._recent_changed = False
 
     def knows(self, request_id: str) -> bool:
@@ -76,6 +78,12 @@ class RequestStats:
         self._counts["prompt_tokens"][outcome] += prompt_tokens
         self._counts["kept_tokens"][outcome] += kept_tokens  # type: ignore[assignment]
         self._recent_changed = True
+
+    def count_invalid(self) -> bool:
+        """Count a request that asks for what cannot be; whether it is the first ever."""
+        first, self._any_invalid = not self._any_invalid, True
+        self._invalid_requests += 1
+        return first
 
     def free(self, request_id: str, freed_blocks: int, compact_blocks: int) -> None:
         """A pruned prompt's older blocks are given back; asked in every step, counted once."""
@@ -105,13 +113,14 @@ class RequestStats:
             table_entries: of all requests' block tables, freed ones included.
 
         Returns:
-            `requests`, `prompt_tokens` and `kept_tokens` by outcome, and `freed_blocks`, since the
-            last call; `held_blocks`, and `dense_blocks` that dense attention would hold, now, a
-            block shared by two requests counted twice; the `recent` requests, the latest first, if
-            they changed.
+            `requests`, `prompt_tokens` and `kept_tokens` by outcome, `freed_blocks` and
+            `invalid_requests`, since the last call; `held_blocks`, and `dense_blocks` that dense
+            attention would hold, now, a block shared by two requests counted twice; the `recent`
+            requests, the latest first, if they changed.
         """
         drained: dict[str, Any] = {name: dict(counts) for name, counts in self._counts.items()}
         drained["freed_blocks"] = self._freed_blocks
+        drained["invalid_requests"] = self._invalid_requests
         drained["held_blocks"] = table_entries - self._freed_now
         drained["dense_blocks"] = table_entries - self._compact_now
         if self._recent_changed:

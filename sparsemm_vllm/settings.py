@@ -40,6 +40,7 @@ class Settings(BaseModel):
             share of the pool's blocks is free, 0 to 1. Everything is pruned if not given.
         max_request_budget: largest budget that a request may ask for; memory for it is set aside.
             Twice the budget if not given.
+        allow_request_settings: whether requests may ask for another budget, or for no pruning.
         mask_heads: query heads whose output is zero, ``[layer, head]`` each: for ablations.
         record_kept: folder into which workers write which tokens each head kept; slows them down.
         record_attention: queries whose attention workers can record, for `sparsemm profile`.
@@ -57,6 +58,7 @@ class Settings(BaseModel):
     min_prompt_tokens: int = Field(default=0, ge=0)
     prune_when_free_below: float | None = Field(default=None, gt=0.0, le=1.0)
     max_request_budget: int | None = Field(default=None, lt=2**31)
+    allow_request_settings: bool = True
     mask_heads: list[list[int]] = Field(default_factory=list)
     record_kept: str | None = None
     record_attention: int = Field(default=0, ge=0)

@@ -8,7 +8,7 @@ from vllm.logger import init_logger
 
 from sparsemm_vllm.auto_profile import find_profile
 from sparsemm_vllm.config_hash import config_hash
-from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.layout import CacheLayout, smallest_last_chunk
 from sparsemm_vllm.masked_heads import check_masked_heads
 from sparsemm_vllm.profile import HeadProfile
 from sparsemm_vllm.settings import AUTO, KEY, NO_PROFILE, Settings
@@ -82,7 +82,9 @@ def unsupported(vllm_config: VllmConfig, settings: Settings) -> list[str]:
     speculative = vllm_config.speculative_config
     threshold = scheduler.long_prefill_token_threshold
     drafts = 0 if speculative is None else speculative.num_speculative_tokens or 0
-    step_tokens = settings.window + scheduler.max_num_seqs * (1 + drafts)
+    last_chunk = smallest_last_chunk(settings.window)
+    step_tokens = last_chunk + scheduler.max_num_seqs * (1 + drafts)
+    scheduled_tokens = scheduler.max_num_scheduled_tokens
 
     checks = [
         (
@@ -136,15 +138,22 @@ def unsupported(vllm_config: VllmConfig, settings: Settings) -> list[str]:
             "--disable-chunked-mm-input",
         ),
         (
-            0 < threshold < settings.window,
-            f"--long-prefill-token-threshold {threshold} is smaller than the window of "
-            f"{settings.window} tokens, which must be computed in one chunk",
+            0 < threshold < last_chunk,
+            f"--long-prefill-token-threshold {threshold} is too small: a window of "
+            f"{settings.window} tokens needs a chunk of at least {last_chunk}",
         ),
         (
             scheduler.max_num_batched_tokens < step_tokens,
             f"--max-num-batched-tokens {scheduler.max_num_batched_tokens} leaves no room for a "
             f"window of {settings.window} tokens beside {scheduler.max_num_seqs} decoding "
             f"requests; give at least {step_tokens}, or fewer --max-num-seqs",
+        ),
+        (
+            scheduled_tokens is not None
+            and scheduled_tokens < min(step_tokens, scheduler.max_num_batched_tokens),
+            f"--max-num-scheduled-tokens {scheduled_tokens} leaves no room for a window of "
+            f"{settings.window} tokens beside {scheduler.max_num_seqs} decoding requests; give at "
+            f"least {step_tokens}, or none",
         ),
     ]
     return [reason for refused, reason in checks if refused]

@@ -41,6 +41,25 @@ def bounded_lookup(get_computed_blocks: Callable[..., Any]) -> Callable[..., Any
     return look_up
 
 
+def end_with_error(scheduler: Any, request_id: str, message: str) -> None:
+    """Let the scheduler end a request when it processes its next step.
+
+    Since 0.33 the client is told why. Before it only gets an error.
+
+    Args:
+        scheduler: vLLM's.
+        request_id: of a request that is not finished.
+        message: for the client.
+    """
+    failed = scheduler.grammar_compile_error_reqs
+    if isinstance(failed, set):
+        failed.add(request_id)
+        return
+    from vllm.outputs import RequestError
+
+    failed[request_id] = RequestError(code="internal_error", message=message)
+
+
 class _Shorter:
     """A request that seems to have `num_tokens`."""
 

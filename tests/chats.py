@@ -13,7 +13,7 @@ from vllm.v1.request import Request
 
 from sparsemm_vllm.kv_cache import SparseMMManager, SparseMMSpec
 from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.request_settings import request_layout
+from sparsemm_vllm.request_settings import received
 from sparsemm_vllm.scheduling import shape_chunk
 
 P, W, BASE = 4, 3, 5
@@ -106,7 +106,8 @@ class Chats:
         n, layout = request.num_prompt_tokens, self._expected_layout(request)
         hit, num_hit, _ = self.manager.get_computed_blocks(request)
         assert self.sparse.prompts[request.request_id].layout == layout
-        assert request_layout(self.layout, request.sampling_params.extra_args) == layout
+        sent = received(request.sampling_params.extra_args, self.sparse.limits)
+        assert sent.layout(self.layout) == layout, "workers have another"
         assert num_hit < request.num_tokens
         if layout.is_pruned(n):
             assert num_hit <= n - W, "the window queries must be computed"

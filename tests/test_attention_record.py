@@ -5,7 +5,7 @@ import pytest
 import torch
 from kernel_cases import DEVICE
 
-from sparsemm_vllm.attention_record import RECORD, AttentionRecorder
+from sparsemm_vllm.attention_record import AttentionRecorder
 from sparsemm_vllm.triton_kernels.batch import QueryTiles
 
 L, HQ, ROWS = 2, 6, 50
@@ -36,7 +36,7 @@ def queries(found: QueryTiles | None) -> list[tuple[int, int, int, int]]:
 def test_chunks_record_what_one_prefill_does(chunks: list[int]) -> None:
     """Four queries of a prompt of 20: the first of them in any chunk, at any place of it."""
     each = recorder()
-    each.add(1, 20, {RECORD: [30, 4]})
+    each.add(1, 20, [30, 4])
     computed, found = 0, []
     for chunk in chunks:
         step = tiles(each, (0, 3, 5), (1, computed, chunk))
@@ -51,14 +51,14 @@ def test_chunks_record_what_one_prefill_does(chunks: list[int]) -> None:
 
 def test_generated_tokens_follow() -> None:
     each = recorder()
-    each.add(0, 10, {RECORD: [0, 1]})
-    each.add(2, 10, {RECORD: [5, 2]})
+    each.add(0, 10, [0, 1])
+    each.add(2, 10, [5, 2])
     assert queries(tiles(each, (0, 12, 1), (2, 10, 1))) == [(0, 0, 12, 3), (1, 1, 10, 7)]
 
 
 def test_long_spans_are_cut_into_tiles() -> None:
     each = recorder()
-    each.add(0, 40, {RECORD: [2, 37]})
+    each.add(0, 40, [2, 37])
     step = tiles(each, (0, 0, 40))
     assert step is not None
     assert step.block_q == 8, "16 rows hold 8 queries of 2 heads"
@@ -68,16 +68,14 @@ def test_long_spans_are_cut_into_tiles() -> None:
 
 def test_an_index_that_is_used_again_forgets_its_last_request() -> None:
     each = recorder()
-    each.add(0, 10, {RECORD: [0, 10]})
+    each.add(0, 10, [0, 10])
     each.add(0, 10, None)
-    assert tiles(each, (0, 0, 10)) is None
-    each.add(0, 10, {"other": 1})
     assert tiles(each, (0, 0, 10)) is None
 
 
 def test_rows_past_the_buffer_are_not_recorded() -> None:
     each = recorder()
-    each.add(0, 10, {RECORD: [ROWS - 2, 1]})
+    each.add(0, 10, [ROWS - 2, 1])
     assert queries(tiles(each, (0, 9, 1))) == [(0, 0, 9, ROWS - 2)]
     assert queries(tiles(each, (0, 10, 1))) == [(0, 0, 10, ROWS - 1)]
     assert tiles(each, (0, 11, 1)) is None
@@ -86,7 +84,7 @@ def test_rows_past_the_buffer_are_not_recorded() -> None:
 @pytest.mark.parametrize("wanted", [[0, 0], [0, 11], [-1, 5], [ROWS - 4, 5]])
 def test_queries_and_rows_that_do_not_exist(wanted: list[int]) -> None:
     with pytest.raises(ValueError, match=r"of 10, from row"):
-        recorder().add(0, 10, {RECORD: wanted})
+        recorder().add(0, 10, wanted)
 
 
 def test_what_was_read_is_forgotten() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsemm_vllm.knockout import KNOCKOUT, Knockout, Knockouts, attend_without
+from sparsemm_vllm.knockout import Knockout, Knockouts, attend_without
 
 OWN = slice(2, 4), slice(4, 6)  # pruned layers and KV heads of this rank
 
@@ -12,7 +12,7 @@ OWN = slice(2, 4), slice(4, 6)  # pruned layers and KV heads of this rank
 def steps(wanted: list[int], prompt_tokens: int, chunks: list[int]) -> list[list[Knockout]]:
     """What a request asks of each of its chunks, beside another request of three queries."""
     knockouts = Knockouts(OWN, window=4)
-    knockouts.add(7, prompt_tokens, {KNOCKOUT: wanted})
+    knockouts.add(7, prompt_tokens, wanted)
     knockouts.add(3, prompt_tokens, None)
     ends = np.cumsum(chunks)
     return [
@@ -45,7 +45,7 @@ def test_heads_of_other_ranks(layer: int, head: int) -> None:
 
 def test_an_index_is_used_again() -> None:
     knockouts = Knockouts(OWN, window=4)
-    knockouts.add(7, 14, {KNOCKOUT: [2, 4, 10]})
+    knockouts.add(7, 14, [2, 4, 10])
     knockouts.add(7, 14, None)
     assert knockouts.of_step(np.array([7]), np.array([0, 14]), np.array([14])) == []
 
@@ -53,7 +53,7 @@ def test_an_index_is_used_again() -> None:
 @pytest.mark.parametrize("n", [3, 14])
 def test_without_window_or_answer(n: int) -> None:
     with pytest.raises(ValueError, match="do not fit into 14 tokens"):
-        Knockouts(OWN, window=4).add(7, 14, {KNOCKOUT: [2, 4, n]})
+        Knockouts(OWN, window=4).add(7, 14, [2, 4, n])
 
 
 @pytest.mark.parametrize("G", [1, 4])

@@ -54,8 +54,8 @@ def config() -> Any:
 def carried(**values: Any) -> SchedulerStats:
     nothing: dict[str, Any] = {
         "requests": {}, "prompt_tokens": {}, "kept_tokens": {}, "freed_blocks": 0,
-        "prune_seconds": 0.0, "held_blocks": 0, "dense_blocks": 0, "free_blocks": 0,
-        "pool_blocks": 0,
+        "invalid_requests": 0, "prune_seconds": 0.0, "held_blocks": 0, "dense_blocks": 0,
+        "free_blocks": 0, "pool_blocks": 0,
     }  # fmt: skip
     return SchedulerStats(ec_connector_stats={"sparsemm": nothing | values, "other": None})
 

@@ -26,10 +26,9 @@ from vllm.utils import gpu_sync_debug
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from sparsemm_vllm import cuda_backend
-from sparsemm_vllm.attention_record import RECORD
-from sparsemm_vllm.knockout import KNOCKOUT
 from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.model_state import DefaultModelState, SparseMMModelState
+from sparsemm_vllm.request_settings import RequestLimits
 from sparsemm_vllm.sparse_attention import forward_sparse
 from sparsemm_vllm.step import Heads, PrunedCache, SparseState, capture_step, plan_step
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
@@ -283,7 +282,7 @@ def test_recording_does_not_wait(launches: list[Any]) -> None:
     state.ops = triton_ops
     assert state.attention is not None
     state.add(0, n)
-    state.attention.add(0, n, {RECORD: [1, 2]})
+    state.attention.add(0, n, [1, 2])
     blocks = torch.arange(1, 33, dtype=torch.int32, device=DEVICE)[None]
     query = torch.randn(n, HKV * G, D, device=DEVICE)
     output = torch.empty_like(query)
@@ -325,8 +324,8 @@ def test_requests_are_entered_without_the_device(method: str, pinned: list[torch
     with no_waiting():
         state.add(1, 9)  # not pruned
         state.add(2, N, "name", seed=3, layout=replace(LAYOUT, method=method))
-        state.attention.add(1, 9, {RECORD: [1, 2]})
-        state.knockouts.add(1, 9, {KNOCKOUT: [0, 1, 5]})
+        state.attention.add(1, 9, [1, 2])
+        state.knockouts.add(1, 9, [0, 1, 5])
     assert len(pinned) == 2, "one copy for each request"
 
 
@@ -410,7 +409,7 @@ def test_a_step_is_made_without_the_device(
     builder: Any = object.__new__(cuda_backend.SparseMMMetadataBuilder)
     worker: Any = object.__new__(SparseMMModelState)
     state = worker._state = make_state(META, replace(LAYOUT, method=method))
-    worker._group, state.ops = 0, triton_ops
+    worker._group, worker._limits, state.ops = 0, RequestLimits(LAYOUT.window, 0), triton_ops
     prompts, seq_lens, queries = zip(*STEPS[name], strict=True)
     starts = np.cumsum([0, *queries]).tolist()
     common = vllm_common(starts, list(seq_lens))
@@ -471,8 +470,8 @@ def test_a_head_is_knocked_out_without_the_device(unlaunched: list[Any]) -> None
     query = torch.empty(N, HKV * G, D, device=META)
     with no_waiting():
         state.add(0, N)
-        state.attention.add(0, N, {RECORD: [1, 2]})
-        state.knockouts.add(0, N, {KNOCKOUT: [1, 2, N - 3]})
+        state.attention.add(0, N, [1, 2])
+        state.knockouts.add(0, N, [1, 2, N - 3])
         step = plan(state, 0, N)
         for layer in range(L):
             forward_sparse(

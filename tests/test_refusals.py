@@ -90,6 +90,8 @@ MP = {"distributed_executor_backend": "mp"}
         ({"kv_offloading_size": 1.0}, "KV connectors and offloading"),
         ({"long_prefill_token_threshold": 20}, "--long-prefill-token-threshold 20"),
         ({"max_num_batched_tokens": 39, "max_num_seqs": 8}, "give at least 40"),
+        ({"max_num_scheduled_tokens": 20}, "--max-num-scheduled-tokens 20"),
+        ({"max_num_scheduled_tokens": 39, "max_num_seqs": 8}, "give at least 40, or none"),
         ({"disable_chunked_mm_input": True}, "drop --disable-chunked-mm-input"),
         ({"runner": "pooling"}, "only generation"),
         ({"tensor_parallel_size": 8} | MP, "4 KV heads cannot be divided among 8"),
@@ -100,6 +102,15 @@ def test_options(llama: Path, options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason) as refusal:
         build(llama, **options)
     assert "SPARSEMM" in str(refusal.value)
+
+
+def test_a_window_of_one_token_needs_chunks_of_two(llama: Path) -> None:
+    """vLLM runs a chunk of one token as a decode, in which nothing is pruned."""
+    with pytest.raises(ValueError, match="a window of 1 tokens needs a chunk of at least 2"):
+        build(llama, {"window": 1}, long_prefill_token_threshold=1)
+    build(llama, {"window": 1}, long_prefill_token_threshold=2)
+    with pytest.raises(ValueError, match=r"--max-num-batched-tokens 9 .* give at least 10"):
+        build(llama, {"window": 1}, max_num_batched_tokens=9, max_num_seqs=8)
 
 
 def test_v1_model_runner(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

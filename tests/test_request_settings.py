@@ -1,6 +1,8 @@
 """What a request may ask for: refused with a line that names the key, or a layout of its own."""
 
 import pickle
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,14 +20,16 @@ from sparsemm_vllm.layout import CacheLayout
 from sparsemm_vllm.methods import METHODS, random_scores
 from sparsemm_vllm.request_settings import (
     RequestError,
+    RequestLimits,
+    accept,
     asks_for_us,
     check_request,
-    request_layout,
+    received,
 )
 from sparsemm_vllm.settings import Settings
 
 W = 8
-SERVER = Settings(budget=40, window=W)
+SERVER = RequestLimits.of(Settings(budget=40, window=W))
 LAYOUT = CacheLayout.from_scores(
     tiny.skewed_profile().tensor(), tiny.KV_HEADS, 40, W, largest_budget=80
 )
@@ -67,6 +71,10 @@ def test_what_a_request_may_ask_for(extra_args):
         ({"sparsemm\n\u202e": 1}, r"unknown request setting 'sparsemm\n\u202e'"),
         ({"sparsemm_record": [0, 1]}, "sparsemm_record: this server records no attention"),
         ({"sparsemm_knockout": [0, 0, 9]}, "sparsemm_knockout: this server records no"),
+        ({"sparsemm_record": [0]}, "sparsemm_record: List should have at least 2 items"),
+        ({"sparsemm_knockout": [0, 0, -9]}, "sparsemm_knockout.2: Input should be greater"),
+        ({"sparsemm" + 5_000_000 * "x": 1}, "unknown request setting 'sparsemmxxx"),
+        ({"sparsemm_budget": 10**9999}, "sparsemm_budget: a number of more than 64 bits"),
     ],
 )
 def test_what_is_refused_by_name(extra_args, message):
@@ -74,15 +82,18 @@ def test_what_is_refused_by_name(extra_args, message):
         check_request(extra_args, SERVER)
     assert message in str(error.value)
     assert str(error.value).isprintable(), "one line"
+    assert len(str(error.value)) < 200
 
 
 def test_a_budget_where_nothing_is_pruned_is_refused():
     with pytest.raises(RequestError, match="sparsemm_budget: this server prunes nothing"):
-        check_request({"sparsemm_budget": 40}, Settings(budget=40, window=W, method="full"))
+        check_request(
+            {"sparsemm_budget": 40}, RequestLimits.of(Settings(budget=40, window=W, method="full"))
+        )
 
 
 def test_engines_that_record_attention_let_the_profiler_ask():
-    recording = Settings(budget=40, window=W, record_attention=4)
+    recording = RequestLimits.of(Settings(budget=40, window=W, record_attention=4))
     check_request({"sparsemm_record": [0, 1], "sparsemm_knockout": [0, 0, 9]}, recording)
 
 
@@ -122,16 +133,71 @@ def test_the_front_end_refuses_before_the_engine_sees_it(backend, refused):
     assert bool(seen) != refused
 
 
+def test_a_server_may_take_no_request_settings():
+    closed = RequestLimits.of(Settings(budget=40, window=W, allow_request_settings=False))
+    for extra_args in ({"sparsemm": 0}, {"sparsemm_budget": 60}):
+        with pytest.raises(RequestError, match=r"lets no request have its own \(allow_request_s"):
+            check_request(extra_args, closed)
+        assert accept(extra_args, closed).layout(LAYOUT) is LAYOUT
+    assert check_request({"other": 1}, closed) == check_request({}, SERVER)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+KEYS = st.sampled_from(
+    ["sparsemm", "sparsemm_budget", "sparsemm_record", "sparsemm_knockout", "sparsemm_left_dense"]
+)
+
+
+@given(st.dictionaries(KEYS | st.text().map("sparsemm".__add__) | st.text(), ANYTHING))
+def test_what_no_front_end_has_checked_never_fails(extra_args):
+    """Scheduler and worker agree, and neither takes what the front end would have refused."""
+    accepted = accept(extra_args, SERVER)
+    sent = accepted.send(SamplingParams(extra_args=extra_args)).extra_args
+    worker = received(sent, SERVER)
+    assert worker.problem is None, "the scheduler sends what can be"
+    assert worker.settings == accepted.settings
+    assert not worker.left_dense
+    asked = {key: value for key, value in extra_args.items() if asks_for_us([key])}
+    if accepted.problem is None:
+        assert check_request(asked, SERVER) == accepted.settings
+    else:
+        with pytest.raises(RequestError, match=re.escape(accepted.problem)):
+            check_request(asked, SERVER)
+        assert accepted.layout(LAYOUT) is LAYOUT
+    assert {key: value for key, value in sent.items() if not asks_for_us([key])} == {
+        key: value for key, value in extra_args.items() if not asks_for_us([key])
+    }
+
+
+def test_what_the_scheduler_decides_arrives_and_cannot_be_sent_by_a_client():
+    forged = SamplingParams(extra_args={"sparsemm_left_dense": True, "other": 1})
+    accepted = accept(forged.extra_args, SERVER)
+    assert accepted.problem is not None
+    assert accepted.send(forged).extra_args == {"other": 1}
+    decided = replace(accepted, left_dense=True).send(forged)
+    assert received(decided.extra_args, SERVER).layout(LAYOUT) is LAYOUT.dense
+    assert forged.extra_args["sparsemm_left_dense"] is True, "samples may share their parameters"
+
+
 # Layouts
+
+
+def layout_of(server, extra_args):
+    """On a worker, of what the scheduler sends it."""
+    sent = accept(extra_args, SERVER).send(SamplingParams(extra_args=extra_args))
+    return received(sent.extra_args, SERVER).layout(server)
 
 
 def test_a_request_without_settings_has_the_servers_layout():
     for extra_args in (None, {}, {"other": 3}, {"sparsemm": 1}, {"sparsemm_budget": 40}):
-        assert request_layout(LAYOUT, extra_args) is LAYOUT
+        assert layout_of(LAYOUT, extra_args) is LAYOUT
 
 
 def test_a_dense_request_holds_its_prompt():
-    dense = request_layout(LAYOUT, {"sparsemm": 0})
+    dense = layout_of(LAYOUT, {"sparsemm": 0})
     assert not dense.is_pruned(10_000)
     assert dense.compact_blocks(10_000, 16) == dense.freed_blocks(10_000, 16) == 0
     assert LAYOUT.is_pruned(10_000)
@@ -143,12 +209,12 @@ def test_a_budget_of_its_own_is_that_of_a_server_with_this_budget(method):
     options = {"method": method, "largest_budget": 80, "redistribute": method == "snapkv"}
     server = CacheLayout.from_scores(scores, tiny.KV_HEADS, 40, W, **options)
     other = CacheLayout.from_scores(scores, tiny.KV_HEADS, 64, W, **options)
-    own = request_layout(server, {"sparsemm_budget": 64})
+    own = layout_of(server, {"sparsemm_budget": 64})
     assert own == other
     assert own != server
     np.testing.assert_array_equal(own.kept_tokens(300), other.kept_tokens(300))
     # The worker's copy came through a pickle.
-    worker = request_layout(pickle.loads(pickle.dumps(server)), {"sparsemm_budget": 64})
+    worker = layout_of(pickle.loads(pickle.dumps(server)), {"sparsemm_budget": 64})
     assert worker == own
 
 

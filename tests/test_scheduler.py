@@ -30,7 +30,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from sparsemm_vllm import patches
 from sparsemm_vllm.kv_cache import SparseMMSpec
-from sparsemm_vllm.request_settings import request_layout
+from sparsemm_vllm.request_settings import RequestLimits, received
 from sparsemm_vllm.request_stats import Outcome
 from sparsemm_vllm.settings import Settings
 from sparsemm_vllm.support import build_layout
@@ -76,9 +76,8 @@ def vllm_config(tmp_path_factory):
 
 
 def make_scheduler(vllm_config, scheduler_class, drafts, share=None):
-    layout = build_layout(
-        vllm_config, Settings.from_additional_config(vllm_config.additional_config)
-    )
+    settings = Settings.from_additional_config(vllm_config.additional_config)
+    layout = build_layout(vllm_config, settings)
     assert len({row for row in layout.capacities}) == tiny.LAYERS
     spec = SparseMMSpec(
         block_size=P,
@@ -87,6 +86,7 @@ def make_scheduler(vllm_config, scheduler_class, drafts, share=None):
         dtype=torch.float32,
         layout=layout,
         prune_when_free_below=share,
+        limits=RequestLimits.of(settings),
     )
     vllm_config.cache_config.num_gpu_blocks = BLOCKS
     names = [f"model.layers.{i}.self_attn.attn" for i in range(tiny.LAYERS)]
@@ -167,10 +167,10 @@ class InFlight:
 class Worker:
     """Follows the block tables that the scheduler sends, and knows which drafts were accepted."""
 
-    def __init__(self, rng, layout):
+    def __init__(self, rng, layout, limits):
         self.memory = np.full((BLOCKS, P), JUNK)
         self.rows, self.computed = {}, {}
-        self.rng, self.layout = rng, layout
+        self.rng, self.layout, self.limits = rng, layout, limits
 
     def slots(self, chat, positions):
         entry = positions // P
@@ -183,7 +183,8 @@ class Worker:
         for new in output.scheduled_new_reqs:
             self.rows[new.req_id] = list(new.block_ids[0])
             self.computed[new.req_id] = new.num_computed_tokens
-            chats[new.req_id].use(request_layout(self.layout, new.sampling_params.extra_args))
+            accepted = received(new.sampling_params.extra_args, self.limits)
+            chats[new.req_id].use(accepted.layout(self.layout))
         cached = output.scheduled_cached_reqs
         for name, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             assert name not in cached.resumed_req_ids
@@ -238,7 +239,7 @@ class Server:
         self.scheduler, self.ahead, self.drafts = scheduler, ahead, drafts
         self.asynchronous = isinstance(scheduler, AsyncScheduler)
         self.rng = random.Random(seed)
-        self.worker = Worker(self.rng, layout)
+        self.worker = Worker(self.rng, layout, self.manager.limits)
         self.chats, self.answers, self.aborted = {}, {}, set()
         self.steps = deque()
         self.seen = Counter()
@@ -298,8 +299,8 @@ class Server:
         new = copy(new)
         new.sampling_params = pickle.loads(pickle.dumps(new.sampling_params))
         prompt = self.manager.prompts[new.req_id]
-        layout = request_layout(self.manager.layout, new.sampling_params.extra_args)
-        assert prompt.layout == layout
+        accepted = received(new.sampling_params.extra_args, self.manager.limits)
+        assert prompt.layout == accepted.layout(self.manager.layout)
         self.seen[prompt.outcome] += 1
         return new
 
@@ -313,17 +314,12 @@ class Server:
     def update(self):
         step = self.steps.popleft()
         sampled = self.worker.execute(step, self.chats)
-        names = list(step.reads)
         for name, drafts in step.output.scheduled_spec_decode_tokens.items():
             start = self.worker.computed[name] - len(sampled[name])
             rejected = name in step.samples and len(sampled[name]) <= len(drafts)
             self.seen["rejected"] += rejected
             self.seen["rejected behind the prompt"] += rejected and start == self.chats[name].n
-        result = ModelRunnerOutput(
-            req_ids=names,
-            req_id_to_index={name: i for i, name in enumerate(names)},
-            sampled_token_ids=[sampled[name] for name in names],
-        )
+        result = self.result(step, sampled)
         running = set(self.scheduler.requests)
         engine_outputs = self.scheduler.update_from_output(step.output, result)
         for client in engine_outputs.values():
@@ -334,6 +330,15 @@ class Server:
             running = [r.request_id for r in self.scheduler.running if not r.is_prefill_chunk]
             proposed = [[1] * self.rng.randint(0, self.drafts) for _ in running]
             self.scheduler.update_draft_token_ids(DraftTokenIds(running, proposed))
+
+    @staticmethod
+    def result(step, sampled):
+        names = list(step.reads)
+        return ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: i for i, name in enumerate(names)},
+            sampled_token_ids=[sampled[name] for name in names],
+        )
 
     def _count_in_flight(self, what, names):
         in_flight = {name for step in self.steps for name in step.reads}
