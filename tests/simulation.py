@@ -36,7 +36,8 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from sparsemm_vllm import patches
 from sparsemm_vllm.kv_cache import SparseMMManager, SparseMMSpec
-from sparsemm_vllm.request_settings import request_layout
+from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.request_settings import RequestLimits, received
 from sparsemm_vllm.request_stats import Outcome
 from sparsemm_vllm.settings import Settings
 from sparsemm_vllm.support import build_layout, pruned_layers
@@ -45,8 +46,8 @@ W, BASE, P = 8, 16, 16
 MAX_LEN, MAX_SEQS, STEP_TOKENS, DRAFTS = 400, 24, 120, 3
 SLIDING = 32  # of Gemma's other layers
 JUNK, STOP, PICTURE = -7, 99, 98
-LARGEST_BUDGET = 48
 ASKED = [None] * 4 + [{"sparsemm": 0}, {"sparsemm_budget": W + 2}, {"sparsemm_budget": 48}]
+ASKED += [{"sparsemm_budget": W}]  # which cannot be
 # At and beside what ends a window, a budget or a block.
 EDGES = [1, 2, 9, 10, 11, 15, 16, 17, 23, 24, 25, 31, 32, 33, 39, 40, 41, 47, 48, 49, 64, 72]
 PICTURES = [3, 5, 7, 8, 12, 16, 20, 31, 40]  # tokens of each; a picture's number is its index
@@ -176,8 +177,13 @@ def layer_specs(config: Any, share: float | None) -> dict[str, Any]:
         "head_size": tiny.HEAD_SIZE,
         "dtype": torch.float32,
     }
-    layout = build_layout(config, Settings.from_additional_config(config.additional_config))
-    pruned = SparseMMSpec(**shape, layout=layout, prune_when_free_below=share)
+    settings = Settings.from_additional_config(config.additional_config)
+    pruned = SparseMMSpec(
+        **shape,
+        layout=build_layout(config, settings),
+        prune_when_free_below=share,
+        limits=RequestLimits.of(settings),
+    )
     sliding = SlidingWindowSpec(**shape, sliding_window=SLIDING)
     full = pruned_layers(config.model_config)
     return {
@@ -286,12 +292,17 @@ class Step:
     fails: bool = False
 
 
+def layout_of(new: Any, manager: SparseMMManager) -> CacheLayout:
+    """The cache layout of a new request, as a worker with the same settings finds it."""
+    return received(new.sampling_params.extra_args, manager.limits).layout(manager.layout)
+
+
 class Worker:
     """Follows the block tables that the scheduler sends, and knows which drafts were accepted."""
 
-    def __init__(self, blocks, layout, groups, rng, chats, seen):
+    def __init__(self, blocks, manager, groups, rng, chats, seen):
         self.memory = np.full((blocks, P), JUNK)
-        self.layout, self.groups, self.rng, self.chats = layout, groups, rng, chats
+        self.manager, self.groups, self.rng, self.chats = manager, groups, rng, chats
         self.rows, self.computed, self.prefill, self.inputs = {}, {}, {}, {}
         self.encoder = {}
         self.encoded, self.seen = Counter(), seen
@@ -324,7 +335,7 @@ class Worker:
             self.computed[new.req_id] = new.num_computed_tokens
             self.prefill[new.req_id] = len(new.prefill_token_ids)
             self.inputs[new.req_id] = {i: f.data for i, f in enumerate(new.mm_features)}
-            chat.use(request_layout(self.layout, new.sampling_params.extra_args))
+            chat.use(layout_of(new, self.manager))
         cached = output.scheduled_cached_reqs
         assert not cached.resumed_req_ids
         for name, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
@@ -564,7 +575,7 @@ class Simulation:
         self.scheduler.encoder_cache_manager = type(encoder)(cache_size=size)
         self.worker = Worker(
             self.blocks,
-            self.manager.layout,
+            self.manager,
             [m is self.manager for m in self.managers],
             random.Random(seed + 1),
             self.chats,
@@ -695,8 +706,7 @@ class Simulation:
         new.prefill_token_ids = list(new.prefill_token_ids)
         new.sampling_params = pickle.loads(pickle.dumps(new.sampling_params))
         prompt = self.manager.prompts[name]
-        layout = request_layout(self.manager.layout, new.sampling_params.extra_args)
-        assert prompt.layout == layout
+        assert prompt.layout == layout_of(new, self.manager)
         self.seen[prompt.outcome] += 1
         self.seen["hits"] += hit > 0
         self.seen["hits cut before the window"] += (
@@ -781,6 +791,11 @@ class Simulation:
             if prompt.compact_blocks:
                 own = self.manager.req_to_blocks.get(name, [])[-(-prompt.tokens // P) :]
                 assert all(b.ref_cnt == 1 and b.block_hash is None for b in own), "not private"
+                request = self.scheduler.requests[name]
+                processed = request.num_computed_tokens - request.num_in_flight_tokens
+                if processed >= prompt.tokens and own:
+                    older = self.manager.req_to_blocks[name][: prompt.freed_blocks]
+                    assert all(block.is_null for block in older), "pruned and not freed"
         self._check_prefix_cache(executing)
         self._check_encoder_cache(executing)
 

@@ -20,7 +20,6 @@ SEED = os.environ.get("SIMULATION_SEED")  # of a run to be repeated
 
 # Without these the runs would prove little: how often each has to happen in them.
 RARE = {
-    "preempted in its own step": 5,
     "preempted in its prune step": 20,
     "preempted in flight": 100,
     "resumed from its own prompt": 100,
@@ -87,6 +86,7 @@ def test_any_seed():
     seen = run_seeds(SEEDS, 400)
     print(seen)
     assert seen["calls"] >= 20_000
+    assert not seen["preempted in its own step"], "what it promised was never computed"
     missed = {what: seen[what] for what, least in RARE.items() if seen[what] < least}
     assert not missed, f"too rare to prove anything: {missed}"
 
