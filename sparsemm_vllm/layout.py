@@ -18,8 +18,9 @@ import torch
 from sparsemm_vllm.methods import METHODS, Budget, Method, redistribute
 
 GRID = 64  # prompt lengths looked at for the most blocks that any needs
-REMEMBERED = 4096  # prompt lengths whose blocks are not counted again
-BUDGETS = 64  # of requests, whose layouts are not made again
+KEPT_BYTES = 2**22  # bytes of kept tokens that are remembered, over all budgets
+COUNTS = 4096  # counts of blocks that are remembered, over all budgets
+BUDGETS = 64  # budgets of requests whose layouts are remembered
 
 
 def smallest_last_chunk(window: int) -> int:
@@ -127,17 +128,25 @@ class CacheLayout:
         Raises:
             ValueError: for a budget not larger than the window.
         """
-        return self if tokens == self.window + self.base else self._of_budget(tokens)
+        return self._remembered.of_budget(tokens)
+
+    @property
+    def _budget(self) -> int:
+        return self.window + self.base
 
     @cached_property
-    def _of_budget(self) -> Callable[[int], "CacheLayout"]:
-        return lru_cache(BUDGETS)(self._make_of_budget)
+    def _remembered(self) -> "_Remembered":
+        return _Remembered(self)
 
     def _make_of_budget(self, tokens: int) -> "CacheLayout":
+        if tokens == self._budget:
+            return self
         scores = torch.tensor(self.scores, dtype=torch.float64)
         share = Budget(scores, len(self.capacities[0]), tokens, self.window, self.rho)
         capacities = self.rules.capacities(share).tolist()
-        return replace(self, capacities=tuple(map(tuple, capacities)), base=share.base)
+        own = replace(self, capacities=tuple(map(tuple, capacities)), base=share.base)
+        own.__dict__["_remembered"] = self._remembered  # one memory for all budgets
+        return own
 
     def __getstate__(self) -> dict[str, Any]:
         """The arguments; what is remembered stays behind."""
@@ -176,6 +185,13 @@ class CacheLayout:
         """
         if not self.is_pruned(prompt_tokens):
             return np.zeros_like(self._table)
+        return self._kept(prompt_tokens).copy()
+
+    def _kept(self, prompt_tokens: int) -> np.ndarray:
+        """`kept_tokens` of a pruned prompt, shared by all who ask: not to be written to."""
+        return self._remembered.kept(self._budget, prompt_tokens)
+
+    def _count_kept(self, prompt_tokens: int) -> np.ndarray:
         older = prompt_tokens - self.window
         wanted = torch.from_numpy(self._table)
         if (shorten := self.rules.shorten) is not None:
@@ -190,13 +206,15 @@ class CacheLayout:
         """Prompt tokens that a KV head keeps on average, the window among them."""
         if not self.is_pruned(prompt_tokens):
             return float(prompt_tokens)
-        return float(self.kept_tokens(prompt_tokens).mean()) + self.window
+        return float(self._kept(prompt_tokens).mean()) + self.window
 
     def most_kept(self, prompt_tokens: int, own: tuple[slice, slice]) -> int:
         """Most tokens in the pages of any head that a rank owns."""
-        if self.rules.split is not None and self.is_pruned(prompt_tokens):
+        if not self.is_pruned(prompt_tokens):
+            return 0
+        if self.rules.split is not None:
             return min(prompt_tokens - self.window, self._layer_tokens)
-        return int(self.kept_tokens(prompt_tokens)[own].max())
+        return int(self._kept(prompt_tokens)[own].max())
 
     @property
     def _layer_tokens(self) -> int:
@@ -217,19 +235,14 @@ class CacheLayout:
         At least one, even if no head keeps a token: by these blocks the scheduler and the kernels
         tell a pruned prompt from one that is not.
         """
-        return self._remembered(prompt_tokens, block_size)
-
-    @cached_property
-    def _remembered(self) -> Callable[[int, int], int]:
-        """`_count_blocks`, asked for a waiting request in every step."""
-        return lru_cache(REMEMBERED)(self._count_blocks)
+        return self._remembered.blocks(self._budget, prompt_tokens, block_size)
 
     def _count_blocks(self, prompt_tokens: int, block_size: int) -> int:
         if not self.is_pruned(prompt_tokens):
             return 0
         if self.rules.split is not None:
             return _ceil_div(self.layer_pages(prompt_tokens, block_size), len(self.capacities[0]))
-        return self._blocks_of(self.kept_tokens(prompt_tokens), block_size)
+        return self._blocks_of(self._kept(prompt_tokens), block_size)
 
     def _blocks_of(self, kept: np.ndarray, block_size: int) -> int:
         """Blocks for heads that keep this much, ``[L, Hkv]``, on the rank that needs most."""
@@ -243,8 +256,13 @@ class CacheLayout:
 
     def most_compact_blocks(self, longest: int, block_size: int) -> int:
         """Compact blocks that suffice for every prompt of up to `longest` tokens and any budget."""
+        return self._remembered.most_blocks(self._budget, longest, block_size)
+
+    def _count_most_blocks(self, longest: int, block_size: int) -> int:
+        if not self.rules.prunes:
+            return 0
         most = self._most_of_this_budget(longest, block_size)
-        prunable = self.rules.prunes and longest > max(self.window, self.min_prompt_tokens - 1)
+        prunable = longest > max(self.window, self.min_prompt_tokens - 1)
         if self.largest_budget and prunable:
             largest = self.of_budget(self.largest_budget)
             most = max(most, largest._most_of_smaller_budgets(longest, block_size))
@@ -264,7 +282,7 @@ class CacheLayout:
         last = min(longest, max(first, self.window + int(self._table.max())))  # then all is given
         step = max(1, _ceil_div(last - first, GRID))
         needs = [
-            self._blocks_of(self.kept_tokens(n) + step - 1, block_size)
+            self._blocks_of(self._count_kept(n) + step - 1, block_size)
             for n in range(first, last + 1, step)
         ]
         return max(needs, default=0)
@@ -301,3 +319,32 @@ class CacheLayout:
             - self.freed_blocks(prompt_tokens, block_size)
             + self.compact_blocks(prompt_tokens, block_size)
         )
+
+
+class _Remembered:
+    """What has been counted for a server's layout and those of its requests' own budgets.
+
+    The scheduler asks for the blocks of a waiting request in every step, and a worker for its kept
+    tokens more than once, but redistribution looks at every head. What was asked for longest ago is
+    forgotten first.
+
+    Args:
+        server: layout of the server; those of other budgets are made from it.
+
+    Attributes:
+        of_budget: layout by budget, window included, in tokens.
+        kept: kept tokens, int64 ``[L, Hkv]``, by budget and prompt length.
+        blocks: compact blocks by budget, prompt length and block size.
+        most_blocks: most compact blocks by budget, longest prompt and block size.
+    """
+
+    def __init__(self, server: CacheLayout) -> None:
+        def remembered(count: Callable[..., Any], entries: int) -> Callable[..., Any]:
+            return lru_cache(entries)(
+                lambda budget, *sizes: count(server.of_budget(budget), *sizes)
+            )
+
+        self.of_budget = lru_cache(BUDGETS)(server._make_of_budget)
+        self.kept = remembered(CacheLayout._count_kept, max(1, KEPT_BYTES // server._table.nbytes))
+        self.blocks = remembered(CacheLayout._count_blocks, COUNTS)
+        self.most_blocks = remembered(CacheLayout._count_most_blocks, COUNTS)

@@ -11,9 +11,11 @@ layer's capacity and the window, and no layer's capacity is below ``n - W`` if `
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from sparsemm_vllm.budget import head_capacities
@@ -230,7 +232,7 @@ def redistribute(capacities: torch.Tensor, prompt_tokens: int, window: int) -> t
     less than a head of smaller capacity.
 
     Args:
-        capacities: int ``[L, Hkv]``, in tokens, not capped by the prompt.
+        capacities: tokens of each head, int ``[L, Hkv]`` below ``2**31``, not capped by the prompt.
         prompt_tokens: `n`.
         window: `W`.
 
@@ -239,37 +241,57 @@ def redistribute(capacities: torch.Tensor, prompt_tokens: int, window: int) -> t
         of all heads if there are fewer.
     """
     most = max(0, prompt_tokens - window)
-    wanted: list[int] = capacities.flatten().tolist()
-    left = sum(wanted)
-    kept = [0] * len(wanted)
-    with_share = {head: tokens for head, tokens in enumerate(wanted) if tokens > 0}
-    without = {head: 1 for head, tokens in enumerate(wanted) if tokens == 0}
-    for weights in with_share, without:
-        filled = _fill(weights, min(left, most * len(weights)), most)
-        left -= sum(filled.values())
-        for head, tokens in filled.items():
-            kept[head] = tokens
-    return torch.tensor(kept, dtype=torch.int32).reshape(capacities.shape)
+    wanted = capacities.numpy().astype(np.int64)
+    left = int(wanted.sum())
+    kept = np.zeros_like(wanted)
+    for own, weights in (wanted > 0, wanted), (wanted == 0, np.ones_like(wanted)):
+        kept[own] = _fill(weights[own], min(left, most * int(own.sum())), most)
+        left -= int(kept[own].sum())
+    return torch.from_numpy(kept.astype(np.int32))
 
 
-def _fill(weights: dict[int, int], tokens: int, most: int) -> dict[int, int]:
-    """Share `tokens` in proportion to the weights, `most` a head; exact, in integers."""
-    filled = {}
-    total = sum(weights.values())
-    # In the order of their weights heads fill up: the first that does not ends it.
-    order = sorted(weights, key=lambda head: -weights[head])
-    for head in order:
-        if weights[head] * tokens < most * total:
-            break
-        filled[head] = most
-        tokens -= most
-        total -= weights[head]
-    rest = order[len(filled) :]
-    filled |= {head: weights[head] * tokens // total for head in rest}
-    spare = tokens - sum(filled[head] for head in rest)
-    rest.sort(key=lambda head: (-(weights[head] * tokens % total), head))
-    filled |= {head: filled[head] + 1 for head in rest[:spare]}
-    return filled
+def _fill(weights: np.ndarray, tokens: int, most: int) -> np.ndarray:
+    """Share tokens in proportion to the weights, `most` a head at most; exact, in integers.
+
+    Heads fill up in the order of their weights. A full head takes no more than its part, so the
+    others' parts do not shrink: heads of equal weight fill up together. If a head does not fill up,
+    no lighter one does: how many are full is found by bisection.
+
+    Args:
+        weights: weights of the heads, int64 ``[heads]``, larger than 0.
+        tokens: tokens to share, at most `most` for each head.
+        most: tokens of a full head.
+
+    Returns:
+        int64 ``[heads]``; the total is `tokens`.
+    """
+    order = np.sort(weights)
+    total_up_to = order.cumsum()
+    heads = len(order)
+
+    def rest_after(full: int) -> tuple[int, int, int]:
+        """Weight of the heaviest of the rest, their total weight, and tokens left for them."""
+        last = heads - 1 - full
+        return int(order[last]), int(total_up_to[last]), tokens - full * most
+
+    def stays_open(full: int) -> bool:
+        heaviest, total, left = rest_after(full)
+        return heaviest * left < most * total
+
+    full = bisect_left(range(heads), True, key=stays_open)
+    kept = np.full(heads, most)
+    if full == heads:
+        return kept
+    heaviest, total, left = rest_after(full)
+    rest = weights <= heaviest
+    # Python's integers where a product would not fit: only beside budgets of millions of tokens.
+    number = np.int64 if heaviest * left < 2**63 else object
+    parts = weights[rest].astype(number) * left
+    shares, remainders = parts // total, parts % total
+    spare = left - int(shares.sum())
+    shares[np.argsort(-remainders, kind="stable")[:spare]] += 1
+    kept[rest] = shares
+    return kept
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """Every method's kept sets and totals, and what redistribution must leave as it is."""
 
 from fractions import Fraction
+from statistics import median
+from time import perf_counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE
 from test_golden import KEPT_WHOLE, LAYERS, PRUNED, RHO, Case, differs_by_ties_only
@@ -419,6 +421,105 @@ def fill_in_rounds(capacities, most):
         for head in open_heads:
             part = kept[head] / share if share else Fraction(1, len(open_heads))
             kept[head] += over * part
+
+
+def one_after_the_other(capacities, prompt_tokens, window):
+    """The same water-filling, head by head in Python's integers, which do not overflow."""
+    most = max(0, prompt_tokens - window)
+    wanted = capacities.flatten().tolist()
+    left = sum(wanted)
+    kept = [0] * len(wanted)
+    with_share = {head: tokens for head, tokens in enumerate(wanted) if tokens > 0}
+    without = {head: 1 for head, tokens in enumerate(wanted) if tokens == 0}
+    for weights in with_share, without:
+        filled = fill_one_by_one(weights, min(left, most * len(weights)), most)
+        left -= sum(filled.values())
+        for head, tokens in filled.items():
+            kept[head] = tokens
+    return torch.tensor(kept, dtype=torch.int32).reshape(capacities.shape)
+
+
+def fill_one_by_one(weights, tokens, most):
+    filled = {}
+    total = sum(weights.values())
+    order = sorted(weights, key=lambda head: -weights[head])
+    for head in order:
+        if weights[head] * tokens < most * total:
+            break
+        filled[head] = most
+        tokens -= most
+        total -= weights[head]
+    rest = order[len(filled) :]
+    filled |= {head: weights[head] * tokens // total for head in rest}
+    spare = tokens - sum(filled[head] for head in rest)
+    rest.sort(key=lambda head: (-(weights[head] * tokens % total), head))
+    filled |= {head: filled[head] + 1 for head in rest[:spare]}
+    return filled
+
+
+LARGEST = 2**31 - 1
+any_tables = st.tuples(
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.sampled_from([1, 3, 40, 10**5, LARGEST]),
+    st.sampled_from([torch.int32, torch.int64]),
+).flatmap(
+    lambda shape: st.lists(
+        st.one_of(st.integers(0, 3), st.integers(0, shape[2]), st.just(shape[2])),
+        min_size=shape[0] * shape[1],
+        max_size=shape[0] * shape[1],
+    ).map(lambda values: torch.tensor(values, dtype=shape[3]).reshape(shape[:2]))
+)
+# The parts of head 2 and 3 are some 2**63 tokens before they are divided by the total weight.
+BEYOND_INT64 = torch.tensor([[LARGEST, LARGEST, LARGEST - 2, 2**30 + 1, 5, 0]])
+
+
+@settings(max_examples=400)
+@given(any_tables, st.integers(1, 64), st.integers(-2, 2), st.data())
+@example(BEYOND_INT64, 32, -3, None)
+@example(BEYOND_INT64, 32, -(2**29), None)
+def test_redistribution_to_the_last_token(capacities, window, off, data):
+    """Of any prompt, most of all of those in which a head is just full, or all of them just are."""
+    older = LARGEST
+    if data is not None:
+        flat = capacities.flatten().tolist()
+        near = st.sampled_from([*flat, sum(flat) // len(flat)])
+        older = data.draw(st.one_of(near, st.integers(0, 2 * max(flat))))
+    n = max(0, window + older + off)
+    kept = redistribute(capacities, n, window)
+    assert kept.dtype == torch.int32
+    assert torch.equal(kept, one_after_the_other(capacities, n, window))
+
+
+def model_capacities(budget, share_of_heads=1.0):
+    """Of 80 layers of 64 KV heads; heads beyond that share have no capacity."""
+    scores = random_scores(3, 0, range(80), 64) ** 8
+    scores[random_scores(4, 0, range(80), 64) >= share_of_heads] = 0
+    return sparsemm(Budget(scores, 64, budget, rho=0.1 if share_of_heads == 1.0 else 0.0))
+
+
+@pytest.mark.parametrize("share_of_heads", [1.0, 0.01, 0.5])
+@pytest.mark.parametrize("budget", [33, 256, 2048, 2**28])
+def test_redistribution_among_the_heads_of_a_large_model(budget, share_of_heads):
+    capacities = model_capacities(budget, share_of_heads)
+    for n in (budget, budget + 50, 2 * budget, 4 * budget, 16 * budget):
+        kept = redistribute(capacities, n, 32)
+        assert torch.equal(kept, one_after_the_other(capacities, n, 32))
+
+
+def test_redistribution_takes_no_time():
+    """For 80 x 64 heads 0.2 ms here, and 2.5 ms one after the other."""
+
+    def seconds(function):
+        start = perf_counter()
+        function(capacities, 1024, 32)
+        return perf_counter() - start
+
+    capacities = model_capacities(256)
+    # Turn by turn, so that a busy machine is busy for both of them.
+    times = [(seconds(redistribute), seconds(one_after_the_other)) for _ in range(15)]
+    ours, theirs = (median(column) for column in zip(*times, strict=True))
+    assert ours < theirs / 5
 
 
 @settings(max_examples=300)

@@ -205,6 +205,19 @@ def test_a_running_request_that_no_step_has_room_for_is_ended(vllm_config):
     assert steps.pool.get_num_free_blocks() == BLOCKS - 1
 
 
+def test_what_waits_for_a_step_in_flight_is_not_stuck(vllm_config):
+    """The last token is known to come, and nothing else is to be scheduled until it has."""
+    steps = Steps(vllm_config, AsyncScheduler, ahead=2)
+    steps.manager.watchdog.patience = 1
+    request = steps.put(range(30), 1)
+    for _ in range(6):
+        steps.schedule()
+    assert len(steps.steps) - sum(bool(step.reads) for step in steps.steps) == 5, "nothing to do"
+    while steps.steps:
+        steps.update()
+    assert request.status is RequestStatus.FINISHED_LENGTH_CAPPED
+
+
 def test_a_paused_engine_ends_nothing(vllm_config):
     steps = Steps(vllm_config)
     steps.manager.watchdog.patience = 5

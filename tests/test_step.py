@@ -9,8 +9,10 @@ from kernel_cases import DEVICE
 from vllm.config.compilation import CUDAGraphMode
 
 from sparsemm_vllm import warm_up as warm_up_module
+from sparsemm_vllm.attention_record import AttentionRecorder
 from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.model_state import SparseMMModelState
+from sparsemm_vllm.model_state import DefaultModelState, SparseMMModelState
+from sparsemm_vllm.request_settings import RequestLimits
 from sparsemm_vllm.sparse_attention import forward_sparse
 from sparsemm_vllm.step import (
     DECODE_QUERIES,
@@ -549,10 +551,11 @@ def test_listed_pages_lead_to_the_same_tokens(kernels):
 # The worker's view
 
 
-def worker(state):
+def worker(state, **limits):
     """A model state that has only what planning needs."""
     worker = object.__new__(SparseMMModelState)
     worker._state = state
+    worker._limits = RequestLimits(W, 2 * (W + BASE), **limits)
     return worker
 
 
@@ -588,3 +591,33 @@ def test_batches_that_stand_for_none():
     step = model_state._plan(dummy, CUDAGraphMode.FULL, for_capture=True)
     assert step.short_rows == 2
     assert not step.moves_slots
+
+
+@pytest.mark.parametrize(
+    "extra_args",
+    [{"sparsemm_budget": 10**6}, {"sparsemm_budget": "x"}, {"sparsemm": [1]}, {"sparsemm_x": 1}],
+)
+def test_a_worker_takes_the_servers_settings_for_what_cannot_be(monkeypatch, extra_args):
+    """The scheduler has replaced them; a worker that believed a client would place other pages."""
+    monkeypatch.setattr(DefaultModelState, "add_request", lambda *_: None)
+    model_state = worker(make_state())
+    params = SimpleNamespace(extra_args=extra_args, max_tokens=1)
+    new = SimpleNamespace(prompt_len=100, sampling_params=params, req_id="a", prompt_token_ids=[1])
+    model_state.add_request(3, new)
+    assert model_state._state.layouts[3] is LAYOUT
+
+
+def test_a_recording_that_cannot_be_does_not_end_the_worker(monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        "sparsemm_vllm.model_state.logger.error", lambda text, *a: said.append(text % a)
+    )
+    monkeypatch.setattr(DefaultModelState, "add_request", lambda *_: None)
+    state = make_state()
+    state.attention = AttentionRecorder(3, 4, 2, 16, 8, MAX_REQUESTS, DEVICE)
+    model_state = worker(state, recorded=8)
+    params = SimpleNamespace(extra_args={"sparsemm_record": [0, 9]}, max_tokens=1)
+    model_state.add_request(0, SimpleNamespace(prompt_len=5, sampling_params=params, req_id="a"))
+    assert said == [
+        "SPARSEMM: request a: sparsemm_record [0, 9]: the last 9 queries of 5, from row 0 of 8 on"
+    ]
