@@ -205,9 +205,12 @@ class Chat:
     depend on them; answers to a pruned prompt are private to the chat.
     """
 
-    def __init__(self, index, prompt, pictures, answer_tokens, asked, stops, priority):
+    def __init__(
+        self, index, prompt, answer_tokens, pictures=(), asked=None, stops=False, priority=0
+    ):
         self.index, self.name, self.n = index, f"chat-{index}", len(prompt)
         self.answer_tokens, self.asked, self.priority = answer_tokens, asked, priority
+        self.arrival = float(index)
         self.pictures = pictures  # (first token, number)
         further = answer_tokens + (AHEAD + 2) * (DRAFTS + 1)  # steps in flight may sample more
         self.tokens = [*prompt, *((31 * index + i) % 97 for i in range(further))]
@@ -260,7 +263,7 @@ class Chat:
             mm_features=features or None,
             sampling_params=params,
             pooling_params=None,
-            arrival_time=float(self.index),
+            arrival_time=self.arrival,
             lora_request=None,
             cache_salt=None,
             data_parallel_rank=None,
@@ -542,9 +545,10 @@ class Simulation:
         seed: of traffic, faults and order.
         scenario: what the engine is started with; by the seed if not given.
         traffic: function that makes the next chat, of the simulation; `any_chat` if not given.
+        withheld: blocks that nobody may use: of a pool in which vLLM would refuse to start.
     """
 
-    def __init__(self, seed, scenario=None, traffic=None):
+    def __init__(self, seed, scenario=None, traffic=None, withheld=0):
         self.seed = seed
         self.scenario = scenario or Scenario.of_seed(seed)
         self.traffic = traffic or any_chat
@@ -570,6 +574,7 @@ class Simulation:
         self.managers = self.kv.coordinator.single_type_managers
         (self.manager,) = (m for m in self.managers if isinstance(m, SparseMMManager))
         assert self.pool.num_gpu_blocks == self.blocks
+        self.withheld = len(self.pool.get_new_blocks(withheld))
         encoder = self.scheduler.encoder_cache_manager
         size, self.scheduler.max_num_encoder_input_tokens = self.scenario.encoder
         self.scheduler.encoder_cache_manager = type(encoder)(cache_size=size)
@@ -581,6 +586,7 @@ class Simulation:
             self.chats,
             self.seen,
         )
+        self.verified = Verified(self.worker)
         self.device = self.core.model_executor
         self._watch()
         self._remember()
@@ -780,7 +786,8 @@ class Simulation:
             for block in row
             if not block.is_null
         )
-        assert self.pool.get_num_free_blocks() + len(owners) + 1 == self.blocks
+        held = self.withheld + len(owners)
+        assert self.pool.get_num_free_blocks() + held + 1 == self.blocks
         assert all(self.pool.blocks[block].ref_cnt == count for block, count in owners.items())
         for step in self.steps:
             for name, blocks in step.reads.items():
@@ -843,7 +850,10 @@ class Simulation:
 
     def add(self):
         """The next chat."""
-        chat = self.traffic(self)
+        self.enter(self.traffic(self))
+
+    def enter(self, chat):
+        """Let a client send a chat."""
         self.chats[chat.name] = chat
         chat.request, wave = self.core.preprocess_add_request(chat.engine_request())
         self.note("adds", chat.name, chat.n, "+", chat.answer_tokens, chat.asked, chat.pictures)
@@ -928,23 +938,23 @@ class Simulation:
         self.calls += 1
         outputs, executed = self.core.step_fn()
         self.core.post_step(executed)
-        for client in (outputs or {}).values():
-            for output in client.outputs:
-                self._deliver(output)
+        self.deliver(outputs or {})
         self._remember()
         self.check()
         self.quiet += 1
         assert self.quiet < PATIENCE, "nothing advances any more"
 
-    def _deliver(self, output):
-        chat = self.chats[output.request_id]
-        assert chat.finished is None, "tokens after the end"
-        chat.answer += output.new_token_ids
-        answered = len(chat.answer)
-        assert chat.answer == chat.tokens[chat.n : chat.n + answered], "a wrong answer"
-        assert answered <= chat.answer_tokens
-        chat.finished = output.finish_reason
-        self.quiet = 0
+    def deliver(self, outputs):
+        """Tokens arrive at the clients, each in its place and none after the end."""
+        for output in (output for client in outputs.values() for output in client.outputs):
+            chat = self.chats[output.request_id]
+            assert chat.finished is None, "tokens after the end"
+            chat.answer += output.new_token_ids
+            answered = len(chat.answer)
+            assert chat.answer == chat.tokens[chat.n : chat.n + answered], "a wrong answer"
+            assert answered <= chat.answer_tokens
+            chat.finished = output.finish_reason
+            self.quiet = 0
 
     # Runs.
 
@@ -958,7 +968,6 @@ class Simulation:
         Returns:
             The simulation, whose `seen` counts what happened.
         """
-        self.verified = Verified(self.worker)
         try:
             self._run(calls, at_once)
         except DeviceError:
@@ -1000,7 +1009,7 @@ class Simulation:
             if not chat.aborted:
                 assert chat.finished in (FinishReason.STOP, FinishReason.LENGTH), chat.name
                 assert chat.answer == chat.tokens[chat.n : chat.n + chat.answer_tokens]
-        assert self.pool.get_num_free_blocks() == self.blocks - 1
+        assert self.pool.get_num_free_blocks() == self.blocks - 1 - self.withheld
         assert not self.manager.prompts
         assert not self.steps
         assert not self.device.queue
@@ -1053,4 +1062,4 @@ def any_chat(simulation):
     most = min(60, MAX_LEN - len(prompt))
     answer_tokens = 1 if rng.random() < 0.1 else rng.randint(1, most)
     asked, stops = rng.choice(ASKED), rng.random() < 0.4
-    return Chat(index, prompt, pictures, answer_tokens, asked, stops, rng.randrange(3))
+    return Chat(index, prompt, answer_tokens, pictures, asked, stops, rng.randrange(3))

@@ -121,7 +121,7 @@ def longest(answer_tokens, asked=None):
     def traffic(simulation):
         index = len(simulation.chats)
         prompt = [(7 * i + index) % 90 for i in range(MAX_LEN - answer_tokens)]
-        return Chat(index, prompt, [], answer_tokens, asked, stops=False, priority=0)
+        return Chat(index, prompt, answer_tokens, asked=asked)
 
     return traffic
 
