@@ -55,6 +55,13 @@ class Steps(Simulation):
         raise AssertionError("it goes on and on")
 
 
+@pytest.fixture
+def said(monkeypatch):
+    said = []
+    monkeypatch.setattr("sparsemm_vllm.watchdog.logger.error", said.append)
+    return said
+
+
 # Priorities
 
 
@@ -128,7 +135,7 @@ def ended(outputs, request):
     return output
 
 
-def test_a_prompt_that_the_pool_cannot_hold_is_ended_with_an_error(monkeypatch):
+def test_a_prompt_that_the_pool_cannot_hold_is_ended_with_an_error(said):
     """A block less than prompt and compact blocks need; with it, it is served."""
     layout = Steps().manager.layout
     needed = len(LONG) // P + layout.compact_blocks(len(LONG), P)
@@ -138,8 +145,6 @@ def test_a_prompt_that_the_pool_cannot_hold_is_ended_with_an_error(monkeypatch):
 
     steps = Steps(needed)
     steps.manager.watchdog.patience = 5
-    said = []
-    monkeypatch.setattr("sparsemm_vllm.watchdog.logger.error", said.append)
     request = steps.put(LONG, 1)
     for _ in range(4):
         steps.step()
@@ -175,7 +180,7 @@ def test_a_running_request_that_no_step_has_room_for_is_ended():
     assert steps.pool.get_num_free_blocks() == steps.blocks - 1
 
 
-def test_what_waits_for_a_step_in_flight_is_not_stuck():
+def test_what_waits_for_a_step_in_flight_is_not_stuck(said):
     """The last token is known to come, and nothing else is to be scheduled until it has."""
     steps = Steps(asynchronous=True)
     steps.manager.watchdog.patience = 1
@@ -186,6 +191,22 @@ def test_what_waits_for_a_step_in_flight_is_not_stuck():
     while steps.steps:
         steps.update()
     assert request.status is RequestStatus.FINISHED_LENGTH_CAPPED
+    assert not said
+
+
+def test_only_idle_steps_one_after_another_count(said):
+    steps = Steps()
+    steps.manager.watchdog.patience = 3
+    busy, stuck = steps.put(range(10), 20), steps.put(LONG[:60], 1)
+    steps.step_tokens = W - 1
+    while busy.status is not RequestStatus.FINISHED_LENGTH_CAPPED:
+        steps.step()
+    for _ in range(2):
+        steps.step()
+    assert not said
+    steps.step()
+    assert len(said) == 1
+    assert stuck.request_id in said[0]
 
 
 def test_a_paused_engine_ends_nothing():
