@@ -113,7 +113,7 @@ class Scenario:
             policy=rng.choice(["fcfs", "priority", "priority"]),
             spare=rng.choice([0, 0, 1, 3, 8, 25]),
             share=rng.choice([None, None, 0.2, 0.5]),
-            encoder=rng.choice([(40, 40), (48, 40), (80, 48), (160, 80)]),
+            encoder=rng.choice([(40, 40), (40, 48), (48, 48), (160, 80)]),
             threshold=rng.choice([0, 0, W, 30]),
             faulty=rng.choice([0.0, 0.01, 0.03]),
             fails_at=rng.randrange(20, 200) if rng.random() < 0.08 else None,
