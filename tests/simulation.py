@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cache, partial
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -121,13 +122,12 @@ class Scenario:
 
 
 @cache
-def _model_folder(groups: int) -> str:
-    import tempfile
-
-    folder = tempfile.mkdtemp(prefix="simulation-")
+def _model_folder(groups: int) -> TemporaryDirectory:
+    """A model's configuration, until the process ends."""
+    folder = TemporaryDirectory(prefix="simulation-")
     config = tiny.text_config() if groups == 1 else tiny.gemma3_config()
     config.architectures = ["LlamaForCausalLM" if groups == 1 else "Gemma3ForCausalLM"]
-    config.save_pretrained(folder)
+    config.save_pretrained(folder.name)
     return folder
 
 
@@ -142,7 +142,7 @@ def _base_config(groups: int, drafts: int) -> Any:
     }
     ngram = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 3}
     return EngineArgs(
-        model=_model_folder(groups),
+        model=_model_folder(groups).name,
         skip_tokenizer_init=True,
         attention_backend="SPARSEMM",
         additional_config={"sparsemm": settings},
@@ -445,7 +445,7 @@ class Later(Future):
 
 
 class Device(Executor):
-    """An executor whose workers' cache is the simulation's worker: calls in order, at any time."""
+    """An executor that lets the simulation's worker execute steps in order, now or later."""
 
     supports_pp = True
 
