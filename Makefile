@@ -14,7 +14,8 @@ PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder  # the tests of a file 
 
 # Of a release that is not the default one, what CI runs: scheduler, blocks, the real engine.
 REDUCED := $(patsubst %,tests/test_%.py,signatures contract patches canary cpu_runner scheduling \
-	kv_cache kv_histories scheduler prune engine engine_requests poison poison_engine sampling)
+	kv_cache kv_histories scheduler_steps simulation prune engine engine_requests poison \
+	poison_engine sampling)
 
 .PHONY: demo test reduced record lint slow
 

@@ -22,7 +22,8 @@ ATTRIBUTES = {
     "kv_transfer_config model_config parallel_config scheduler_config speculative_config "
     "use_v2_model_runner",
     "vllm.config:CacheConfig": "block_size cache_dtype enable_prefix_caching "
-    "kv_cache_dtype_skip_layers kv_offloading_size num_gpu_blocks user_specified_block_size",
+    "kv_cache_dtype_skip_layers kv_offloading_size num_gpu_blocks prefix_cache_retention_interval "
+    "user_specified_block_size",
     "vllm.config:CompilationConfig": "custom_ops static_forward_context",
     "vllm.config:ModelConfig": "dtype enforce_eager get_head_size get_num_attention_heads "
     "get_num_kv_heads get_sliding_window get_total_num_hidden_layers get_total_num_kv_heads "

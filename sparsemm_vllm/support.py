@@ -147,6 +147,12 @@ def unsupported(vllm_config: VllmConfig, settings: Settings) -> list[str]:
             "manager; drop --disable-hybrid-kv-cache-manager",
         ),
         (
+            vllm_config.cache_config.prefix_cache_retention_interval != 0
+            and len(pruned_layers(model)) < model.get_total_num_hidden_layers(),
+            "--prefix-cache-retention-interval lets sliding-window layers cache what is generated "
+            "after a pruned prompt, whose keys and values are not those of a prefill; leave it out",
+        ),
+        (
             scheduler.disable_chunked_mm_input,
             "the chunk that ends a prompt holds its window, which may begin inside a picture; drop "
             "--disable-chunked-mm-input",

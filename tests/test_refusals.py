@@ -380,6 +380,16 @@ def test_mixed_attention_needs_a_group_for_each_kind(tmp_path: Path) -> None:
         build(model, disable_hybrid_kv_cache_manager=True)
 
 
+@pytest.mark.parametrize("interval", [16, None])
+def test_generated_tokens_stay_out_of_the_cache_of_sliding_layers(
+    tmp_path: Path, interval: int | None
+) -> None:
+    model = gemma(tmp_path, ["sliding_attention", "full_attention"] * 2)
+    with pytest.raises(ValueError, match="--prefix-cache-retention-interval lets sliding-window"):
+        build(model, prefix_cache_retention_interval=interval)
+    build(gemma(tmp_path, ["full_attention"] * 4), prefix_cache_retention_interval=None)
+
+
 def test_a_pipeline_stage_without_layers_to_prune(tmp_path: Path) -> None:
     model = gemma(tmp_path, ["sliding_attention"] * 2 + ["full_attention"] * 2)
     with pytest.raises(ValueError, match="pipeline stage 0 has no layer that SPARSEMM can prune"):

@@ -1,75 +1,59 @@
 """Single steps of vLLM's scheduler that went wrong before: who is preempted, who waits for ever."""
 
-import copy
-
 import numpy as np
 import pytest
-import test_scheduler
-from test_scheduler import BLOCKS, Chat, P, Server, W, make_scheduler
+from simulation import Chat, P, Scenario, Simulation, W
 from vllm.sampling_params import SamplingParams
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import FinishReason
 from vllm.v1.request import Request, RequestStatus
 
 from sparsemm_vllm.request_stats import Outcome
 from sparsemm_vllm.sampling_limits import too_long
 
-installed = test_scheduler.installed
-vllm_config = test_scheduler.vllm_config
 LONG = [5000 + i for i in range(160)]
+SPARE = 20
+PRIORITIES = {"policy": "priority", "threshold": 32}
 
 
-class Steps(Server):
-    """Chats that the test chooses, and steps of the same size."""
+class Steps(Simulation):
+    """Chats that the test chooses, and steps of the same size, scheduled and processed apart."""
 
-    def __init__(self, config, scheduler_class=Scheduler, ahead=0):
-        scheduler, layout = make_scheduler(config, scheduler_class, 0)
-        super().__init__(scheduler, layout, ahead, 0, seed=0)
+    def __init__(self, blocks=None, **settings):
+        scenario = Scenario(spare=SPARE, faulty=0.0, **settings)
+        withheld = 0 if blocks is None else Steps(**settings).blocks - blocks
+        super().__init__(0, scenario, withheld=withheld)
+        self.scheduler.log_stats = False  # the tests take them
         self.step_tokens = 64
 
     def put(self, prompt, answer_tokens=4, asked=None, priority=0, arrival=None):
-        chat = Chat(len(self.chats), prompt, answer_tokens, asked, stops=False)
-        self.chats[chat.name], self.answers[chat.name] = chat, []
-        request = chat.request()
-        request.priority = priority
-        request.arrival_time = request.arrival_time if arrival is None else arrival
-        self.scheduler.add_request(request)
-        return request
+        chat = Chat(len(self.chats), list(prompt), answer_tokens, asked=asked, priority=priority)
+        chat.arrival = chat.arrival if arrival is None else arrival
+        self.enter(chat)
+        return chat.request
 
     def schedule(self):
-        size = self.step_tokens
-        self.rng.random, self.rng.randint = (lambda: 1.0), (lambda _, high: min(high, size))
-        return super().schedule()
+        self.scheduler.max_num_scheduled_tokens = self.step_tokens
+        self.device.execute_model(self.scheduler.schedule(), non_block=True)
+
+    def update(self):
+        step = self.steps[0]
+        self.device.run_until(step)
+        outputs = self.scheduler.update_from_output(step.output, step.result)
+        self.deliver(outputs)
+        self.check()
+        return outputs
 
     def step(self):
         self.schedule()
-        self.check()
-        self.update()
-        self.check()
+        return self.update()
 
     def run_to_the_end(self, steps=100):
         for _ in range(steps):
-            if not self.scheduler.has_unfinished_requests():
-                self.aborted.add(None)
+            if not self.scheduler.has_requests():
                 return self.finish()
             self.step()
         raise AssertionError("it goes on and on")
-
-
-@pytest.fixture
-def with_blocks(monkeypatch):
-    return lambda blocks: monkeypatch.setattr(test_scheduler, "BLOCKS", blocks)
-
-
-@pytest.fixture
-def priorities(vllm_config):
-    config = copy.copy(vllm_config)
-    config.scheduler_config = copy.copy(config.scheduler_config)
-    config.scheduler_config.policy = "priority"
-    config.scheduler_config.long_prefill_token_threshold = 32
-    return config
 
 
 @pytest.fixture
@@ -83,10 +67,9 @@ def said(monkeypatch):
 
 
 @pytest.mark.parametrize(("asked", "blocks"), [(None, 14), ({"sparsemm": 0}, 12)])
-def test_a_victim_was_not_scheduled_in_the_same_step(priorities, with_blocks, asked, blocks):
+def test_a_victim_was_not_scheduled_in_the_same_step(asked, blocks):
     """Nobody gets a hit on blocks of a chunk that never ran. The sizes make one that would."""
-    with_blocks(blocks)
-    steps = Steps(priorities)
+    steps = Steps(blocks, **PRIORITIES)
     low = steps.put(LONG, asked=asked, priority=5)
     steps.step()
     steps.put(range(7, 22), asked=asked)
@@ -97,9 +80,9 @@ def test_a_victim_was_not_scheduled_in_the_same_step(priorities, with_blocks, as
 
 
 @pytest.mark.parametrize("arrivals", [(1.0, 1.0, 1.0), (3.0, 1.0, 2.0)])
-def test_the_last_in_order_is_the_victim(priorities, arrivals):
+def test_the_last_in_order_is_the_victim(arrivals):
     """Also among samples of one prompt, which arrive at the same moment."""
-    steps = Steps(priorities)
+    steps = Steps(**PRIORITIES)
     requests = [steps.put(range(i, i + 20), 9, arrival=at) for i, at in enumerate(arrivals)]
     urgent = steps.put(range(90, 110), 9, priority=-1, arrival=9.0)
     steps.step()
@@ -112,8 +95,8 @@ def test_the_last_in_order_is_the_victim(priorities, arrivals):
     steps.run_to_the_end()
 
 
-def test_without_priorities_the_order_stays(vllm_config):
-    steps = Steps(vllm_config)
+def test_without_priorities_the_order_stays():
+    steps = Steps()
     first, second = (steps.put(range(i, i + 20), arrival=5.0 - i) for i in range(2))
     steps.step()
     steps.step()
@@ -124,21 +107,20 @@ def test_without_priorities_the_order_stays(vllm_config):
 # Blocks that a pruned prompt gives back
 
 
-@pytest.mark.parametrize(("scheduler_class", "ahead"), [(Scheduler, 0), (AsyncScheduler, 2)])
-def test_older_blocks_are_free_when_the_step_that_prunes_is_processed(
-    vllm_config, scheduler_class, ahead
-):
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_older_blocks_are_free_when_the_step_that_prunes_is_processed(ahead):
     """Not when the request needs another block: it may need none for long."""
-    steps = Steps(vllm_config, scheduler_class, ahead)
+    steps = Steps(asynchronous=ahead > 0)
+    free = steps.pool.get_num_free_blocks()
     request = steps.put(LONG[:60], answer_tokens=2)
     for _ in range(1 + ahead):
         steps.schedule()
     prompt = steps.manager.prompts[request.request_id]
     held = -(-60 // P) + prompt.compact_blocks
-    assert steps.pool.get_num_free_blocks() == BLOCKS - 1 - held
+    assert steps.pool.get_num_free_blocks() == free - held
     steps.update()
     assert prompt.freed_blocks == (60 - W) // P > 0
-    assert steps.pool.get_num_free_blocks() == BLOCKS - 1 - held + prompt.freed_blocks
+    assert steps.pool.get_num_free_blocks() == free - held + prompt.freed_blocks
     steps.check()
     while steps.steps:
         steps.update()
@@ -154,48 +136,39 @@ def ended(outputs, request):
     return output
 
 
-def test_a_prompt_that_the_pool_cannot_hold_is_ended_with_an_error(vllm_config, with_blocks, said):
+def test_a_prompt_that_the_pool_cannot_hold_is_ended_with_an_error(said):
     """A block less than prompt and compact blocks need; with it, it is served."""
-    layout = Steps(vllm_config).manager.layout
+    layout = Steps().manager.layout
     needed = len(LONG) // P + layout.compact_blocks(len(LONG), P)
-    with_blocks(needed + 1)
-    enough = Steps(vllm_config)
+    enough = Steps(needed + 1)
     enough.put(LONG, 1)
     enough.run_to_the_end()
 
-    with_blocks(needed)
-    steps = Steps(vllm_config)
+    steps = Steps(needed)
     steps.manager.watchdog.patience = 5
     request = steps.put(LONG, 1)
     for _ in range(4):
         steps.step()
     assert request.status is RequestStatus.WAITING
     assert not said
-    steps.schedule()
-    output = ended(finish_step(steps), request)
+    output = ended(steps.step(), request)
     assert output.finish_reason is FinishReason.ERROR
     assert len(said) == 1
     assert "request chat-0 is ended with an error: nothing was scheduled in 5 steps" in said[0]
-    assert f"{needed - 1} of {needed - 1} KV blocks are free" in said[0]
+    assert f"{needed - 1} of {steps.blocks - 1} KV blocks are free" in said[0]
     if hasattr(output, "error"):
         assert output.error.message == said[0], "the client is told"
     # The engine lives.
     steps.put(range(30), 3)
     while steps.scheduler.has_unfinished_requests():
         steps.step()
-    assert len(steps.answers["chat-1"]) == 3
+    assert len(steps.chats["chat-1"].answer) == 3
     assert not steps.manager.prompts
 
 
-def finish_step(steps):
-    step = steps.steps.popleft()
-    sampled = steps.worker.execute(step, steps.chats)
-    return steps.scheduler.update_from_output(step.output, steps.result(step, sampled))
-
-
-def test_a_running_request_that_no_step_has_room_for_is_ended(vllm_config):
+def test_a_running_request_that_no_step_has_room_for_is_ended():
     """Steps smaller than a window are refused at startup; here one becomes so later."""
-    steps = Steps(vllm_config)
+    steps = Steps()
     steps.manager.watchdog.patience = 5
     steps.step_tokens = W - 1
     request, short = steps.put(LONG[:60], 1), steps.put(range(9), 30)
@@ -203,15 +176,14 @@ def test_a_running_request_that_no_step_has_room_for_is_ended(vllm_config):
         steps.step()
         assert request.status in (RequestStatus.WAITING, RequestStatus.RUNNING), "others go on"
     for _ in range(20):
-        steps.schedule()
-        finish_step(steps)
+        steps.step()
     assert request.status is RequestStatus.FINISHED_ERROR
-    assert steps.pool.get_num_free_blocks() == BLOCKS - 1
+    assert steps.pool.get_num_free_blocks() == steps.blocks - 1
 
 
-def test_what_waits_for_a_step_in_flight_is_not_stuck(vllm_config, said):
+def test_what_waits_for_a_step_in_flight_is_not_stuck(said):
     """The last token is known to come, and nothing else is to be scheduled until it has."""
-    steps = Steps(vllm_config, AsyncScheduler, ahead=2)
+    steps = Steps(asynchronous=True)
     steps.manager.watchdog.patience = 1
     request = steps.put(range(30), 1)
     for _ in range(6):
@@ -223,8 +195,8 @@ def test_what_waits_for_a_step_in_flight_is_not_stuck(vllm_config, said):
     assert not said
 
 
-def test_only_idle_steps_one_after_another_count(vllm_config, said):
-    steps = Steps(vllm_config)
+def test_only_idle_steps_one_after_another_count(said):
+    steps = Steps()
     steps.manager.watchdog.patience = 3
     busy, stuck = steps.put(range(10), 20), steps.put(LONG[:60], 1)
     steps.step_tokens = W - 1
@@ -238,8 +210,8 @@ def test_only_idle_steps_one_after_another_count(vllm_config, said):
     assert stuck.request_id in said[0]
 
 
-def test_a_paused_engine_ends_nothing(vllm_config):
-    steps = Steps(vllm_config)
+def test_a_paused_engine_ends_nothing():
+    steps = Steps()
     steps.manager.watchdog.patience = 5
     request = steps.put(LONG, 1)
     steps.scheduler.set_pause_state(PauseState.PAUSED_ALL)
@@ -264,12 +236,12 @@ def test_a_paused_engine_ends_nothing(vllm_config):
         {"sparsemm_unknown": None, "sparsemm": 0},
     ],
 )
-def test_what_cannot_be_is_served_as_the_server_would(vllm_config, extra_args, monkeypatch):
+def test_what_cannot_be_is_served_as_the_server_would(extra_args, monkeypatch):
     said = []
     monkeypatch.setattr(
         "sparsemm_vllm.kv_cache.logger.warning", lambda text, *a: said.append(text % a)
     )
-    steps = Steps(vllm_config)
+    steps = Steps()
     for _ in range(3):
         steps.put(LONG, asked=extra_args)
     steps.run_to_the_end()
@@ -294,29 +266,28 @@ def test_what_cannot_be_is_served_as_the_server_would(vllm_config, extra_args, m
         ({"bad_words": [[1] * 2000]}, "bad_words, in tokens: 2,000, at most 1,024"),
     ],
 )
-def test_lists_that_no_worker_has_room_for_end_their_request(vllm_config, asked, reason):
+def test_lists_that_no_worker_has_room_for_end_their_request(asked, reason):
     """A worker raises for them, which ends the engine; vLLM's front ends let most of them pass."""
-    steps = Steps(vllm_config)
+    steps = Steps()
     request, other = steps.put(LONG, 3), steps.put(range(20), 3)
     words = asked.pop("bad_words", None)
     params = SamplingParams(max_tokens=3, **asked)
     params._bad_words_token_ids = words
     request.sampling_params = params
-    output = steps.schedule() and ended(finish_step(steps), request)
+    output = ended(steps.step(), request)
     assert output.finish_reason is FinishReason.ERROR
     if hasattr(output, "error"):
         assert output.error.message == f"too many entries: {reason}"
-    while steps.scheduler.has_unfinished_requests():
+    while other.status is not RequestStatus.FINISHED_LENGTH_CAPPED:
         steps.step()
-    assert len(steps.answers[other.request_id]) == 3
     # What workers were sent is what they take.
     assert too_long(params) is not None
     assert too_long(request.sampling_params) is None
 
 
-def test_streaming_input_ends_with_its_first_part(vllm_config):
+def test_streaming_input_ends_with_its_first_part():
     """Its prompt would grow after it was pruned."""
-    steps = Steps(vllm_config)
+    steps = Steps()
     request = steps.put(LONG, 2)
     request.resumable, request.streaming_queue = True, None
     steps.run_to_the_end()

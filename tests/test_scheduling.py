@@ -1,4 +1,4 @@
-"""Chunk ends and prefix hits; test_scheduler.py has them under vLLM's real scheduler."""
+"""Chunk ends and prefix hits; simulation.py has them in vLLM's engine core."""
 
 from types import SimpleNamespace
 

@@ -165,9 +165,9 @@ def make_llama(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def make_gemma3(folder: Path, seed: int = 0) -> Path:
+def gemma3_config() -> Gemma3TextConfig:
     """A text-only Gemma 3: every other layer sees 32 tokens, and no scale is 1 / sqrt(D)."""
-    config = Gemma3TextConfig(
+    return Gemma3TextConfig(
         **{key: getattr(text_config(), key) for key in TEXT_SIZES},
         sliding_window=32,
         layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
@@ -177,8 +177,12 @@ def make_gemma3(folder: Path, seed: int = 0) -> Path:
         eos_token_id=2,
         pad_token_id=0,
     )
+
+
+def make_gemma3(folder: Path, seed: int = 0) -> Path:
+    """The model of `gemma3_config` with random weights."""
     torch.manual_seed(seed)
-    Gemma3ForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    Gemma3ForCausalLM(gemma3_config()).to(torch.float32).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 
