@@ -15,6 +15,7 @@ from tiny import (
     make_qwen2_5_vl,
     make_qwen2_vl,
     make_qwen3_vl,
+    make_qwen3_vl_moe,
     picture,
     skewed_profile,
 )
@@ -32,6 +33,7 @@ FAMILIES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "Qwen2-VL": (make_qwen2_vl, "<|vision_start|><|image_pad|><|vision_end|>"),
     "Qwen2.5-VL": (make_qwen2_5_vl, "<|vision_start|><|image_pad|><|vision_end|>"),
     "Qwen3-VL": (make_qwen3_vl, "<|vision_start|><|image_pad|><|vision_end|>"),
+    "Qwen3-VL-MoE": (make_qwen3_vl_moe, "<|vision_start|><|image_pad|><|vision_end|>"),
 }
 
 
@@ -45,7 +47,10 @@ class Family:
     image: str
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+FEW = [pytest.param(f, marks=pytest.mark.slow) if "MoE" in f else f for f in FAMILIES]
+
+
+@pytest.fixture(scope="module", params=FEW)
 def family(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Family]:

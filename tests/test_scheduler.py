@@ -428,3 +428,23 @@ def test_prompts_stay_whole_while_the_pool_is_ample(vllm_config, scheduler_class
     server.finish()
     assert min(server.seen[outcome] for outcome in Outcome) > 10, server.seen
     assert server.seen["preempted"] > 10
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_active_seqs": 5},
+        {"prefill_schedule_interval": 3},
+        {"long_prefill_token_threshold": W + 1, "long_prefill_token_threshold_adaptive": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_that_hold_prompts_back(vllm_config, monkeypatch, options):
+    """Fewer requests at once, prompts in some steps only, chunks that are hardly a window."""
+    for name, value in options.items():
+        monkeypatch.setattr(vllm_config.scheduler_config, name, value)
+    scheduler, layout = make_scheduler(vllm_config, Scheduler, 0)
+    server = Server(scheduler, layout, 0, 0, seed=8)
+    server.run(chats=120)
+    server.finish()
+    assert server.seen["chunks"] > 30
