@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines import BLOCK, WINDOW, Engine, assert_same_kept, settings
+from engines import BLOCK, WINDOW, Engine, assert_same_kept, settings, share_expert_group
 from tiny import LAYERS, make_qwen3_vl_moe, picture
 
 from sparsemm_vllm.check_run.oracle import Oracle
@@ -29,6 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(model: Path) -> Engine:
     """With a pool in which several of these requests are preempted."""
+    share_expert_group()
     return Engine(
         model,
         settings(40),

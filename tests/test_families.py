@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import BLOCK, WINDOW, Engine, assert_same, assert_same_kept, settings
+from engines import (
+    BLOCK,
+    WINDOW,
+    Engine,
+    assert_same,
+    assert_same_kept,
+    settings,
+    share_expert_group,
+)
 from PIL import Image
 from tiny import (
     KV_HEADS,
@@ -57,6 +65,7 @@ def family(
     make, image = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp("family")
     model = make(folder / "model")
+    share_expert_group()
     limits = {"image": 2, "video": 1} if request.param.startswith("Qwen2") else {"image": 2}
     engine = Engine(model, settings(BUDGET, folder / "kept"), limit_mm_per_prompt=limits)
     yield Family(request.param, engine, Oracle(model, engine.layout), image)
