@@ -97,6 +97,36 @@ def _weight_packed_linear(
     out.copy_(F.linear(x, weight, None if bias is None else bias.to(x.dtype)))
 
 
+def _prepack_moe_weight(weight: torch.Tensor, output: torch.Tensor, isa: str) -> None:
+    output.copy_(weight)
+
+
+def _cpu_fused_moe(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    skip_weighted: bool,
+    act: str,
+    isa: str,
+) -> None:
+    if act != "silu":
+        raise NotImplementedError(f"experts with the activation {act}")
+    out.zero_()
+    for expert in topk_ids.unique().tolist():
+        row, choice = (topk_ids == expert).nonzero(as_tuple=True)
+        bias = None if w13_bias is None else w13_bias[expert]
+        gate, up = F.linear(x[row], w13[expert], bias).chunk(2, -1)
+        bias = None if w2_bias is None else w2_bias[expert]
+        y = F.linear(F.silu(gate) * up, w2[expert], bias)
+        weight = 1 if skip_weighted else topk_weights[row, choice, None]
+        out.index_add_(0, row, (y * weight).to(out.dtype))
+
+
 OPERATORS: dict[str, Callable[..., Any]] = {
     "init_cpu_memory_env(int[] nodes) -> ()": lambda nodes: None,
     "gelu_quick(Tensor! out, Tensor x) -> ()": _gelu_quick,
@@ -105,6 +135,10 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "convert_weight_packed(Tensor weight) -> Tensor": torch.clone,
     "weight_packed_linear(Tensor! out, Tensor x, Tensor weight, Tensor? bias, bool is_packed)"
     " -> ()": _weight_packed_linear,
+    "prepack_moe_weight(Tensor weight, Tensor! output, str isa) -> ()": _prepack_moe_weight,
+    "cpu_fused_moe(Tensor! out, Tensor x, Tensor w13, Tensor w2, Tensor? w13_bias, Tensor? w2_bias,"
+    " Tensor topk_weights, Tensor topk_ids, bool skip_weighted, str act, str isa)"
+    " -> ()": _cpu_fused_moe,
 }
 _LIBRARY = torch.library.Library("_C", "FRAGMENT")
 

@@ -130,6 +130,11 @@ def unsupported(vllm_config: VllmConfig, settings: Settings) -> list[str]:
             "models with state-space layers use another model state",
         ),
         (model.runner_type != "generate", "only generation decodes from a pruned cache"),
+        (
+            model.multimodal_config is not None and model.multimodal_config.mm_encoder_only,
+            "an instance that only encodes pictures (EC role ec_producer, --mm-encoder-only) has "
+            "no KV cache; start it without --attention-backend SPARSEMM",
+        ),
         (model.rswa_window is not None, "reference sliding window attention frees its own blocks"),
         (
             not pruned_layers(model),
@@ -151,6 +156,16 @@ def unsupported(vllm_config: VllmConfig, settings: Settings) -> list[str]:
             and len(pruned_layers(model)) < model.get_total_num_hidden_layers(),
             "--prefix-cache-retention-interval lets sliding-window layers cache what is generated "
             "after a pruned prompt, whose keys and values are not those of a prefill; leave it out",
+        ),
+        (
+            scheduler.scheduler_cls is not None,
+            "a scheduler of another class may end a prompt's chunks elsewhere than where the "
+            "window begins; drop --scheduler-cls",
+        ),
+        (
+            vllm_config.ec_manager_config.encoder_cache_manager_cls is not None,
+            "an encoder cache of another class may have no room for all pictures in the window; "
+            "drop encoder_cache_manager_cls from --ec-manager-config",
         ),
         (
             scheduler.disable_chunked_mm_input,

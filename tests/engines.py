@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from tiny import skewed_profile
+from vllm.distributed import parallel_state
 
 from sparsemm_vllm.check_run import engine as check_run
 from sparsemm_vllm.check_run.engine import Answer
@@ -93,6 +94,16 @@ class Engine(check_run.Engine):
         """What each head kept of a request's prompt."""
         assert self.settings is not None
         return load_kept(Path(self.settings["record_kept"]), answer.request_id)
+
+
+def share_expert_group() -> None:
+    """Let an engine with experts follow others in this process.
+
+    vLLM makes a process's groups once: after an engine without experts there is none for them. The
+    one of tensor parallelism has the same single rank.
+    """
+    if parallel_state.model_parallel_is_initialized() and parallel_state._EP is None:
+        parallel_state._EP = parallel_state.get_tp_group()
 
 
 def settings(budget: int, folder: Path | None = None, **options: Any) -> dict[str, Any]:

@@ -21,3 +21,7 @@ class RankView:
             "own": [[part.start, part.stop] for part in state.own],
             "served": sorted(served),
         }
+
+    def shards_sampling(self) -> bool:
+        """Whether the rank samples a part of the batch only."""
+        return self.model_runner.batch_sharder is not None

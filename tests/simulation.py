@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from vllm.config import KVEventsConfig
 from vllm.distributed.utils import get_pp_indices
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
@@ -54,9 +55,13 @@ EDGES = [1, 2, 9, 10, 11, 15, 16, 17, 23, 24, 25, 31, 32, 33, 39, 40, 41, 47, 48
 PICTURES = [3, 5, 7, 8, 12, 16, 20, 31, 40]  # tokens of each; a picture's number is its index
 AHEAD = 4  # steps in flight at most
 PATIENCE = 400  # calls of the engine without any progress
-# Of garbage, which for so small an engine takes longer than all its steps.
-WITHOUT_COLLECTION = mock.patch.multiple(
-    "vllm.v1.engine.core", freeze_gc_heap=mock.DEFAULT, cleanup_dist_env_and_memory=mock.DEFAULT
+# Collection of garbage takes longer than all steps of so small an engine; vLLM's environment must
+# stay as later tests of this process set it.
+ALONE_IN_ITS_PROCESS = mock.patch.multiple(
+    "vllm.v1.engine.core",
+    freeze_gc_heap=mock.DEFAULT,
+    cleanup_dist_env_and_memory=mock.DEFAULT,
+    enable_envs_cache=mock.DEFAULT,
 )
 
 
@@ -79,6 +84,7 @@ class Scenario:
         share: `prune_when_free_below`.
         encoder: embeddings that the encoder cache holds, and that a step may compute.
         threshold: `long_prefill_token_threshold`.
+        events: whether vLLM says what the prefix cache holds.
         scheduling: further fields of vLLM's `SchedulerConfig`.
         faulty: probability of a fault at each place where one may happen.
         fails_at: step in which the device fails, if any.
@@ -94,6 +100,7 @@ class Scenario:
     share: float | None = None
     encoder: tuple[int, int] = (80, 48)
     threshold: int = 0
+    events: bool = False
     scheduling: dict[str, Any] = field(default_factory=dict)
     faulty: float = 0.02
     fails_at: int | None = None
@@ -164,6 +171,8 @@ def make_config(scenario: Scenario) -> Any:
     config.scheduler_config.async_scheduling = scenario.asynchronous
     config.scheduler_config.policy = scenario.policy
     config.scheduler_config.long_prefill_token_threshold = scenario.threshold
+    if scenario.events:
+        config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
     for name, value in scenario.scheduling.items():
         assert hasattr(config.scheduler_config, name)
         setattr(config.scheduler_config, name, value)
@@ -568,7 +577,7 @@ class Simulation:
         specs = layer_specs(config, self.scenario.share)
         self.blocks = least_blocks(config, specs) + self.scenario.spare
         config.cache_config.num_gpu_blocks_override = self.blocks
-        with WITHOUT_COLLECTION:
+        with ALONE_IN_ITS_PROCESS:
             self.core = EngineCore(config, partial(Device, self), log_stats=True)
         if self.scenario.queue is not None:
             self.core.batch_queue_size = self.scenario.queue
@@ -986,7 +995,7 @@ class Simulation:
             raise
         else:
             self.finish()
-        with WITHOUT_COLLECTION:
+        with ALONE_IN_ITS_PROCESS:
             self.core.shutdown()
         return self
 

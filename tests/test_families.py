@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import BLOCK, WINDOW, Engine, assert_same, assert_same_kept, settings
+from engines import (
+    BLOCK,
+    WINDOW,
+    Engine,
+    assert_same,
+    assert_same_kept,
+    settings,
+    share_expert_group,
+)
 from PIL import Image
 from tiny import (
     KV_HEADS,
@@ -15,6 +23,7 @@ from tiny import (
     make_qwen2_5_vl,
     make_qwen2_vl,
     make_qwen3_vl,
+    make_qwen3_vl_moe,
     picture,
     skewed_profile,
 )
@@ -32,6 +41,7 @@ FAMILIES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "Qwen2-VL": (make_qwen2_vl, "<|vision_start|><|image_pad|><|vision_end|>"),
     "Qwen2.5-VL": (make_qwen2_5_vl, "<|vision_start|><|image_pad|><|vision_end|>"),
     "Qwen3-VL": (make_qwen3_vl, "<|vision_start|><|image_pad|><|vision_end|>"),
+    "Qwen3-VL-MoE": (make_qwen3_vl_moe, "<|vision_start|><|image_pad|><|vision_end|>"),
 }
 
 
@@ -45,13 +55,17 @@ class Family:
     image: str
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+FEW = [pytest.param(f, marks=pytest.mark.slow) if "MoE" in f else f for f in FAMILIES]
+
+
+@pytest.fixture(scope="module", params=FEW)
 def family(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Family]:
     make, image = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp("family")
     model = make(folder / "model")
+    share_expert_group()
     limits = {"image": 2, "video": 1} if request.param.startswith("Qwen2") else {"image": 2}
     engine = Engine(model, settings(BUDGET, folder / "kept"), limit_mm_per_prompt=limits)
     yield Family(request.param, engine, Oracle(model, engine.layout), image)

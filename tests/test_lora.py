@@ -1,6 +1,7 @@
-"""LoRA on a text layer, and requests of different priorities, in a pool that is too small."""
+"""LoRA on text layers and on the vision tower, and priorities in a pool that is too small."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines import DIGITS, HELLO, Engine, ask, assert_same, assert_same_kept, settings
+from engines import (
+    BLOCK,
+    DIGITS,
+    HELLO,
+    WINDOW,
+    Engine,
+    ask,
+    assert_same,
+    assert_same_kept,
+    settings,
+)
 from safetensors.torch import save_file
-from tiny import HEAD_SIZE, KV_HEADS, LAYERS, QUERY_HEADS, picture
+from tiny import make_qwen2_vl, picture
 
 from sparsemm_vllm.check_run.oracle import Oracle
 
@@ -19,27 +30,26 @@ pytestmark = pytest.mark.engine
 BUDGET = 40
 TOKENS = 48
 RANK = 8
-WIDTH = QUERY_HEADS * HEAD_SIZE
-OUTPUTS = {"q_proj": WIDTH, "k_proj": KV_HEADS * HEAD_SIZE, "v_proj": KV_HEADS * HEAD_SIZE}
+TEXT = re.compile(r"model\.language_model\..*self_attn\.[qkv]_proj\.weight")
+PICTURE = re.compile(r"model\.visual\.(blocks\..*attn\.(qkv|proj)|merger\.mlp\..)\.weight")
 
 
-def make_adapter(folder: Path) -> dict[str, torch.Tensor]:
-    """A LoRA of all queries, keys and values; returns what it adds to each weight."""
+def make_adapter(folder: Path, model: torch.nn.Module, adapted: re.Pattern[str]) -> dict[str, Any]:
+    """A LoRA of these weights of a model; returns what it adds to each."""
     folder.mkdir()
     random = torch.Generator().manual_seed(1)
     saved, added = {}, {}
-    for layer in range(LAYERS):
-        for name, outputs in OUTPUTS.items():
-            module = f"language_model.layers.{layer}.self_attn.{name}"
-            a, b = (
-                0.15 * torch.randn(shape, generator=random)
-                for shape in ((RANK, WIDTH), (outputs, RANK))
-            )
-            saved[f"base_model.model.model.{module}.lora_A.weight"] = a
-            saved[f"base_model.model.model.{module}.lora_B.weight"] = b
-            added[f"model.{module}.weight"] = b @ a
+    weights = {name: w for name, w in model.named_parameters() if adapted.fullmatch(name)}
+    for name, weight in weights.items():
+        outputs, inputs = weight.shape
+        a = 0.15 * torch.randn(RANK, inputs, generator=random)
+        b = 0.15 * torch.randn(outputs, RANK, generator=random)
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        saved |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        added[name] = b @ a
     save_file(saved, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": [*OUTPUTS]}
+    modules = sorted({name.split(".")[-2] for name in weights})
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": modules}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return added
 
@@ -65,19 +75,22 @@ def _idle(engine: Engine) -> Iterator[None]:
     engine.rest()
 
 
-def test_adapter_on_text_layers(model: Path, engine: Engine, tmp_path: Path) -> None:
+def assert_adapted(
+    engine: Engine, model: Path, text: str, folder: Path, adapted: re.Pattern[str]
+) -> None:
     """Scores, kept tokens and answers are the adapted model's; the base model is beside it."""
     from vllm.lora.request import LoRARequest
 
-    added = make_adapter(tmp_path / "adapter")
-    adapter: dict[str, Any] = {"lora_request": LoRARequest("a", 1, str(tmp_path / "adapter"))}
-    prompt, images = ask(DIGITS, 1, 2), [picture(1), picture(2)]
+    images = [picture(1), picture(2)]
+    prompt = {"prompt": text, "multi_modal_data": {"image": images}}
     oracle = Oracle(model, engine.layout)
+    added = make_adapter(folder, oracle.model, adapted)
+    adapter: dict[str, Any] = {"lora_request": LoRARequest("a", 1, str(folder))}
     answers = []
     for options in ({}, adapter):
         (answer,) = engine.generate(prompt, max_tokens=20, options=[options])
         assert answer.cached_tokens == 0, "an adapter's keys are not the base model's"
-        tokens, logprobs = oracle.generate(DIGITS, images, 20)
+        tokens, logprobs = oracle.generate(text, images, 20)
         assert answer.tokens == tokens
         np.testing.assert_allclose(answer.logprobs, logprobs, atol=1e-4)
         kept = {head: positions.numpy() for head, positions in oracle.kept.items()}
@@ -91,7 +104,30 @@ def test_adapter_on_text_layers(model: Path, engine: Engine, tmp_path: Path) -> 
     assert answers[0].tokens != answers[1].tokens
     together = engine.generate(prompt, prompt, max_tokens=20, options=[{}, adapter])
     for ours, alone in zip(together, answers, strict=True):
+        assert ours.cached_tokens == (alone.prompt_tokens - WINDOW) // BLOCK * BLOCK
         assert_same(ours, alone)
+
+
+def test_adapter_on_text_layers(model: Path, engine: Engine, tmp_path: Path) -> None:
+    assert_adapted(engine, model, DIGITS, tmp_path / "adapter", TEXT)
+
+
+def test_adapter_on_tower_and_connector(tmp_path: Path) -> None:
+    """Pictures are other vectors with it: each adapter has its own, cached and encoded."""
+    model = make_qwen2_vl(tmp_path / "model")
+    engine = Engine(
+        model,
+        settings(BUDGET, tmp_path / "kept"),
+        limit_mm_per_prompt={"image": 2},
+        enable_lora=True,
+        enable_tower_connector_lora=True,
+        max_loras=2,
+        max_lora_rank=RANK,
+    )
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    text = DIGITS.replace("<image>", image)
+    assert_adapted(engine, model, text, tmp_path / "adapter", PICTURE)
+    engine.rest()
 
 
 def test_priorities(engine: Engine) -> None:

@@ -20,7 +20,7 @@ from engines import (
     serve_options,
     settings,
 )
-from tiny import KV_HEADS, skewed_profile
+from tiny import KV_HEADS, make_llama, skewed_profile
 
 from sparsemm_vllm.client import metric
 from sparsemm_vllm.layout import CacheLayout
@@ -96,6 +96,22 @@ def test_two_ranks_answer_as_one(
     assert first == second, "the ranks disagree on the layout or on a request's blocks"
     assert [n for n, *_ in first["served"]] == [98, 178]
     assert all(compact and freed for _, compact, freed in first["served"])
+
+
+@pytest.mark.slow
+def test_batch_sharded_sampling(tmp_path: Path) -> None:
+    """Each rank samples for some of the requests; vLLM has it for text models, not for LLaVA."""
+    model = make_llama(tmp_path / "model")
+    prompts = [{"prompt_token_ids": [5 + k * i % 90 for i in range(100)]} for k in (1, 3, 7)]
+    answers = []
+    for options in ({}, {"tensor_parallel_size": 2, "enable_batch_sharded_sampling": True}):
+        engine = Engine(model, settings(40), worker_extension_cls="rank_view.RankView", **options)
+        ranks = engine.llm.collective_rpc("shards_sampling")
+        assert ranks == ([True, True] if options else [False])
+        answers.append([answer.tokens for answer in engine.generate(*prompts, max_tokens=16)])
+        engine.rest()
+    engine.core.model_executor.shutdown()
+    assert answers[0] == answers[1]
 
 
 def test_ranks_agree_with_the_scheduler(single: Served) -> None:

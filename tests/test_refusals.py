@@ -80,6 +80,10 @@ def test_a_plain_configuration_is_accepted(llama: Path) -> None:
 
 
 CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+BOTH = {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}
+ENCODER_CACHE = {
+    "encoder_cache_manager_cls": "vllm.v1.core.encoder_cache_manager.EncoderCacheManager"
+}
 MP = {"distributed_executor_backend": "mp"}
 
 
@@ -98,6 +102,8 @@ MP = {"distributed_executor_backend": "mp"}
         ),
         ({"disable_chunked_mm_input": True}, "drop --disable-chunked-mm-input"),
         ({"runner": "pooling"}, "only generation"),
+        ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "drop --scheduler-cls"),
+        ({"ec_manager_config": ENCODER_CACHE}, "drop encoder_cache_manager_cls"),
         ({"tensor_parallel_size": 8} | MP, "4 KV heads cannot be divided among 8"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -115,6 +121,20 @@ def test_a_window_of_one_token_needs_chunks_of_two(llama: Path) -> None:
     build(llama, {"window": 1}, long_prefill_token_threshold=2)
     with pytest.raises(ValueError, match=r"--max-num-batched-tokens 9 .* give at least 10"):
         build(llama, {"window": 1}, max_num_batched_tokens=9, max_num_seqs=8)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"mm_encoder_only": True},
+        {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_producer"}},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_instances_that_only_encode(model: Path, option: dict[str, Any]) -> None:
+    build(model, ec_transfer_config=BOTH)
+    with pytest.raises(ValueError, match=r"SPARSEMM cannot .*: an instance that only encodes"):
+        build(model, **option)
 
 
 def test_v1_model_runner(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

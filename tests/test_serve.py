@@ -125,6 +125,42 @@ def test_streaming(server: Server, client: openai.OpenAI) -> None:
     assert "".join(parts) == ask(client)
 
 
+@pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
+def test_pause_and_resume(server: Server, client: openai.OpenAI, mode: str) -> None:
+    """A request that decodes goes on after the pause, ends before it, or is aborted by it."""
+    tokens = 200
+    alone = ask(client, tokens, ignore_eos=True)
+    stream = client.chat.completions.create(
+        model="tiny",
+        messages=messages("what does it say?", data_url(picture(1))),
+        temperature=0,
+        max_tokens=tokens,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    choices = (choice for chunk in stream for choice in chunk.choices)
+    parts = [next(choices).delta.content or "" for _ in range(8)]
+    answer = httpx.post(f"{server.url}/pause", params={"mode": mode}, timeout=60)
+    assert answer.raise_for_status().json() == {"status": "paused"}
+    if mode != "keep":
+        assert blocks_in_use(server) == 0
+        with pytest.raises(openai.InternalServerError, match="paused"):
+            ask(client)
+    httpx.post(f"{server.url}/resume").raise_for_status()
+    rest = list(choices)
+    text = "".join(parts + [choice.delta.content or "" for choice in rest])
+    assert alone is not None
+    if mode == "abort":
+        assert rest[-1].finish_reason == "abort"
+        assert alone.startswith(text)
+        assert len(text) < len(alone)
+    else:
+        assert rest[-1].finish_reason == "length"
+        assert text == alone
+    assert ask(client, tokens, ignore_eos=True) == alone
+    assert blocks_in_use(server) == 0
+
+
 @pytest.mark.parametrize(
     ("request_messages", "what"),
     [

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPVisionConfig,
     Gemma3ForCausalLM,
@@ -25,6 +26,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
@@ -113,12 +116,34 @@ def make_qwen3_vl(folder: Path, seed: int = 0) -> Path:
     return _make_qwen(folder, seed, classes, Qwen3VLVideoProcessor(), vision, **options)
 
 
+def make_qwen3_vl_moe(folder: Path, seed: int = 0) -> Path:
+    """The same with eight experts in each layer, of which a token takes two."""
+    classes = Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, Qwen3VLProcessor
+    vision = OWN_WIDTH | {"num_position_embeddings": 256, "deepstack_visual_indexes": [0]}
+    options = {"patch_size": 16, "mrope_interleaved": True}
+    experts = {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+    }
+    _make_qwen(folder, seed, classes, Qwen3VLVideoProcessor(), vision, experts, **options)
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    for name, weight in weights.items():
+        if ".experts." in name:  # released checkpoints, which both read, have inputs first
+            weights[name] = weight.transpose(1, 2).contiguous()
+    save_file(weights, file, {"format": "pt"})
+    return folder
+
+
 def _make_qwen(
     folder: Path,
     seed: int,
     classes: tuple[Any, Any, Any],
     video_processor: Any,
     vision: dict[str, Any],
+    experts: dict[str, Any] | None = None,
     patch_size: int = 14,
     **rope: Any,
 ) -> Path:
@@ -128,6 +153,7 @@ def _make_qwen(
     tokenizer.add_tokens(special, special_tokens=True)
     start, end, image, video = (tokenizer.convert_tokens_to_ids(token) for token in special)
     text = text_config().to_dict() | {"model_type": f"{config_class.model_type}_text"}
+    text |= experts or {}
     text["rope_parameters"] = {
         "rope_type": "default",
         "mrope_section": [4, 6, 6],
