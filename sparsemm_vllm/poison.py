@@ -13,6 +13,7 @@ Knows nothing of vLLM. Waits for the device in every step.
 import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -139,6 +140,7 @@ class Poison:
             PoisonError: naming the request, the position and the block.
         """
         self.end_step()
+        self._is_nan.fill_(False)  # of a dummy batch, which reads what nobody wrote
         for holder in self._holders.values():
             if holder.is_pruning:
                 holder.is_pruning, holder.is_pruned = False, True
@@ -274,14 +276,18 @@ class Poison:
 
     # A step while it runs.
 
-    def watch(self, layer: int, block_table: torch.Tensor) -> "WatchedCache":
+    def watch(self, layer: int, block_table: torch.Tensor) -> AbstractContextManager[Any]:
         """Check each slot that torch code reads or writes in this context, on the CPU.
+
+        A dummy batch belongs to no request, and is not checked.
 
         Args:
             layer: layer of the cache that attends.
             block_table: the step's; whoever reads looks its row up there first.
         """
         assert self._slots is not None, "kernels on a device cannot be watched"
+        if not self._rows:
+            return nullcontext()
         return WatchedCache(self, layer, block_table, self._cache, self._slots)
 
     def check_read(self, row: int, layer: int, slots: np.ndarray, is_nan: np.ndarray) -> None:

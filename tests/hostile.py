@@ -159,6 +159,8 @@ def completion(prompt: Any = TEXT, **options: Any) -> dict[str, Any]:
 # Bodies: a good one with some fields changed
 
 tokens = [5 + i % 90 for i in range(MAX_MODEL_LEN)]
+# Each of them would end the engine, in a worker.
+TOO_LONG: dict[str, Any] = {"allowed_token_ids": [5] * 1025, "bad_words": ["x" * 5000]}
 COMMON: dict[str, list[Any]] = {
     "model": ["", "other", "x" * 10_000],
     "max_tokens": [0, 1, MAX_MODEL_LEN, MAX_MODEL_LEN + 1, 2**31, HUGE, -1, 1.5, "4"],
@@ -175,9 +177,8 @@ COMMON: dict[str, list[Any]] = {
     "presence_penalty": [2, 3, -1e9, float("nan")],
     "frequency_penalty": [-2, 3, float("inf")],
     "repetition_penalty": [0, -1, 1e-9, 1e9, float("inf")],
-    "allowed_token_ids": [[], [5], [VOCABULARY], [-1], [HUGE]],
-    # Not more than 1,024 tokens of them: such a request ends vLLM's engine without SPARSEMM too.
-    "bad_words": [[""], ["x" * 500], ["a"] * 100, "a"],
+    "allowed_token_ids": [[], [5], [VOCABULARY], [-1], [HUGE], TOO_LONG["allowed_token_ids"]],
+    "bad_words": [[""], ["x" * 500], ["a"] * 100, "a", TOO_LONG["bad_words"]],
     "ignore_eos": [True, "x"],
     "priority": [1, -1, 2**31, HUGE, -HUGE, "x"],
     "cache_salt": ["", "salt", "x" * 100_000, 5],

@@ -13,7 +13,7 @@ from vllm.v1.core.kv_cache_utils import init_none_hash
 from sparsemm_vllm import layout as layout_module
 from sparsemm_vllm import patches
 from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.request_settings import request_layout
+from sparsemm_vllm.request_settings import RequestLimits, accept
 from sparsemm_vllm.step import Heads, PrunedCache, SparseState
 
 SERVER = CacheLayout.from_scores(
@@ -84,5 +84,5 @@ def test_a_worker_counts_a_prompt_length_and_budget_once(calls):
     state = SparseState(layout, own, Heads(3, 4, 2, 16), torch.bfloat16, 4, 400, 3, DEVICE)
     state.attach(PrunedCache(torch.empty(3, 1, 2, P, 32, device=DEVICE), {}))
     for index, (n, asks) in enumerate(REQUESTS * 2):
-        state.add(index % 4, n, layout=request_layout(layout, asks))
+        state.add(index % 4, n, layout=accept(asks, RequestLimits(W, 40)).layout(layout))
     assert calls == dict.fromkeys(SEEN, 1)

@@ -114,11 +114,7 @@ def test_held_blocks_equal_the_formula(sparse: Engine) -> None:
             n, P = request.num_prompt_tokens, BLOCK
             total = request.num_computed_tokens
             held = sparse.held(request.request_id)
-            compact = sparse.layout.compact_blocks(n, P)
-            if total == n:  # the step that pruned: both copies are held
-                assert held == -(-n // P) + compact
-            else:
-                assert held == sparse.layout.held_blocks(n, total, P)
+            assert held == sparse.layout.held_blocks(n, total, P)
             seen.append((total - n, held))
         free = sparse.pool.get_num_free_blocks()
         held_by_all = sum(sparse.held(r.request_id) for r in sparse.scheduler.running)
@@ -126,7 +122,7 @@ def test_held_blocks_equal_the_formula(sparse: Engine) -> None:
 
     sparse.generate(ask(DIGITS, 1, 2), max_tokens=40, watch=watch)
     assert seen[0][0] == 0
-    assert seen[1][1] < seen[0][1] - 6, "pruning should free most of twelve blocks"
+    assert seen[0][1] < 6, "the step that prunes should free most of twelve blocks"
     assert seen[-1][0] > 2 * BLOCK, "decoding should have grown by blocks"
 
 

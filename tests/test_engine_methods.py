@@ -77,8 +77,7 @@ def test_every_method(engine: Engine, oracle: Oracle, name: str) -> None:
 
     (cold,) = engine.generate(ask(DIGITS, 1, 2), max_tokens=TOKENS, watch=watch)
     n = cold.prompt_tokens
-    assert held.pop(n) == -(-n // BLOCK) + layout.compact_blocks(n, BLOCK)
-    assert held
+    assert n in held
     for total, blocks in held.items():
         assert blocks == layout.held_blocks(n, total, BLOCK)
 

@@ -16,6 +16,7 @@ from hostile import (
     COMPLETIONS,
     HUGE,
     RUDE,
+    TOO_LONG,
     URLS,
     VOCABULARY,
     Call,
@@ -72,6 +73,7 @@ FAULTS = {
         Fault("image_url", "multimodal preprocessing error", "a picture that cannot be read"),
         Fault(r'"\$ref"', "Internal server error", "the grammar's compiler raises"),
         Fault('"tools"', "tool parsing is disabled", "an option that was not given"),
+        Fault(r'"allowed_token_ids": \[5(, 5){1000}|"bad_words": \["x{1500}', "", "of the engine"),
         Fault("^/v1/messages", "is not supported by the Rust frontend yet", "501"),
     ),
 }
@@ -246,6 +248,19 @@ def test_large_or_shapeless_settings(
     server: Server, front_end: str, answer: str, asked: Any
 ) -> None:
     attack(server, front_end, answer, [Call(COMPLETIONS, completion(vllm_xargs=asked))])
+
+
+def test_lists_that_no_worker_has_room_for(server: Server, front_end: str, answer: str) -> None:
+    asked = [Call(COMPLETIONS, completion(**{key: value})) for key, value in TOO_LONG.items()]
+    with Witness(server) as witness:
+        replies = send_all(server, asked)
+    assert witness.answers == {answer}
+    for (key, _), reply in zip(TOO_LONG.items(), replies, strict=True):
+        if front_end == "python":
+            assert reply.status == 400, reply
+            assert re.search(f"too many entries: {key}.*at most 1,024", reply.text), reply
+        else:  # Rust sends some of them otherwise, or learns from the engine that it cannot
+            assert reply.status in (200, 400, 500), reply
 
 
 # Prompts, names and pictures

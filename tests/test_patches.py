@@ -208,6 +208,7 @@ def test_streaming_input_is_refused(monkeypatch):
 
     def process_inputs(self, request_id, prompt, params, priority=0, resumable=False):
         calls.append(resumable)
+        return SimpleNamespace(sampling_params=params)
 
     process = patches._request_check(process_inputs)
     backend = SimpleNamespace(name="SPARSEMM")

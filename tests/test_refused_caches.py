@@ -53,6 +53,7 @@ def attach(config: Any, *specs: Any, monkeypatch: pytest.MonkeyPatch) -> model_s
     state.vllm_config, state.device = config, torch.device("cpu")
     state._state = SimpleNamespace(heads=SimpleNamespace(L=LAYERS))
     state._state.attach = lambda cache: setattr(state._state, "cache", cache)
+    state._poisons = False
     names = list(config.compilation_config.static_forward_context)
     groups = [SimpleNamespace(kv_cache_spec=spec, layer_names=names) for spec in specs]
     state.initialize_kv_cache(SimpleNamespace(kv_cache_groups=groups, num_blocks=5), None)
@@ -84,6 +85,7 @@ def test_every_sparsemm_layer_of_a_gpu_is_warmed_up(monkeypatch: pytest.MonkeyPa
     state: Any = object.__new__(model_state.SparseMMModelState)
     state.vllm_config, state.device, state.dtype = config, torch.device("cuda"), torch.float16
     state._state = SimpleNamespace(heads=SimpleNamespace(L=LAYERS), attach=lambda cache: None)
+    state._poisons = False
     pruned = [f"layers.{i}" for i in range(LAYERS)]
     groups = [
         SimpleNamespace(

@@ -10,6 +10,8 @@ from vllm.sampling_params import SamplingParams
 from sparsemm_vllm import patches
 from sparsemm_vllm.kv_cache import SparseMMManager
 from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.request_settings import RequestLimits
+from sparsemm_vllm.request_stats import RequestStats
 from sparsemm_vllm.scheduling import prefix_hit_limit, shape_chunk
 
 W, BASE = 8, 16
@@ -27,7 +29,8 @@ class OneManager(SparseMMManager):
 
     def __init__(self, layout):
         self.layout, self.block_size, self.prompts = layout, 16, {}
-        self.prune_when_free_below = None
+        self.prune_when_free_below, self.limits = None, RequestLimits(layout.window, 99)
+        self.stats, self.refused = RequestStats(), {}
 
 
 def kv_cache_manager(*managers):
@@ -45,6 +48,7 @@ def request_of(n, num_tokens=None, name="r", extra_args=None):
         num_tokens=num_tokens or n,
         block_hashes=["h"],
         sampling_params=SamplingParams(extra_args=extra_args),
+        resumable=False,
     )
 
 

@@ -74,7 +74,7 @@ def test_what_is_off_and_why() -> None:
 def test_what_the_rust_front_end_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, told in (("1", True), ("0", False)):
         monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", value)
-        text = describe_serving(config(200), LAYOUT, 101, 1000)
+        text = describe_serving(config(200), LAYOUT, 101, 16, 1000)
         assert ("answers HTTP 400. /metrics has no sparsemm: metrics" in text) == told
 
 
