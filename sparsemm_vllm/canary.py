@@ -50,9 +50,9 @@ ATTRIBUTES = {
     "vllm.v1.core.sched.output:NewRequestData": "block_ids lora_request mm_features "
     "num_computed_tokens prefill_token_ids prompt_len prompt_token_ids req_id sampling_params",
     "vllm.v1.core.sched.output:SchedulerOutput": "num_scheduled_tokens total_num_scheduled_tokens",
-    "vllm.v1.core.sched.scheduler:Scheduler": "encoder_cache_manager grammar_compile_error_reqs "
-    "kv_cache_manager max_num_encoder_input_tokens max_num_scheduled_tokens pause_state policy "
-    "requests running",
+    "vllm.v1.core.sched.scheduler:Scheduler": "ec_connector encoder_cache_manager "
+    "grammar_compile_error_reqs kv_cache_manager max_num_encoder_input_tokens "
+    "max_num_scheduled_tokens pause_state policy requests running",
     "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager": "block_pool block_size "
     "req_to_blocks",
     "vllm.v1.engine:EngineCoreOutputs": "scheduler_stats",

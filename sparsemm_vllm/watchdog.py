@@ -48,8 +48,8 @@ class Watchdog:
     def _stuck(scheduler: Any) -> Request | None:
         """A request that could run and does not, though nothing else will change that."""
         requests = scheduler.requests.values()
-        if scheduler.pause_state != PauseState.UNPAUSED:
-            return None
+        if scheduler.pause_state != PauseState.UNPAUSED or scheduler.ec_connector is not None:
+            return None  # somebody resumes it; another instance sends what its encoder makes
         if any(request.num_in_flight_tokens for request in requests):
             return None
         could_run = [request for request in requests if request.status in COULD_RUN]

@@ -1,5 +1,7 @@
 """Single steps of vLLM's scheduler that went wrong before: who is preempted, who waits for ever."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from simulation import Chat, P, Scenario, Simulation, W
@@ -208,6 +210,22 @@ def test_only_idle_steps_one_after_another_count(said):
     steps.step()
     assert len(said) == 1
     assert stuck.request_id in said[0]
+
+
+def test_who_waits_for_another_instances_encoder_is_not_stuck(said):
+    """What it sends may take longer than any number of steps."""
+    steps = Steps()
+    steps.manager.watchdog.patience = 5
+    steps.put(LONG[:60], 1)
+    idle = SimpleNamespace(total_num_scheduled_tokens=0)
+    steps.scheduler.ec_connector = object()
+    for _ in range(20):
+        steps.manager.watchdog.observe(steps.scheduler, idle)
+    assert not said
+    steps.scheduler.ec_connector = None
+    for _ in range(5):
+        steps.manager.watchdog.observe(steps.scheduler, idle)
+    assert len(said) == 1
 
 
 def test_a_paused_engine_ends_nothing():
