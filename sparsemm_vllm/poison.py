@@ -12,20 +12,16 @@ Knows nothing of vLLM. Waits for the device in every step.
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode
 
-NAN_BYTE = 0x7F  # fp8 (e4m3)
-
-
-class PoisonError(RuntimeError):
-    """A request touched a slot that does not belong to it or holds nothing."""
+from sparsemm_vllm.watched_cache import NAN_BYTE, PoisonError, WatchedCache, number_slots
 
 
 @dataclass
@@ -83,7 +79,7 @@ class Poison:
         self._query_start = [0]
         self._positions = np.zeros(0, dtype=np.int64)
         self._is_nan = torch.zeros(L, max_tokens, dtype=torch.bool, device=cache.device)
-        self._slots = _number_slots(cache) if cache.device.type == "cpu" else None
+        self._slots = number_slots(cache) if cache.device.type == "cpu" else None
         self._fill(())
 
     def _fill(self, index: tuple[Any, ...]) -> None:
@@ -288,15 +284,21 @@ class Poison:
         assert self._slots is not None, "kernels on a device cannot be watched"
         if not self._rows:
             return nullcontext()
-        return WatchedCache(self, layer, block_table, self._cache, self._slots)
+        return WatchedCache(
+            partial(self.check_read, layer),
+            partial(self.check_copy, layer),
+            block_table,
+            self._cache,
+            self._slots,
+        )
 
-    def check_read(self, row: int, layer: int, slots: np.ndarray, is_nan: np.ndarray) -> None:
+    def check_read(self, layer: int, row: int, slots: np.ndarray, is_nan: np.ndarray) -> None:
         """Check the slots that a row of the step reads.
 
         Args:
-            row: row of the block table.
             layer: layer that reads.
-            slots: number of each slot, as in `_number_slots`.
+            row: row of the block table.
+            slots: number of each slot, as in `number_slots`.
             is_nan: whether it holds a NaN.
 
         Raises:
@@ -325,7 +327,7 @@ class Poison:
                 what = f"reads {where}, head slot {heads[at]}, slot {tokens[at]} in layer {layer}"
                 self._fail(holder, int(blocks[at]), why, what)
 
-    def check_copy(self, row: int, layer: int, slots: np.ndarray, is_nan: np.ndarray) -> None:
+    def check_copy(self, layer: int, row: int, slots: np.ndarray, is_nan: np.ndarray) -> None:
         """Check the slots that a pruned row's kept tokens are copied to; see `check_read`."""
         holder = self._rows[row]
         _, blocks, heads, tokens = np.unravel_index(slots, self._cache.shape[:4])
@@ -386,99 +388,6 @@ class Poison:
             f"poison_freed: request {holder.request_id}{what and ' ' + what}: block {block} "
             f"(of {owner}, generation {generation}) {why}"
         )
-
-
-class WatchedCache(TorchFunctionMode):
-    """Sees every read and write of the cache that torch code makes in this context.
-
-    A read is an operation on the cache or a view of it whose result is in other memory. Which slots
-    it reads is found by the same operation on the slots' numbers, which have the cache's geometry.
-
-    Args:
-        poison: whoever checks the slots.
-        layer: layer that attends.
-        block_table: the step's.
-        cache: as in `Poison`.
-        slots: number of each slot, from `_number_slots`.
-    """
-
-    def __init__(
-        self,
-        poison: Poison,
-        layer: int,
-        block_table: torch.Tensor,
-        cache: torch.Tensor,
-        slots: torch.Tensor,
-    ) -> None:
-        super().__init__()
-        self._poison = poison
-        self._layer = layer
-        self._table = block_table.untyped_storage().data_ptr()
-        self._memory = cache.untyped_storage().data_ptr()
-        self._width = cache.shape[4]
-        self._slots = slots
-        self._row: int | None = None
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run the operation, and check what it touches."""
-        if not args or not isinstance(args[0], torch.Tensor):
-            return func(*args, **(kwargs or {}))
-        source = args[0]
-        memory = source.untyped_storage().data_ptr()
-        if memory == self._table and func is torch.Tensor.__getitem__ and source.dim() == 2:
-            self._row = args[1][0] if isinstance(args[1], tuple) else args[1]
-        if memory != self._memory:
-            return func(*args, **(kwargs or {}))
-        if func is torch.Tensor.__setitem__:
-            self._check(self._poison.check_copy, source, source[args[1]], args[1])
-            return func(*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() != memory:
-            index = args[1] if func is torch.Tensor.__getitem__ else ()
-            self._check(self._poison.check_read, source, result, index)
-        return result
-
-    def _check(
-        self, check: Callable[..., None], source: torch.Tensor, values: torch.Tensor, index: Any
-    ) -> None:
-        if self._row is None:
-            raise PoisonError("poison_freed: the cache is read without the block table")
-        strides = [stride // self._width for stride in source.stride()[:-1]]
-        offset = source.storage_offset() // self._width
-        slots = self._slots.as_strided(source.shape[:-1], strides, offset)[index]
-        is_nan = _is_nan(values).any(-1)
-        check(self._row, self._layer, slots.flatten().numpy(), is_nan.flatten().numpy())
-
-
-def _is_nan(values: torch.Tensor) -> torch.Tensor:
-    if values.element_size() == 1:
-        return (values.view(torch.uint8) & NAN_BYTE) == NAN_BYTE
-    return values.isnan()
-
-
-def _number_slots(cache: torch.Tensor) -> torch.Tensor:
-    """The number of each slot ``[l, b, h, t]``, counted in this order, where it lies in memory.
-
-    Args:
-        cache: ``[L, B, Hkv, P, 2 * D]``.
-
-    Returns:
-        int64, one-dimensional, a number for every ``2 * D`` elements of the cache's memory, up to
-        its end.
-    """
-    shape, width = cache.shape[:4], cache.shape[4]
-    strides = [stride // width for stride in cache.stride()[:4]]
-    offset = cache.storage_offset() // width
-    end = offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    slots = torch.full((end,), -1, dtype=torch.int64)
-    slots.as_strided(shape, strides, offset).copy_(torch.arange(shape.numel()).view(shape))
-    return slots
 
 
 def block_contents(

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from sparsemm_vllm.knockout import Knockout, attend_without
-from sparsemm_vllm.poison import Holder, Poison, PoisonError, _number_slots, block_contents
+from sparsemm_vllm.poison import Holder, Poison, block_contents
+from sparsemm_vllm.watched_cache import PoisonError, number_slots
 
 L, B, H, P, D, W = 2, 12, 3, 4, 8, 3
 N = 9  # prompt tokens: two blocks and a part of one
@@ -155,7 +156,7 @@ def test_blocks_are_filled_when_they_are_given(dtype: torch.dtype, heads_first: 
 def test_slots_are_numbered_where_they_lie(heads_first: bool) -> None:
     cache = make_cache(heads_first=heads_first)[:, 2:]
     strides = [stride // (2 * D) for stride in cache.stride()[:4]]
-    slots = _number_slots(cache).as_strided(cache.shape[:4], strides, cache.storage_offset() // 16)
+    slots = number_slots(cache).as_strided(cache.shape[:4], strides, cache.storage_offset() // 16)
     assert torch.equal(slots.flatten(), torch.arange(cache[..., 0].numel()))
 
 

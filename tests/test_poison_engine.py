@@ -18,9 +18,10 @@ from vllm.v1.worker.gpu.block_table import BlockTables
 from sparsemm_vllm import cpu_backend
 from sparsemm_vllm.kv_cache import SparseMMManager
 from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.poison import Poison, PoisonError
+from sparsemm_vllm.poison import Poison
 from sparsemm_vllm.triton_kernels import reference, torch_ops, triton_ops
 from sparsemm_vllm.triton_kernels.batch import HeadPages
+from sparsemm_vllm.watched_cache import PoisonError
 
 pytestmark = pytest.mark.engine
 
