@@ -77,6 +77,19 @@ def ask(client: openai.OpenAI, max_tokens: int = 8, **extra_body: Any) -> str | 
     return answer.choices[0].message.content
 
 
+def stream(client: openai.OpenAI, max_tokens: int = 8, **extra_body: Any) -> Iterator[Any]:
+    """The choices of the chunks in which the answer of `ask` comes."""
+    chunks = client.chat.completions.create(
+        model="tiny",
+        messages=messages("what does it say?", data_url(picture(1))),
+        temperature=0,
+        max_tokens=max_tokens,
+        stream=True,
+        extra_body=extra_body,
+    )
+    return (choice for chunk in chunks for choice in chunk.choices)
+
+
 def test_answers_are_repeatable_and_leave_nothing_behind(
     server: Server, client: openai.OpenAI
 ) -> None:
@@ -114,14 +127,7 @@ def test_page_of_a_spawned_engine(server: Server, client: openai.OpenAI) -> None
 
 
 def test_streaming(server: Server, client: openai.OpenAI) -> None:
-    stream = client.chat.completions.create(
-        model="tiny",
-        messages=messages("what does it say?", data_url(picture(1))),
-        temperature=0,
-        max_tokens=8,
-        stream=True,
-    )
-    parts = [choice.delta.content or "" for chunk in stream for choice in chunk.choices]
+    parts = [choice.delta.content or "" for choice in stream(client)]
     assert "".join(parts) == ask(client)
 
 
@@ -130,15 +136,7 @@ def test_pause_and_resume(server: Server, client: openai.OpenAI, mode: str) -> N
     """A request that decodes goes on after the pause, ends before it, or is aborted by it."""
     tokens = 200
     alone = ask(client, tokens, ignore_eos=True)
-    stream = client.chat.completions.create(
-        model="tiny",
-        messages=messages("what does it say?", data_url(picture(1))),
-        temperature=0,
-        max_tokens=tokens,
-        stream=True,
-        extra_body={"ignore_eos": True},
-    )
-    choices = (choice for chunk in stream for choice in chunk.choices)
+    choices = stream(client, tokens, ignore_eos=True)
     parts = [next(choices).delta.content or "" for _ in range(8)]
     answer = httpx.post(f"{server.url}/pause", params={"mode": mode}, timeout=60)
     assert answer.raise_for_status().json() == {"status": "paused"}
