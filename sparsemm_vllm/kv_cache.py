@@ -127,25 +127,30 @@ class SparseMMManager(FullAttentionManager):
 
     def _accept(self, request: Request) -> Accepted:
         """What the request gets, remembered with it; its parameters then say so to the workers."""
-        accepted: Accepted | None = getattr(request, ACCEPTED, None)
-        if accepted is None:
-            accepted = accept(request.sampling_params.extra_args, self.limits)
-            problem = accepted.problem
-            if long := too_long(request.sampling_params):
-                request.sampling_params = without_too_long(request.sampling_params)
-                self.refused[request.request_id] = long
-            if request.resumable:  # its prompt would grow after it was pruned
-                request.resumable = False
-                problem = "streaming input is not served"
-            if problem is not None:
-                self._report(request.request_id, problem)
+        before: Accepted | None = getattr(request, ACCEPTED, None)
+        accepted = before or self._check(request)
         if self.prune_when_free_below is not None and not request.num_preemptions:
-            accepted = replace(accepted, left_dense=False)
-            pruned = accepted.layout(self.layout).is_pruned(request.num_prompt_tokens)
-            whole = pruned and self._has_room_for(request.num_prompt_tokens)
+            layout = replace(accepted, left_dense=False).layout(self.layout)
+            n = request.num_prompt_tokens
+            whole = layout.is_pruned(n) and self._has_room_for(n)
             accepted = replace(accepted, left_dense=whole)
-        setattr(request, ACCEPTED, accepted)
-        request.sampling_params = accepted.send(request.sampling_params)
+        if accepted != before:
+            setattr(request, ACCEPTED, accepted)
+            request.sampling_params = accepted.send(request.sampling_params)
+        return accepted
+
+    def _check(self, request: Request) -> Accepted:
+        """What a request gets that maybe no front end has checked; no worker fails with it."""
+        if problem := too_long(request.sampling_params):
+            request.sampling_params = without_too_long(request.sampling_params)
+            self.refused[request.request_id] = problem
+        accepted = accept(request.sampling_params.extra_args, self.limits)
+        problem = accepted.problem
+        if request.resumable:  # its prompt would grow after it was pruned
+            request.resumable = False
+            problem = "streaming input is not served"
+        if problem is not None:
+            self._report(request.request_id, problem)
         return accepted
 
     def _report(self, request_id: str, problem: str) -> None:

@@ -136,20 +136,21 @@ def _request_check(original: Callable[..., Any]) -> Callable[..., Any]:
     def process_inputs(
         self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if uses_sparsemm(self.vllm_config):
-            if is_resumable(self, request_id, prompt, params, *args, **kwargs):
-                raise VLLMValidationError(
-                    "SPARSEMM does not serve streaming input: it prunes a prompt when the prompt "
-                    "is complete, and a streamed one never is"
-                )
-            extra_args = getattr(params, "extra_args", None) or {}  # pooling: vLLM refuses it
-            if asks_for_us(extra_args):
-                try:
-                    check_request(extra_args, limits_of(self))
-                except RequestError as error:  # HTTP 400: of other errors vLLM makes a 500
-                    raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+        if not uses_sparsemm(self.vllm_config):
+            return original(self, request_id, prompt, params, *args, **kwargs)
+        if is_resumable(self, request_id, prompt, params, *args, **kwargs):
+            raise VLLMValidationError(
+                "SPARSEMM does not serve streaming input: it prunes a prompt when the prompt is "
+                "complete, and a streamed one never is"
+            )
+        extra_args = getattr(params, "extra_args", None) or {}  # pooling: vLLM refuses it
+        if asks_for_us(extra_args):
+            try:
+                check_request(extra_args, limits_of(self))
+            except RequestError as error:  # HTTP 400: of other errors vLLM makes a 500
+                raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
         request = original(self, request_id, prompt, params, *args, **kwargs)
-        if uses_sparsemm(self.vllm_config) and (problem := too_long(request.sampling_params)):
+        if problem := too_long(request.sampling_params):
             raise VLLMValidationError(problem)
         return request
 

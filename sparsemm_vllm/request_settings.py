@@ -22,7 +22,7 @@ from sparsemm_vllm.settings import Settings
 PREFIX = "sparsemm"
 PRUNE, BUDGET = "sparsemm", "sparsemm_budget"
 LEFT_DENSE = "sparsemm_left_dense"  # the scheduler's word to the workers; no request may say it
-SHOWN = 100  # characters of a key that an error repeats
+SHOWN = 100  # characters of a client's key or id that we repeat
 
 _Count = Annotated[int, Field(ge=0, lt=2**31)]
 

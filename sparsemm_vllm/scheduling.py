@@ -73,13 +73,13 @@ def shape_chunk(
 
 
 def order_by_priority(scheduler: Any) -> None:
-    """Put the running requests in the order in which they are preempted last.
+    """Put the running requests in the order of their priorities: the last is preempted first.
 
     With priorities, vLLM preempts the request of the lowest one, wherever it stands. One that was
     scheduled earlier in the same step keeps its hashes of blocks, and of pictures, that no worker
     will compute, and whoever hits them reads what was there before. In this order the victim is the
     last, which was not scheduled yet. Requests that arrived at the same moment are told apart by
-    the smallest difference that a clock can have.
+    the smallest difference that two times can have.
 
     Args:
         scheduler: vLLM's, before it schedules a step.

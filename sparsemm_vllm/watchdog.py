@@ -6,6 +6,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request, RequestStatus
 
+from sparsemm_vllm.request_settings import SHOWN
 from sparsemm_vllm.versions import end_with_error
 
 logger = init_logger("vllm.sparsemm")
@@ -59,7 +60,7 @@ class Watchdog:
     def _describe(self, scheduler: Any, request: Request) -> str:
         pool = scheduler.kv_cache_manager.block_pool
         return (
-            f"SPARSEMM: request {request.request_id[:100]} is ended with an error: nothing was "
+            f"SPARSEMM: request {request.request_id[:SHOWN]} is ended with an error: nothing was "
             f"scheduled in {self.patience:,} steps. It is {request.status.name.lower()}, and "
             f"{request.num_computed_tokens:,} of its {request.num_tokens:,} tokens are computed; "
             f"{pool.get_num_free_blocks():,} of {pool.num_gpu_blocks - 1:,} KV blocks are free, a "

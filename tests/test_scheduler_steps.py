@@ -280,6 +280,7 @@ def test_what_cannot_be_is_served_as_the_server_would(extra_args, monkeypatch):
             {"stop_token_ids": list(range(200)), "min_tokens": 1},
             "stop_token_ids (with min_tokens): 200, at most 128",
         ),
+        ({"logprob_token_ids": list(range(129))}, "logprob_token_ids: 129, at most 128"),
         ({"bad_words": [[1]] * 129}, "bad_words: 129, at most 128"),
         ({"bad_words": [[1] * 2000]}, "bad_words, in tokens: 2,000, at most 1,024"),
     ],
