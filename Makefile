@@ -44,6 +44,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@echo "Installing vLLM $(VLLM), torch and this project into $(VENV): 10 GB, some minutes, the first time."

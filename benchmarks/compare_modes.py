@@ -19,14 +19,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sparsemm_vllm.bundled_model import READER, reader_folder
-from sparsemm_vllm.config_hash import config_hash
+from sparsemm_vllm.budget.config_hash import config_hash
+from sparsemm_vllm.commands.evaluate.run import OFFLINE_ENGINE
 from sparsemm_vllm.data import load_samples
 from sparsemm_vllm.environment import quieten_vllm
-from sparsemm_vllm.evaluate.run import OFFLINE_ENGINE
 from sparsemm_vllm.profiler.engine import check_model, open_engine, prepare_process
 from sparsemm_vllm.profiler.partial import Run
 from sparsemm_vllm.profiler.reliability import spearman
+from sparsemm_vllm.reader import READER, reader_folder
 
 TOP = (2, 5, 10)  # heads
 MODES = ("forced", "free")

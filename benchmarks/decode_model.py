@@ -262,7 +262,7 @@ def layer_tokens(model: Attention, n: int, batch: int, budget: int | None) -> np
     """
     from models.head_scores import concentrated_scores
 
-    from sparsemm_vllm.layout import CacheLayout
+    from sparsemm_vllm.budget.layout import CacheLayout
 
     kept = np.full((model.L, model.Hkv), n + 1)
     if budget is not None:

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from offline.subjects import SUBJECTS
 
-from sparsemm_vllm.evaluate.questions import FIRST_SEED, TASKS
+from sparsemm_vllm.commands.evaluate.questions import FIRST_SEED, TASKS
 
 
 def draw_questions(

@@ -19,8 +19,8 @@ sys.path.append(str(Path(__file__).parent))
 from gpu_parts.records import ROOT
 from models import NAMES, prepare
 
-from sparsemm_vllm.plan import make_plan
-from sparsemm_vllm.profile import load_profile
+from sparsemm_vllm.budget.plan import make_plan
+from sparsemm_vllm.budget.profile import load_profile
 
 RESULT = ROOT / "benchmarks" / "results" / "kv-accounting.json"
 LENGTHS = (3072, 4096, 8192, 16384, 32768)

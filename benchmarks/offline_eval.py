@@ -30,9 +30,9 @@ from rich.console import Console
 from tiny_vlm.memory import keep_freed_memory
 from tiny_vlm.visual_scores import concentration, rank_correlation
 
-from sparsemm_vllm.config_hash import config_hash
-from sparsemm_vllm.evaluate.metrics import Marks
-from sparsemm_vllm.profile import HeadProfile, load_profile, save_profile
+from sparsemm_vllm.budget.config_hash import config_hash
+from sparsemm_vllm.budget.profile import HeadProfile, load_profile, save_profile
+from sparsemm_vllm.commands.evaluate.metrics import Marks
 
 RESULTS = ROOT / "benchmarks" / "results"
 WINDOW = 16
@@ -96,7 +96,7 @@ def causal(
         num_kv_heads=text.num_key_value_heads,
         config_hash=config_hash(model.model.config),
         mode="causal",
-        data="sparsemm_vllm.pictures",
+        data="sparsemm_vllm.data.pictures",
         samples=rises.shape[-1],
         seed=FIRST,
         split_half=rank_correlation(*halves),

@@ -21,9 +21,9 @@ from kernel_report import Gpu
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from sparsemm_vllm import warm_up as serving
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.step import Heads, PrunedCache, SparseState
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.engine.worker import warm_up as serving
+from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
 
 MULTIPROCESSORS = 132  # of an H100 and of an H200

@@ -48,9 +48,9 @@ from speed.scenarios import Chats, Load, Plan, Scenario, write_requests
 from speed.side_by_side import beside
 from speed.variants import FOUR, VARIANTS, add_option, served_here
 
-from sparsemm_vllm.bundled_model import READER, reader_folder
+from sparsemm_vllm.commands.server import Server, ServerError
 from sparsemm_vllm.environment import has_gpu, use_cpu
-from sparsemm_vllm.server import Server, ServerError
+from sparsemm_vllm.reader import READER, reader_folder
 
 WORK = ROOT / ".cache" / "serving"
 ON_CPU = "mean nothing: a CPU, Triton is interpreted, attention is torch; blocks and requests count"

@@ -26,8 +26,8 @@ import psutil
 import typer
 from rich.console import Console
 
-from sparsemm_vllm.client import data_url, metric
-from sparsemm_vllm.pictures import EVAL_SEEDS, Sample, make_sample
+from sparsemm_vllm.commands.client import data_url, metric
+from sparsemm_vllm.data.pictures import EVAL_SEEDS, Sample, make_sample
 
 PROBE_EVERY = 20  # requests
 WARM_UP = 0.25  # share of the requests after which memory is measured first

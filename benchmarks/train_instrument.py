@@ -44,9 +44,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from sparsemm_vllm.config_hash import config_hash
-from sparsemm_vllm.evaluate.metrics import Marks
-from sparsemm_vllm.pictures import (
+from sparsemm_vllm.budget.config_hash import config_hash
+from sparsemm_vllm.budget.profile import HeadProfile, save_profile
+from sparsemm_vllm.commands.evaluate.metrics import Marks
+from sparsemm_vllm.data.pictures import (
     CLUTTERED_SIZE,
     TRAIN_SEEDS,
     Page,
@@ -54,7 +55,6 @@ from sparsemm_vllm.pictures import (
     query_sample,
     read_sample,
 )
-from sparsemm_vllm.profile import HeadProfile, save_profile
 
 INSTRUMENT = SUBJECTS["instrument"]
 READER = SUBJECTS["reader"].folder

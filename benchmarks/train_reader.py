@@ -5,8 +5,8 @@
     python benchmarks/train_reader.py eval       # words exactly right on held-out pictures
 
 The reader is a LLaVA model (CLIP vision tower, Llama language model) trained from scratch on the
-pictures of ``sparsemm_vllm.pictures``. Three things make it learn on one CPU core in less than an
-hour and a half:
+pictures of ``sparsemm_vllm.data.pictures``. Three things make it learn on one CPU core in less than
+an hour and a half:
 
 * an auxiliary loss: the language model's own logits at the image tokens must name the glyph that
   the token's patch shows (a blank patch says "space", with a small weight);
@@ -41,8 +41,8 @@ from tiny_vlm.vocabulary import BOS, EOS, IMAGE, PAD, USER, VOCAB
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from sparsemm_vllm.evaluate.metrics import Marks
-from sparsemm_vllm.pictures import (
+from sparsemm_vllm.commands.evaluate.metrics import Marks
+from sparsemm_vllm.data.pictures import (
     EVAL_SEEDS,
     PICTURE_SIZE,
     TRAIN_SEEDS,

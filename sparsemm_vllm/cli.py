@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from sparsemm_vllm.commands.serve import exec_serve
 from sparsemm_vllm.environment import has_gpu
-from sparsemm_vllm.serve import exec_serve
 
 app = typer.Typer(
     add_completion=False,
@@ -49,7 +49,7 @@ def demo(
 ) -> None:
     """Let the bundled model read a new picture from a pruned KV cache, and show what was kept."""
     with _one_line_errors("demo"):
-        from sparsemm_vllm.demo import run_demo
+        from sparsemm_vllm.commands.demo import run_demo
 
         code = run_demo(out, seed, budget)
     raise typer.Exit(code)
@@ -57,13 +57,13 @@ def demo(
 
 def _user_errors() -> tuple[type[Exception], ...]:
     """Errors of the user's making."""
+    from sparsemm_vllm.budget.plan import PlanError
+    from sparsemm_vllm.budget.profile import ProfileError
+    from sparsemm_vllm.budget.settings import SettingsError
+    from sparsemm_vllm.commands.evaluate.errors import EvalError
+    from sparsemm_vllm.commands.figures import PictureError
     from sparsemm_vllm.data import DataError
-    from sparsemm_vllm.evaluate.errors import EvalError
-    from sparsemm_vllm.plan import PlanError
-    from sparsemm_vllm.profile import ProfileError
     from sparsemm_vllm.profiler import ProfilerError
-    from sparsemm_vllm.settings import SettingsError
-    from sparsemm_vllm.show import PictureError
 
     return (
         DataError,
@@ -117,7 +117,8 @@ def import_scores(
 ) -> None:
     """Make a head profile of scores in the format that SparseMM's authors publish."""
     with _one_line_errors("import-scores"):
-        from sparsemm_vllm import import_scores, profile
+        from sparsemm_vllm.budget import profile
+        from sparsemm_vllm.commands import import_scores
 
         imported = import_scores.import_scores(file, model_id, kv_heads)
         if out.is_dir():
@@ -161,7 +162,7 @@ def profile(
 ) -> None:
     """Measure which heads of a model look at what it reads: a head profile."""
     with _one_line_errors("profile"):
-        from sparsemm_vllm.profiler.command import run_profile
+        from sparsemm_vllm.commands.profile import run_profile
 
         code = run_profile(
             model, out, samples, data, mode, seed, resume, force, context.args, Console()
@@ -194,9 +195,9 @@ def plan(
 ) -> None:
     """Say how much KV cache a request will hold, and how many requests fit."""
     with _one_line_errors("plan"):
-        from sparsemm_vllm import plan
-        from sparsemm_vllm.plan_table import print_plan
-        from sparsemm_vllm.profile import load_profile
+        from sparsemm_vllm.budget import plan
+        from sparsemm_vllm.budget.profile import load_profile
+        from sparsemm_vllm.commands.plan import print_plan
 
         made = plan.make_plan(
             load_profile(profile),
@@ -229,8 +230,8 @@ def show(
 ) -> None:
     """Show a head profile: its scores, how concentrated they are, and each head's budget."""
     with _one_line_errors("show"):
-        from sparsemm_vllm import show
-        from sparsemm_vllm.profile import load_profile
+        from sparsemm_vllm.budget.profile import load_profile
+        from sparsemm_vllm.commands import show
 
         loaded = load_profile(profile)
         allocation = {"method": method, "redistribute": redistribute}
@@ -290,7 +291,7 @@ def evaluate(
 ) -> None:
     """Measure what a model still reads under each method and budget, in the real engine."""
     with _one_line_errors("eval"):
-        from sparsemm_vllm.evaluate.command import (
+        from sparsemm_vllm.commands.evaluate.command import (
             Evaluation,
             run_eval,
             split_numbers,
@@ -338,7 +339,7 @@ def look(
 ) -> None:
     """Ask about a picture, and show where visual heads looked and what the pruned cache kept."""
     with _one_line_errors("look"):
-        from sparsemm_vllm.look.command import run_look
+        from sparsemm_vllm.commands.look.command import run_look
 
         settings = {"profile": profile, "budget": budget, "window": window}
         run_look(model, image, question, out, settings, max_tokens, context.args, Console())
@@ -372,21 +373,22 @@ def check(
     console = Console()
 
     def list_differences() -> int:
-        from sparsemm_vllm import canary
+        from sparsemm_vllm.commands.check import differences as canary
 
         return canary.print_findings(canary.check(), console, everything)
 
     if record is not None:
         with _one_line_errors("check"):
-            from sparsemm_vllm import contract, patches
+            from sparsemm_vllm.engine.vllm_api import contract
+            from sparsemm_vllm.engine.vllm_api.hooks import HOOKS
 
-            contract.record(patches.every_wrap()).save(record)
+            contract.record(HOOKS).save(record)
         console.print(f"saved {record}", highlight=False, markup=False, soft_wrap=True)
         return
     if not run:
         raise typer.Exit(list_differences())
     with _one_line_errors("check"):
-        from sparsemm_vllm.check_run.parent import CheckRun, check_folder, run_check
+        from sparsemm_vllm.commands.check.parent import CheckRun, check_folder, run_check
 
         if result is not None:
             check_folder(result)

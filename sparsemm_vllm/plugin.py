@@ -1,24 +1,19 @@
 """vLLM's entry points. Loaded in every process of every vLLM, so they do next to nothing.
 
-What `SPARSEMM` needs inside vLLM (`patches.py`) is installed where it is asked for: by
+What `SPARSEMM` needs inside vLLM (`engine/patches.py`) is installed where it is asked for: by
 `EngineArgs.create_engine_config` in the process that builds the configuration, and in spawned ones
-by unpickling that configuration.
+by unpickling that configuration. Imports inside functions are for start-up time: every `vllm`
+command pays for what this module imports.
 """
 
 import functools
-import json
 import logging
-import sys
 from collections.abc import Callable
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
+from sparsemm_vllm.engine.frontend.asked import asks_for_us, named_on_the_command_line
 from sparsemm_vllm.environment import uses_cpu
-
-NAME = "SPARSEMM"
-CUDA_BACKEND = "sparsemm_vllm.cuda_backend.SparseMMBackend"
-CPU_BACKEND = "sparsemm_vllm.cpu_backend.SparseMMBackend"
+from sparsemm_vllm.names import CPU_BACKEND, CPU_PLATFORM, CUDA_BACKEND, KEY, NAME
 
 NO_GPU = (
     "SPARSEMM: no GPU was found. On the CPU, start the server with\n\n"
@@ -41,7 +36,7 @@ def platform() -> str | None:
 
     if cpu_platform_plugin() is not None:  # a CPU build of vLLM: refused when SPARSEMM is asked for
         return None
-    return "sparsemm_vllm.cpu_platform.SparseMMCpuPlatform"
+    return CPU_PLATFORM
 
 
 def register() -> None:
@@ -49,10 +44,10 @@ def register() -> None:
 
     Does nothing but warn in a vLLM that is not supported, which must work without SPARSEMM.
     """
-    from sparsemm_vllm.patches import version_problem
+    from sparsemm_vllm.engine.vllm_api.compatibility import version_problem
 
     if problem := version_problem():
-        if _named_on_the_command_line():
+        if named_on_the_command_line():
             raise SystemExit(f"SPARSEMM: {problem}")
         logging.getLogger("vllm").warning("SPARSEMM is not available: %s", problem)
         return
@@ -60,7 +55,7 @@ def register() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    if not current_platform.device_type and _named_on_the_command_line():
+    if not current_platform.device_type and named_on_the_command_line():
         raise SystemExit(NO_GPU)
     if NAME in AttentionBackendEnum.__members__:
         return
@@ -69,65 +64,7 @@ def register() -> None:
 
     from vllm.engine.arg_utils import EngineArgs
 
-    EngineArgs.create_engine_config = _install_if_asked(EngineArgs.create_engine_config)
-
-
-def _named_on_the_command_line() -> bool:
-    return named_in(sys.argv[1:])
-
-
-def named_in(arguments: list[str]) -> bool:
-    """Whether a command line of vLLM's asks for the backend, or its configuration file does.
-
-    A model or a path whose name is like ours does not. What is missed, such as a shortened option,
-    gets an error of vLLM's own later.
-
-    Args:
-        arguments: words after the program's name.
-    """
-    words = [*arguments, *_words_of_config_file(arguments)]
-    return any(_names_us(word, following) for word, following in pairwise([*words, ""]))
-
-
-def _names_us(word: str, following: str) -> bool:
-    """Whether a word, with the next one as its value if it has none, is an option that names us."""
-    option, has_value, value = word.partition("=")
-    name, *keys = option.split(".")
-    name = name.replace("_", "-")
-    value = value if has_value else following
-    if name == "--attention-backend":
-        return value.upper() == NAME
-    if name not in ("--attention-config", "-ac"):
-        return False
-    try:
-        asked = json.loads(value)
-    except ValueError:  # a word
-        asked = value
-    for key in reversed(keys):
-        asked = {key: asked}
-    backends = asked if isinstance(asked, dict) else {}
-    per_kind = backends.get("backend_per_kind")
-    named = [backends.get("backend"), *(per_kind.values() if isinstance(per_kind, dict) else ())]
-    return any(str(backend).upper() == NAME for backend in named)
-
-
-def _words_of_config_file(arguments: list[str]) -> list[str]:
-    """The options of the file behind `--config`, if it is one that vLLM would read."""
-    import yaml
-
-    if "--config" not in arguments[:-1]:
-        return []
-    file = Path(arguments[arguments.index("--config") + 1])
-    if file.suffix not in (".yaml", ".yml"):
-        return []
-    try:
-        options = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
-    except (OSError, ValueError, yaml.YAMLError):  # vLLM says what is wrong with it
-        return []
-    words = []
-    for key, value in options.items() if isinstance(options, dict) else ():
-        words += [f"--{key}", value if isinstance(value, str) else json.dumps(value, default=str)]
-    return words
+    EngineArgs.create_engine_config = _prepare_if_asked(EngineArgs.create_engine_config)
 
 
 def _pickle_by_name(enum: Any) -> None:
@@ -145,38 +82,42 @@ def backend_member() -> Any:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     register()
-    _install()
+    install()
     return AttentionBackendEnum[NAME]
 
 
-def _install() -> None:
-    from sparsemm_vllm import patches
+def install() -> None:
+    """Install in vLLM what SPARSEMM needs there, in this process. Idempotent.
+
+    Raises:
+        IncompatibleError: listing everything that SPARSEMM would fail with in this vLLM.
+    """
+    from sparsemm_vllm.engine.vllm_api.compatibility import require_compatible
+
+    require_compatible()  # before the import, which may fail in any way
+    from sparsemm_vllm.engine import patches
 
     patches.install()
 
 
-def _install_if_asked(create: Callable[..., Any]) -> Callable[..., Any]:
+def _prepare_if_asked(create: Callable[..., Any]) -> Callable[..., Any]:
+    """`EngineArgs.create_engine_config`: what asks for us is checked, completed and installed."""
+
     @functools.wraps(create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _asks_for_us(self):
-            if isinstance(self.additional_config, dict) and "sparsemm" in self.additional_config:
+        if not asks_for_us(self):
+            if isinstance(self.additional_config, dict) and KEY in self.additional_config:
                 logging.getLogger("vllm").warning(NOT_ASKED_FOR)
             return create(self, *args, **kwargs)
         from vllm.platforms import current_platform
 
         if not current_platform.device_type:
             raise RuntimeError(NO_GPU)
-        _install()
-        from sparsemm_vllm.support import prepare_config
+        install()
+        from sparsemm_vllm.engine.frontend.startup import prepare_config
 
         vllm_config = create(self, *args, **kwargs)
         prepare_config(vllm_config, self)
         return vllm_config
 
     return create_engine_config
-
-
-def _asks_for_us(engine_args: Any) -> bool:
-    asked = [engine_args.attention_backend, engine_args.attention_config.backend]
-    asked += (engine_args.attention_config.backend_per_kind or {}).values()
-    return any(str(getattr(backend, "name", backend)).upper() == NAME for backend in asked)

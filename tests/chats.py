@@ -11,10 +11,11 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
-from sparsemm_vllm.kv_cache import SparseMMManager, SparseMMSpec
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.request_settings import received
-from sparsemm_vllm.scheduling import shape_chunk
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.request import received
+from sparsemm_vllm.engine.scheduler.chunks import shape_chunk
+from sparsemm_vllm.engine.scheduler.manager import SparseMMManager
+from sparsemm_vllm.engine.spec import SparseMMSpec
 
 P, W, BASE = 4, 3, 5
 FIRST_PRUNED = W + BASE

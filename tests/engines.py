@@ -9,13 +9,13 @@ import numpy as np
 from tiny import skewed_profile
 from vllm.distributed import parallel_state
 
-from sparsemm_vllm.check_run import engine as check_run
-from sparsemm_vllm.check_run.engine import Answer
-from sparsemm_vllm.check_run.engine import ask as ask
-from sparsemm_vllm.kv_cache import SparseMMManager
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.recording import load_kept
-from sparsemm_vllm.step import SparseState
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.commands.check import engine as check_run
+from sparsemm_vllm.commands.check.engine import Answer
+from sparsemm_vllm.commands.check.engine import ask as ask
+from sparsemm_vllm.engine.scheduler.manager import SparseMMManager
+from sparsemm_vllm.engine.worker.probes.kept import load_kept
+from sparsemm_vllm.engine.worker.state import SparseState
 
 BLOCK = 16
 WINDOW = 8

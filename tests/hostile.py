@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import picture
 
-from sparsemm_vllm.client import metric
-from sparsemm_vllm.server import HOST, Server
+from sparsemm_vllm.commands.client import metric
+from sparsemm_vllm.commands.server import HOST, Server
 
 TEXT = "a prompt without a picture that is much longer than what is kept of it"
 MAX_MODEL_LEN = 512

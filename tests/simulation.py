@@ -36,13 +36,14 @@ from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from sparsemm_vllm import patches
-from sparsemm_vllm.kv_cache import SparseMMManager, SparseMMSpec
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.request_settings import RequestLimits, received
-from sparsemm_vllm.request_stats import Outcome
-from sparsemm_vllm.settings import Settings
-from sparsemm_vllm.support import build_layout, pruned_layers
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.request import RequestLimits, received
+from sparsemm_vllm.budget.settings import Settings
+from sparsemm_vllm.engine import patches
+from sparsemm_vllm.engine.config import build_layout, pruned_layers
+from sparsemm_vllm.engine.scheduler.manager import SparseMMManager
+from sparsemm_vllm.engine.scheduler.stats import Outcome
+from sparsemm_vllm.engine.spec import SparseMMSpec
 
 W, BASE, P = 8, 16, 16
 MAX_LEN, MAX_SEQS, STEP_TOKENS, DRAFTS = 400, 24, 120, 3

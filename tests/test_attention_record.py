@@ -5,7 +5,7 @@ import pytest
 import torch
 from kernel_cases import DEVICE
 
-from sparsemm_vllm.attention_record import AttentionRecorder
+from sparsemm_vllm.engine.worker.probes.attention import AttentionRecorder
 from sparsemm_vllm.triton_kernels.batch import QueryTiles
 
 L, HQ, ROWS = 2, 6, 50

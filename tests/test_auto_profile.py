@@ -17,13 +17,14 @@ import pytest
 from tiny import make_llava, skewed_profile
 from transformers import AutoConfig, AutoProcessor
 
-from sparsemm_vllm import auto_profile, environment, profile_cache
-from sparsemm_vllm.auto_profile import last_lines, profile_command, run_profiler
-from sparsemm_vllm.bundled_model import reader_folder
-from sparsemm_vllm.config_hash import config_hash
-from sparsemm_vllm.profile import HeadProfile, ProfileError, save_profile
+from sparsemm_vllm import environment
+from sparsemm_vllm.budget.config_hash import config_hash
+from sparsemm_vllm.budget.profile import HeadProfile, ProfileError, save_profile
+from sparsemm_vllm.commands.server import free_port
+from sparsemm_vllm.engine.frontend import auto_profile, profile_cache
+from sparsemm_vllm.engine.frontend.auto_profile import last_lines, profile_command, run_profiler
 from sparsemm_vllm.profiler.engine import check_model, open_engine
-from sparsemm_vllm.server import free_port
+from sparsemm_vllm.reader import reader_folder
 
 # Stands for `sparsemm profile`: writes the profile beside it, and a line for each time it runs.
 STAND_IN = """#!{python}

@@ -16,8 +16,8 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import models
 from models.head_scores import CONCENTRATION, concentrated_scores, top_mass
 
-from sparsemm_vllm.config_hash import config_hash
-from sparsemm_vllm.profile import load_profile
+from sparsemm_vllm.budget.config_hash import config_hash
+from sparsemm_vllm.budget.profile import load_profile
 
 LLAVA = {"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": 32000, "<pad>": 32001}
 QWEN = {

@@ -18,9 +18,9 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import models
 from models.head_scores import synthetic_profile
 
-from sparsemm_vllm.recording import load_kept
-from sparsemm_vllm.settings import Settings
-from sparsemm_vllm.support import build_layout
+from sparsemm_vllm.budget.settings import Settings
+from sparsemm_vllm.engine.config import build_layout
+from sparsemm_vllm.engine.worker.probes.kept import load_kept
 
 pytestmark = pytest.mark.engine
 

@@ -10,12 +10,12 @@ from test_refusals import refused
 from tiny import KV_HEADS, picture, skewed_profile
 from vllm.v1.attention.backends import flash_attn
 
-from sparsemm_vllm.check_run.oracle import Oracle
-from sparsemm_vllm.cpu_backend import SparseMMBackend as CpuBackend
-from sparsemm_vllm.cuda_backend import SparseMMBackend as CudaBackend
-from sparsemm_vllm.kv_cache import SparseMMSpec
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.support import UnsupportedError
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.commands.check.oracle import Oracle
+from sparsemm_vllm.engine.attention.cuda import SparseMMBackend as CudaBackend
+from sparsemm_vllm.engine.config import UnsupportedError
+from sparsemm_vllm.engine.cpu.attention import SparseMMBackend as CpuBackend
+from sparsemm_vllm.engine.spec import SparseMMSpec
 
 BUDGET = 40  # of prompts of 98 and 178 tokens
 TOKENS = 20

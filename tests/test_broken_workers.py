@@ -19,7 +19,7 @@ from hostile import (
     wait_until_idle,
 )
 
-from sparsemm_vllm.server import Server
+from sparsemm_vllm.commands.server import Server
 
 pytestmark = pytest.mark.engine
 

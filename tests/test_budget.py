@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsemm_vllm.budget import head_capacities
-from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.budget.capacities import head_capacities
+from sparsemm_vllm.budget.layout import CacheLayout
 
 TABLES = [
     (budget, rho, group)

@@ -10,11 +10,11 @@ from kernel_cases import DEVICE
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import init_none_hash
 
-from sparsemm_vllm import layout as layout_module
-from sparsemm_vllm import patches
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.request_settings import RequestLimits, accept
-from sparsemm_vllm.step import Heads, PrunedCache, SparseState
+from sparsemm_vllm.budget import layout as layout_module
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.request import RequestLimits, accept
+from sparsemm_vllm.engine import patches
+from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
 
 SERVER = CacheLayout.from_scores(
     SCORES, 2, W + BASE, W, rho=0.0, redistribute=True, largest_budget=40

@@ -85,7 +85,7 @@ def test_the_profiling_cache_is_released(
 
 
 def test_other_models_of_the_process_are_left_alone() -> None:
-    from sparsemm_vllm.patches import _graph_memory
+    from sparsemm_vllm.engine.patches import _graph_memory
 
     dense = SimpleNamespace(model_state=object())
     assert _graph_memory(lambda runner, *rest: (runner, rest))(dense, 3) == (dense, (3,))

@@ -7,9 +7,10 @@ from typer.testing import CliRunner
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
-from sparsemm_vllm import canary, patches
-from sparsemm_vllm.canary import Finding, _missing_attribute, check
 from sparsemm_vllm.cli import app
+from sparsemm_vllm.commands.check import differences as canary
+from sparsemm_vllm.commands.check.differences import Finding, _missing_attribute, check
+from sparsemm_vllm.engine import patches
 
 
 def run(*arguments: str) -> tuple[int, str]:

@@ -17,9 +17,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from sparsemm_vllm import patches
-from sparsemm_vllm.check_run import child, parent
-from sparsemm_vllm.check_run.cases import (
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.cli import app
+from sparsemm_vllm.commands.check import child, parent
+from sparsemm_vllm.commands.check.cases import (
     BUDGET,
     CASES,
     MAX_TOKENS,
@@ -30,15 +31,14 @@ from sparsemm_vllm.check_run.cases import (
     expected_blocks,
     names,
 )
-from sparsemm_vllm.check_run.engine import Answer, Engine
-from sparsemm_vllm.check_run.judge import TOLERANCES, Reference, References, compare, judge
-from sparsemm_vllm.check_run.model import KV_HEADS, make_llava, skewed_profile
-from sparsemm_vllm.check_run.parent import END, CheckRun, run_check
-from sparsemm_vllm.check_run.results import Line, Results, Row
-from sparsemm_vllm.cli import app
+from sparsemm_vllm.commands.check.engine import Answer, Engine
+from sparsemm_vllm.commands.check.judge import TOLERANCES, Reference, References, compare, judge
+from sparsemm_vllm.commands.check.model import KV_HEADS, make_llava, skewed_profile
+from sparsemm_vllm.commands.check.parent import END, CheckRun, run_check
+from sparsemm_vllm.commands.check.results import Line, Results, Row
+from sparsemm_vllm.engine import patches
+from sparsemm_vllm.engine.scheduler.manager import SparseMMManager
 from sparsemm_vllm.environment import has_gpu
-from sparsemm_vllm.kv_cache import SparseMMManager
-from sparsemm_vllm.layout import CacheLayout
 
 SPARSEMM = Path(sys.executable).parent / "sparsemm"
 EXACT = TOLERANCES["cpu", "float32"]

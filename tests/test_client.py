@@ -6,7 +6,7 @@ from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from tiny import picture
 
-from sparsemm_vllm.client import data_url, metric, samples
+from sparsemm_vllm.commands.client import data_url, metric, samples
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import compatibility
 from report import with_tables
 
-from sparsemm_vllm import contract
+from sparsemm_vllm.engine.vllm_api import contract
 
 ROOT = Path(__file__).parents[1]
 VERSIONS = {"vllm": "0.33.0", "torch": "2.14.0", "triton": "3.8.0", "transformers": "5.20.2",

@@ -17,11 +17,19 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
-from sparsemm_vllm import contract, patches, sources
 from sparsemm_vllm.cli import app
-from sparsemm_vllm.contract import NO_SIGNATURE, OVERRIDES, Contract, compare, nearest, recorded
-from sparsemm_vllm.patches import Wrap
-from sparsemm_vllm.signatures import from_text
+from sparsemm_vllm.engine import patches
+from sparsemm_vllm.engine.vllm_api import contract, sources
+from sparsemm_vllm.engine.vllm_api.contract import (
+    NO_SIGNATURE,
+    OVERRIDES,
+    Contract,
+    compare,
+    nearest,
+    recorded,
+)
+from sparsemm_vllm.engine.vllm_api.hooks import Wrap
+from sparsemm_vllm.engine.vllm_api.signatures import from_text
 
 ROOT = Path(__file__).parents[1]
 METHODS = FunctionType, classmethod, staticmethod, property

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from sparsemm_vllm import contract, cpu_runner, environment
+from sparsemm_vllm import environment
+from sparsemm_vllm.engine.cpu import model_runner as cpu_runner
+from sparsemm_vllm.engine.vllm_api import contract
 
 if environment.has_gpu():
     pytest.skip("the interpreter is for machines without a GPU", allow_module_level=True)

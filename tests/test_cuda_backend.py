@@ -12,11 +12,16 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from sparsemm_vllm import cuda_backend
-from sparsemm_vllm.cuda_backend import SparseMMBackend, SparseMMImpl, SparseMMMetadataBuilder
-from sparsemm_vllm.kv_cache import SparseMMSpec
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.step import Heads, PrunedCache, SparseState, Step, capture_step, plan_step
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.engine.attention import cuda as cuda_backend
+from sparsemm_vllm.engine.attention.cuda import (
+    SparseMMBackend,
+    SparseMMImpl,
+    SparseMMMetadataBuilder,
+)
+from sparsemm_vllm.engine.spec import SparseMMSpec
+from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
+from sparsemm_vllm.engine.worker.step import Step, capture_step, plan_step
 from sparsemm_vllm.triton_kernels import reference, torch_ops, triton_ops
 
 L, HKV, G, D, P, WINDOW = 2, 2, 2, 16, 8, 4

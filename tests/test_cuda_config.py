@@ -22,11 +22,12 @@ from vllm.v1.attention.backends.utils import (
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, get_kv_quant_mode
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from sparsemm_vllm import cuda_backend
-from sparsemm_vllm.cuda_backend import SparseMMBackend, SparseMMMetadataBuilder
-from sparsemm_vllm.kv_cache import SparseMMSpec
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.step import Heads, PrunedCache, SparseState, plan_step
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.engine.attention import cuda as cuda_backend
+from sparsemm_vllm.engine.attention.cuda import SparseMMBackend, SparseMMMetadataBuilder
+from sparsemm_vllm.engine.spec import SparseMMSpec
+from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
+from sparsemm_vllm.engine.worker.step import plan_step
 
 P, WINDOW = 16, 8
 LAYOUT = CacheLayout.from_scores(skewed_profile().tensor(), KV_HEADS, 40, WINDOW)

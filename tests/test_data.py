@@ -11,7 +11,7 @@ from PIL import Image
 
 from sparsemm_vllm.data import DataError, load_samples
 from sparsemm_vllm.data.bundled import MAX_WORDS, bundled_samples
-from sparsemm_vllm.pictures import PICTURE_SIZE, PROFILE_SEEDS, make_sample
+from sparsemm_vllm.data.pictures import PICTURE_SIZE, PROFILE_SEEDS, make_sample
 
 WIDTH, HEIGHT = 100, 80
 PAGE = [("some words", (10, 20, 40, 30)), ("12.50", (50, 20, 80, 30)), ("end", (10, 60, 99, 80))]

@@ -79,7 +79,7 @@ def test_bfloat16_budget_that_covers_the_prompt_is_dense(model: Path) -> None:
 def test_pruned_answers_equal_transformers(query_heads: int, kv_heads: int, tmp_path: Path) -> None:
     from tiny import skewed_profile
 
-    from sparsemm_vllm.check_run.oracle import Oracle
+    from sparsemm_vllm.commands.check.oracle import Oracle
 
     model = make_llava(tmp_path / "model", query_heads, kv_heads)
     profile = skewed_profile(query_heads=query_heads, kv_heads=kv_heads).model_dump(mode="json")

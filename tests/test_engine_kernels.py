@@ -20,7 +20,7 @@ from engines import (
     settings,
 )
 
-from sparsemm_vllm import step
+from sparsemm_vllm.engine.worker import state as step
 from sparsemm_vllm.triton_kernels import triton_ops
 from sparsemm_vllm.triton_kernels.batch import QUERIES
 

@@ -19,9 +19,9 @@ from engines import (
 )
 from tiny import KV_HEADS, picture, skewed_profile
 
-from sparsemm_vllm.check_run.oracle import Oracle
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.step import choose_ops
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.commands.check.oracle import Oracle
+from sparsemm_vllm.engine.worker.state import choose_ops
 from sparsemm_vllm.triton_kernels import triton_ops
 
 pytestmark = pytest.mark.engine

@@ -20,8 +20,8 @@ from engines import (
 from tiny import picture
 from vllm.exceptions import VLLMValidationError
 
-from sparsemm_vllm.check_run.oracle import Oracle
-from sparsemm_vllm.request_stats import Outcome
+from sparsemm_vllm.commands.check.oracle import Oracle
+from sparsemm_vllm.engine.scheduler.stats import Outcome
 
 pytestmark = pytest.mark.engine
 

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sparsemm_vllm.cli import app
-from sparsemm_vllm.evaluate.engine import Result
+from sparsemm_vllm.commands.evaluate.engine import Result
 
 READER = "sparsemm-reader"
 

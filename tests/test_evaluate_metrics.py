@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsemm_vllm.evaluate.metrics import (
+from sparsemm_vllm.commands.evaluate.metrics import (
     DRAWS,
     Marks,
     anls,

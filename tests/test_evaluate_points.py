@@ -6,12 +6,12 @@ import pytest
 from PIL import Image
 from tiny import picture, skewed_profile
 
+from sparsemm_vllm.budget.settings import SettingsError
+from sparsemm_vllm.commands.evaluate.errors import EvalError
+from sparsemm_vllm.commands.evaluate.points import Point, mask_points, method_points, parse_share
+from sparsemm_vllm.commands.evaluate.questions import hash_questions, load_questions
 from sparsemm_vllm.data import DataError
-from sparsemm_vllm.evaluate.errors import EvalError
-from sparsemm_vllm.evaluate.points import Point, mask_points, method_points, parse_share
-from sparsemm_vllm.evaluate.questions import hash_questions, load_questions
-from sparsemm_vllm.pictures import EVAL_SEEDS, make_sample
-from sparsemm_vllm.settings import SettingsError
+from sparsemm_vllm.data.pictures import EVAL_SEEDS, make_sample
 
 
 def test_methods_by_budget() -> None:

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from sparsemm_vllm.evaluate.engine import Result, TaskResult
-from sparsemm_vllm.evaluate.errors import EvalError
-from sparsemm_vllm.evaluate.figure import draw_records
-from sparsemm_vllm.evaluate.folder import EvalFolder
-from sparsemm_vllm.evaluate.points import Point
-from sparsemm_vllm.evaluate.records import (
+from sparsemm_vllm.commands.evaluate.engine import Result, TaskResult
+from sparsemm_vllm.commands.evaluate.errors import EvalError
+from sparsemm_vllm.commands.evaluate.figure import draw_records
+from sparsemm_vllm.commands.evaluate.folder import EvalFolder
+from sparsemm_vllm.commands.evaluate.points import Point
+from sparsemm_vllm.commands.evaluate.records import (
     Record,
     ablation,
     bytes_that_keep,
@@ -19,7 +19,7 @@ from sparsemm_vllm.evaluate.records import (
     dense_record,
     make_records,
 )
-from sparsemm_vllm.evaluate.report import print_records, save_json
+from sparsemm_vllm.commands.evaluate.report import print_records, save_json
 
 TRUTHS = {"ocr": [f"AB{i} CD{i} EF{i} GH{i}" for i in range(40)]}
 HELD = {None: 16_000, 32: 4_000, 64: 8_000}

@@ -10,8 +10,8 @@ import torch
 from engines import BLOCK, WINDOW, Engine, assert_same_kept, settings, share_expert_group
 from tiny import LAYERS, make_qwen3_vl_moe, picture
 
-from sparsemm_vllm.check_run.oracle import Oracle
-from sparsemm_vllm.recording import load_kept
+from sparsemm_vllm.commands.check.oracle import Oracle
+from sparsemm_vllm.engine.worker.probes.kept import load_kept
 
 pytestmark = pytest.mark.engine
 
@@ -112,7 +112,7 @@ def test_routed_experts(engine: Engine, model: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_experts_with_another_activation_are_refused_on_the_cpu() -> None:
-    from sparsemm_vllm.cpu_platform import define_operators
+    from sparsemm_vllm.engine.cpu.platform import define_operators
 
     define_operators()
     x, w13, w2 = torch.ones(1, 4), torch.ones(1, 8, 4), torch.ones(1, 4, 4)

@@ -28,8 +28,8 @@ from tiny import (
     skewed_profile,
 )
 
-from sparsemm_vllm.check_run.oracle import Oracle
-from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.commands.check.oracle import Oracle
 
 pytestmark = pytest.mark.engine
 

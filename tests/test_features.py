@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import sparsemm_vllm
-from sparsemm_vllm.cpu_backend import SparseMMBackend
-from sparsemm_vllm.methods import METHODS
+from sparsemm_vllm.budget.methods import METHODS
+from sparsemm_vllm.engine.cpu.attention import SparseMMBackend
 
 PACKAGE = Path(sparsemm_vllm.__file__).parent
 TESTS = Path(__file__).parent

@@ -14,13 +14,13 @@ from PIL import Image
 from tiny import skewed_profile
 from typer.testing import CliRunner
 
-from sparsemm_vllm import demo
+from sparsemm_vllm.budget.profile import save_profile
 from sparsemm_vllm.cli import app
-from sparsemm_vllm.contract import Contract
-from sparsemm_vllm.evaluate.folder import EvalFolder
-from sparsemm_vllm.evaluate.report import save_json
-from sparsemm_vllm.kept_map import save_figure
-from sparsemm_vllm.profile import save_profile
+from sparsemm_vllm.commands import demo
+from sparsemm_vllm.commands.evaluate.folder import EvalFolder
+from sparsemm_vllm.commands.evaluate.report import save_json
+from sparsemm_vllm.commands.figures import save_figure
+from sparsemm_vllm.engine.vllm_api.contract import Contract
 from sparsemm_vllm.profiler.attention import Scores
 from sparsemm_vllm.profiler.partial import Partial, Run
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparsemm_vllm.budget import head_capacities
-from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.budget.capacities import head_capacities
+from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.triton_kernels.reference import kept_tokens, window_scores
 
 GOLDEN = Path(__file__).parents[1].parent / "shared" / "golden"

@@ -35,7 +35,7 @@ from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from sparsemm_vllm.server import Server
+from sparsemm_vllm.commands.server import Server
 
 pytestmark = pytest.mark.engine
 

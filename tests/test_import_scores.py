@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from sparsemm_vllm.budget import head_capacities
+from sparsemm_vllm.budget.capacities import head_capacities
+from sparsemm_vllm.budget.profile import HeadProfile, ProfileError, load_profile
 from sparsemm_vllm.cli import app
-from sparsemm_vllm.import_scores import import_scores
-from sparsemm_vllm.profile import HeadProfile, ProfileError, load_profile
+from sparsemm_vllm.commands.import_scores import import_scores
 
 PUBLISHED = Path(__file__).parents[1].parent / "shared/golden/llava-next-vicuna-7b.head_scores.json"
 # Two layers of four heads, not in order: neither of the file's orders nor of the numbers' texts.

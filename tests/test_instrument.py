@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from sparsemm_vllm.evaluate.metrics import Marks
-from sparsemm_vllm.pictures import CLUTTERED_SIZE
-from sparsemm_vllm.profile import load_profile
+from sparsemm_vllm.budget.profile import load_profile
+from sparsemm_vllm.commands.evaluate.metrics import Marks
+from sparsemm_vllm.data.pictures import CLUTTERED_SIZE
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsemm_vllm.knockout import Knockout, Knockouts, attend_without
+from sparsemm_vllm.engine.worker.probes.knockout import Knockout, Knockouts, attend_without
 
 OWN = slice(2, 4), slice(4, 6)  # pruned layers and KV heads of this rank
 

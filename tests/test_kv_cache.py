@@ -21,9 +21,10 @@ from vllm.v1.core.kv_cache_utils import init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from sparsemm_vllm import patches
-from sparsemm_vllm.kv_cache import SparseMMManager, SparseMMSpec
-from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.engine import patches
+from sparsemm_vllm.engine.scheduler.manager import SparseMMManager
+from sparsemm_vllm.engine.spec import SparseMMSpec
 
 
 @pytest.fixture(scope="module", autouse=True)

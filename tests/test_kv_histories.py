@@ -21,8 +21,8 @@ from hypothesis.stateful import (
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import init_none_hash
 
-from sparsemm_vllm import patches
-from sparsemm_vllm.request_stats import Outcome
+from sparsemm_vllm.engine import patches
+from sparsemm_vllm.engine.scheduler.stats import Outcome
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,9 +12,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sparsemm_vllm import layout as layout_module
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.methods import METHODS, adakv_split, random_scores
+from sparsemm_vllm.budget import layout as layout_module
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.methods import METHODS, adakv_split
+from sparsemm_vllm.budget.random_scores import random_scores
 
 W, BASE = 4, 6
 # Per layer and head; with pages of 16: none, one token, a page less one, a page, a page and one,

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparsemm_vllm.bundled_model import READER, reader_folder
-from sparsemm_vllm.serve import serve_environment
+from sparsemm_vllm.processes import serve_environment
+from sparsemm_vllm.reader import READER, reader_folder
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 QUESTIONS = 8

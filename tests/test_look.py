@@ -12,13 +12,13 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
+from sparsemm_vllm.budget.profile import HeadProfile
 from sparsemm_vllm.cli import app
+from sparsemm_vllm.commands.look.draw import draw_sight, print_sight
+from sparsemm_vllm.commands.look.run import look, said_words, visual_heads
+from sparsemm_vllm.commands.look.sight import SaidWord, Sight
+from sparsemm_vllm.data.pictures import DEMO_SEEDS, Sample, make_demo_sample
 from sparsemm_vllm.geometry.grid import Geometry, cells
-from sparsemm_vllm.look.draw import draw_sight, print_sight
-from sparsemm_vllm.look.run import look, said_words, visual_heads
-from sparsemm_vllm.look.sight import SaidWord, Sight
-from sparsemm_vllm.pictures import DEMO_SEEDS, Sample, make_demo_sample
-from sparsemm_vllm.profile import HeadProfile
 from sparsemm_vllm.profiler.errors import ProfilerError
 
 SIDE, PATCH = 4, 8  # tokens and pixels
@@ -172,5 +172,5 @@ def test_the_reader_looks_at_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> N
 def test_importing_the_command_leaves_triton_alone() -> None:
     import subprocess
 
-    code = "import sys, sparsemm_vllm.look.command; sys.exit('triton' in sys.modules)"
+    code = "import sys, sparsemm_vllm.commands.look.command; sys.exit('triton' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))

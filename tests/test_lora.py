@@ -23,7 +23,7 @@ from engines import (
 from safetensors.torch import save_file
 from tiny import make_qwen2_vl, picture
 
-from sparsemm_vllm.check_run.oracle import Oracle
+from sparsemm_vllm.commands.check.oracle import Oracle
 
 pytestmark = pytest.mark.engine
 

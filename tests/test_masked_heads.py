@@ -11,8 +11,12 @@ from engines import HELLO, Engine, ask, assert_same, settings
 from safetensors.torch import load_file, save_file
 from tiny import HEAD_SIZE, LAYERS, QUERY_HEADS, make_llava
 
-from sparsemm_vllm.masked_heads import check_masked_heads, mask_layers, own_heads
-from sparsemm_vllm.settings import Settings, SettingsError
+from sparsemm_vllm.budget.settings import Settings, SettingsError
+from sparsemm_vllm.engine.worker.probes.masked_heads import (
+    check_masked_heads,
+    mask_layers,
+    own_heads,
+)
 
 HEADS = [[1, 2], [3, 0], [3, 7]]
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE
 from test_golden import KEPT_WHOLE, LAYERS, PRUNED, RHO, Case, differs_by_ties_only
 
-from sparsemm_vllm.budget import head_capacities
-from sparsemm_vllm.methods import (
+from sparsemm_vllm.budget.capacities import head_capacities
+from sparsemm_vllm.budget.methods import (
     METHODS,
     Budget,
     adakv_split,
@@ -20,12 +20,12 @@ from sparsemm_vllm.methods import (
     full,
     pyramidkv,
     random_heads,
-    random_scores,
-    redistribute,
     shorten_pyramid,
     snapkv,
     sparsemm,
 )
+from sparsemm_vllm.budget.random_scores import random_scores
+from sparsemm_vllm.budget.redistribute import redistribute
 from sparsemm_vllm.triton_kernels.reference import kept_tokens
 
 # Published names of the kept sets; `random` and `random_heads` have none.

@@ -18,9 +18,9 @@ from tiny import make_llava
 from vllm.v1.metrics import loggers
 from vllm.v1.metrics.stats import SchedulerStats
 
-from sparsemm_vllm import metrics
-from sparsemm_vllm.metrics import SparseMMStatLogger, take
-from sparsemm_vllm.request_stats import Outcome, RequestRecord
+from sparsemm_vllm.engine.frontend import metrics
+from sparsemm_vllm.engine.frontend.metrics import SparseMMStatLogger, take
+from sparsemm_vllm.engine.scheduler.stats import Outcome, RequestRecord
 
 SHORT = {"prompt": "<s>hello"}
 

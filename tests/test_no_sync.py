@@ -25,12 +25,13 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.utils import gpu_sync_debug
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from sparsemm_vllm import cuda_backend
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.model_state import DefaultModelState, SparseMMModelState
-from sparsemm_vllm.request_settings import RequestLimits
-from sparsemm_vllm.sparse_attention import forward_sparse
-from sparsemm_vllm.step import Heads, PrunedCache, SparseState, capture_step, plan_step
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.request import RequestLimits
+from sparsemm_vllm.engine.attention import cuda as cuda_backend
+from sparsemm_vllm.engine.attention.forward import forward_sparse
+from sparsemm_vllm.engine.worker.model_state import DefaultModelState, SparseMMModelState
+from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
+from sparsemm_vllm.engine.worker.step import capture_step, plan_step
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
 
 L, HKV, G, D, P, WINDOW = 2, 3, 2, 16, 8, 4

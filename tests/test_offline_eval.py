@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sparsemm_vllm.check_run.oracle import Oracle
-from sparsemm_vllm.evaluate.metrics import DRAWS, Marks, draw_pictures
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.pictures import DEMO_SEEDS, make_sample
-from sparsemm_vllm.profile import load_profile
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.profile import load_profile
+from sparsemm_vllm.commands.check.oracle import Oracle
+from sparsemm_vllm.commands.evaluate.metrics import DRAWS, Marks, draw_pictures
+from sparsemm_vllm.data.pictures import DEMO_SEEDS, make_sample
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -20,9 +20,9 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 from tiny import KV_HEADS
 
-from sparsemm_vllm.endpoint import SparseMMPage
-from sparsemm_vllm.request_stats import Outcome
-from sparsemm_vllm.server import Server
+from sparsemm_vllm.commands.server import Server
+from sparsemm_vllm.engine.frontend.page import SparseMMPage
+from sparsemm_vllm.engine.scheduler.stats import Outcome
 
 BUDGET = 40
 SECRET = "what the client asked"

@@ -22,10 +22,10 @@ from engines import (
 )
 from tiny import KV_HEADS, make_llama, skewed_profile
 
-from sparsemm_vllm.client import metric
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.recording import load_kept
-from sparsemm_vllm.server import Server
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.commands.client import metric
+from sparsemm_vllm.commands.server import Server
+from sparsemm_vllm.engine.worker.probes.kept import load_kept
 
 pytestmark = pytest.mark.engine
 

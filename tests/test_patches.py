@@ -18,10 +18,14 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from sparsemm_vllm import contract, patches, plugin
-from sparsemm_vllm.kv_cache import SparseMMManager, SparseMMSpec
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.patches import WRAPPED, IncompatibleError, install, problems
+from sparsemm_vllm import plugin
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.engine import patches
+from sparsemm_vllm.engine.patches import WRAPPED, install, problems
+from sparsemm_vllm.engine.scheduler.manager import SparseMMManager
+from sparsemm_vllm.engine.spec import SparseMMSpec
+from sparsemm_vllm.engine.vllm_api import contract
+from sparsemm_vllm.engine.vllm_api.hooks import IncompatibleError
 
 MANAGER = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
 

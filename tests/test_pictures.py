@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from sparsemm_vllm import pictures
-from sparsemm_vllm.pictures import (
+from sparsemm_vllm.data import pictures
+from sparsemm_vllm.data.pictures import (
     ALPHABET,
     DEMO_SEEDS,
     EVAL_SEEDS,

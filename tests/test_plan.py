@@ -14,13 +14,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.methods import METHODS
+from sparsemm_vllm.budget.plan import DTYPE_BYTES, PlanError, make_plan, readable_bytes
+from sparsemm_vllm.budget.profile import HeadProfile, save_profile
+from sparsemm_vllm.budget.settings import SettingsError
 from sparsemm_vllm.cli import app
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.methods import METHODS
-from sparsemm_vllm.plan import DTYPE_BYTES, PlanError, make_plan, readable_bytes
-from sparsemm_vllm.plan_table import print_plan
-from sparsemm_vllm.profile import HeadProfile, save_profile
-from sparsemm_vllm.settings import SettingsError
+from sparsemm_vllm.commands.plan import print_plan
 
 
 @pytest.fixture

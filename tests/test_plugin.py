@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sparsemm_vllm.plugin import _asks_for_us, named_in
+from sparsemm_vllm.engine.frontend.asked import _asks_for_us, named_in
 
 ASKED = [
     ["--attention-backend", "SPARSEMM"],

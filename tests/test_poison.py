@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from sparsemm_vllm.knockout import Knockout, attend_without
-from sparsemm_vllm.poison import Holder, Poison, block_contents
-from sparsemm_vllm.watched_cache import PoisonError, number_slots
+from sparsemm_vllm.engine.worker.probes.knockout import Knockout, attend_without
+from sparsemm_vllm.engine.worker.probes.poison import Holder, Poison, block_contents
+from sparsemm_vllm.engine.worker.probes.watched_cache import PoisonError, number_slots
 
 L, B, H, P, D, W = 2, 12, 3, 4, 8, 3
 N = 9  # prompt tokens: two blocks and a part of one

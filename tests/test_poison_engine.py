@@ -15,13 +15,13 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.worker.gpu.block_table import BlockTables
 
-from sparsemm_vllm import cpu_backend
-from sparsemm_vllm.kv_cache import SparseMMManager
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.poison import Poison
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.engine.cpu import attention as cpu_backend
+from sparsemm_vllm.engine.scheduler.manager import SparseMMManager
+from sparsemm_vllm.engine.worker.probes.poison import Poison
+from sparsemm_vllm.engine.worker.probes.watched_cache import PoisonError
 from sparsemm_vllm.triton_kernels import reference, torch_ops, triton_ops
 from sparsemm_vllm.triton_kernels.batch import HeadPages
-from sparsemm_vllm.watched_cache import PoisonError
 
 pytestmark = pytest.mark.engine
 

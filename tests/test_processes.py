@@ -32,7 +32,7 @@ def test_import_vllm_behaves_as_if_the_plugin_were_absent() -> None:
         "from vllm.v1.core.kv_cache_manager import KVCacheManager\n"
         "print(type(current_platform).__name__,"
         " hasattr(KVCacheManager.get_computed_blocks, '__sparsemm__'),"
-        " 'sparsemm_vllm.kv_cache' in sys.modules)"
+        " 'sparsemm_vllm.engine.scheduler.manager' in sys.modules)"
     )
     with_plugin = python(code, PLAIN)
     without = python(code, PLAIN | {"VLLM_PLUGINS": ""})
@@ -106,7 +106,7 @@ def test_use_cpu_too_late() -> None:
 
 
 def _what_arrives(pickled: bytes, queue: "multiprocessing.Queue[tuple[str, str, bool]]") -> None:
-    from sparsemm_vllm import patches
+    from sparsemm_vllm.engine import patches
 
     backend = pickle.loads(pickled)
     patches.require_installed()

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sparsemm_vllm import profile as profile_module
-from sparsemm_vllm.profile import (
+from sparsemm_vllm.budget import profile as profile_module
+from sparsemm_vllm.budget.profile import (
     HeadProfile,
     ProfileError,
     bundled_profiles,

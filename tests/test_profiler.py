@@ -11,11 +11,12 @@ from tiny import skewed_profile
 from transformers import AutoConfig, LlamaConfig, LlavaConfig
 from typer.testing import CliRunner
 
+from sparsemm_vllm.budget.config_hash import config_hash
+from sparsemm_vllm.budget.profile import load_profile
 from sparsemm_vllm.cli import app
-from sparsemm_vllm.config_hash import config_hash
+from sparsemm_vllm.commands import profile as command
 from sparsemm_vllm.data import load_samples
-from sparsemm_vllm.profile import load_profile
-from sparsemm_vllm.profiler import ProfilerError, command, profile_model, run
+from sparsemm_vllm.profiler import ProfilerError, profile_model, run
 from sparsemm_vllm.profiler.attention import Request, Scores, word_hits
 from sparsemm_vllm.profiler.partial import Partial, Run
 from sparsemm_vllm.profiler.reliability import ranks, samples_missing, spearman, split_half
@@ -405,7 +406,7 @@ def test_other_bad_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
-    from sparsemm_vllm.bundled_model import reader_folder
+    from sparsemm_vllm.reader import reader_folder
 
     for file in reader_folder().iterdir():
         if file.name not in ("chat_template.jinja", "model.safetensors"):

@@ -12,18 +12,18 @@ import torch
 from tiny import make_llava, make_llava_next, make_qwen2_vl
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from sparsemm_vllm.attention_record import RECORD
-from sparsemm_vllm.bundled_model import reader_folder
-from sparsemm_vllm.config_hash import config_hash
+from sparsemm_vllm.budget.config_hash import config_hash
+from sparsemm_vllm.budget.profile import HeadProfile
 from sparsemm_vllm.data import SampleSet, load_samples
+from sparsemm_vllm.data.pictures import Sample
 from sparsemm_vllm.geometry import image_tokens
-from sparsemm_vllm.pictures import Sample
-from sparsemm_vllm.profile import HeadProfile
+from sparsemm_vllm.names import RECORD
 from sparsemm_vllm.profiler import run
 from sparsemm_vllm.profiler.engine import check_model, open_engine
 from sparsemm_vllm.profiler.partial import Partial, Run
 from sparsemm_vllm.profiler.reliability import spearman
 from sparsemm_vllm.profiler.worker import gather_attention
+from sparsemm_vllm.reader import reader_folder
 
 pytestmark = pytest.mark.engine
 

@@ -8,7 +8,7 @@ from tiny import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sparsemm_vllm.pictures import Sample, Word
+from sparsemm_vllm.data.pictures import Sample, Word
 from sparsemm_vllm.profiler.words import (
     places_anywhere,
     places_in_answer,

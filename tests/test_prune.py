@@ -11,10 +11,12 @@ from test_golden import LAYERS, PRUNED, Case, differs_by_ties_only
 from test_layout import method_layouts
 from test_methods import GOLDEN, golden_budget, lengths_of, published_kept
 
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.methods import METHODS, random_scores
-from sparsemm_vllm.prompt_scores import split_layer
-from sparsemm_vllm.step import Heads, PrunedCache, SparseState, plan_step
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.methods import METHODS
+from sparsemm_vllm.budget.random_scores import random_scores
+from sparsemm_vllm.engine.attention.forward import split_layer
+from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
+from sparsemm_vllm.engine.worker.step import plan_step
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
 from sparsemm_vllm.triton_kernels.batch import Prompts
 from sparsemm_vllm.triton_kernels.reference import head_page_slots, kept_tokens, window_scores

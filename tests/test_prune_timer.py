@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from sparsemm_vllm.prune_timer import PruneTimer
+from sparsemm_vllm.engine.worker.prune_timer import PruneTimer
 
 
 class Event:

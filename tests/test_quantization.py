@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from tiny import make_gemma3, make_llama
 from vllm.v1.attention.backend import MultipleOf
 
-from sparsemm_vllm import environment, model_state
-from sparsemm_vllm.check_run.oracle import Oracle
-from sparsemm_vllm.cpu_backend import SparseMMBackend as CpuBackend
+from sparsemm_vllm import environment
+from sparsemm_vllm.commands.check.oracle import Oracle
+from sparsemm_vllm.engine.cpu.attention import SparseMMBackend as CpuBackend
+from sparsemm_vllm.engine.worker import model_state
 
 pytestmark = pytest.mark.engine
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from sparsemm_vllm.pictures import EVAL_SEEDS, PICTURE_SIZE, Sample, Task, make_sample
+from sparsemm_vllm.data.pictures import EVAL_SEEDS, PICTURE_SIZE, Sample, Task, make_sample
 
 READER = Path(str(files("sparsemm_vllm"))) / "reader"
 SAMPLES = 24

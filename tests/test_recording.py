@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsemm_vllm.recording import KeptRecorder, load_kept
+from sparsemm_vllm.engine.worker.probes.kept import KeptRecorder, load_kept
 
 N = 50
 LENGTHS = torch.tensor([[3, 0], [1, 4]])  # [layers, heads]: unequal, one of them empty

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.step import Heads, PrunedCache, SparseState
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
 from sparsemm_vllm.triton_kernels.reference import (
     compact_kv,
     dense_attention,

@@ -19,7 +19,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from sparsemm_vllm.methods import METHODS
+from sparsemm_vllm.budget.methods import METHODS
 
 SIZES = {
     "vocab_size": 128,
@@ -159,8 +159,8 @@ def test_ngram_speculation_is_accepted(llama: Path) -> None:
 def test_context_parallelism(llama: Path, sizes: dict[str, int]) -> None:
     from vllm.config import ParallelConfig
 
-    from sparsemm_vllm.settings import Settings
-    from sparsemm_vllm.support import unsupported
+    from sparsemm_vllm.budget.settings import Settings
+    from sparsemm_vllm.engine.frontend.startup import unsupported
 
     config = build(llama)
     config.parallel_config = ParallelConfig(tensor_parallel_size=2, **sizes)
@@ -172,7 +172,7 @@ def test_a_profile_of_another_configuration(llama: Path) -> None:
     """Both hashes are named; a profile that does not know its model's goes with any."""
     from transformers import AutoConfig
 
-    from sparsemm_vllm.config_hash import config_hash
+    from sparsemm_vllm.budget.config_hash import config_hash
 
     mine = config_hash(AutoConfig.from_pretrained(llama))
     profile = skewed_profile().model_dump(mode="json")
@@ -304,7 +304,7 @@ def test_layers_that_the_backend_does_not_take(backend: Any, name: str) -> None:
 
 
 def test_what_a_gpu_does_not_take() -> None:
-    from sparsemm_vllm.cuda_backend import SparseMMBackend
+    from sparsemm_vllm.engine.attention.cuda import SparseMMBackend
 
     assert refused(SparseMMBackend, (8, 0)) == []
     assert refused(SparseMMBackend, (7, 5)) == ["compute capability not supported"]
@@ -317,8 +317,8 @@ def test_what_a_gpu_does_not_take() -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_16_bit_caches_of_another_type(llama: Path, dtype: str) -> None:
     """vLLM 0.33 refuses them before we could, 0.32 does not."""
-    from sparsemm_vllm.settings import Settings
-    from sparsemm_vllm.support import unsupported
+    from sparsemm_vllm.budget.settings import Settings
+    from sparsemm_vllm.engine.frontend.startup import unsupported
 
     config = build(llama, dtype=dtype)
     for cache in ("float16", "bfloat16"):
@@ -371,8 +371,8 @@ def test_every_question_of_vllms_has_an_answer_of_ours(backend: Any) -> None:
     ids=["ALiBi", "soft cap", "shared cache"],
 )
 def test_variants_of_attention(options: dict[str, Any], variant: str) -> None:
-    from sparsemm_vllm.cpu_backend import TorchAttentionImpl
-    from sparsemm_vllm.support import UnsupportedError
+    from sparsemm_vllm.engine.config import UnsupportedError
+    from sparsemm_vllm.engine.cpu.attention import TorchAttentionImpl
 
     TorchAttentionImpl(8, 64, 0.125, 4)
     with pytest.raises(UnsupportedError, match=f"does not compute attention with {variant}"):
@@ -380,8 +380,8 @@ def test_variants_of_attention(options: dict[str, Any], variant: str) -> None:
 
 
 def test_mixed_sliding_window_prunes_the_full_layers(tmp_path: Path) -> None:
-    from sparsemm_vllm.settings import Settings
-    from sparsemm_vllm.support import build_layout, pruned_layers
+    from sparsemm_vllm.budget.settings import Settings
+    from sparsemm_vllm.engine.config import build_layout, pruned_layers
 
     vllm_config = build(gemma(tmp_path, ["sliding_attention", "full_attention"] * 2))
     assert pruned_layers(vllm_config.model_config) == [1, 3]
@@ -418,8 +418,8 @@ def test_a_pipeline_stage_without_layers_to_prune(tmp_path: Path) -> None:
 
 def test_what_takes_hardware_that_is_not_here(llama: Path) -> None:
     """vLLM refuses these on the CPU before we could."""
-    from sparsemm_vllm.settings import Settings
-    from sparsemm_vllm.support import unsupported
+    from sparsemm_vllm.budget.settings import Settings
+    from sparsemm_vllm.engine.frontend.startup import unsupported
 
     config = build(llama)
     config.parallel_config.enable_dbo = True
@@ -432,8 +432,8 @@ def test_what_takes_hardware_that_is_not_here(llama: Path) -> None:
 
 def test_encoder_decoder(tmp_path: Path, llama: Path) -> None:
     """vLLM has no encoder-decoder text model any more; what it says of one is checked instead."""
-    from sparsemm_vllm.settings import Settings
-    from sparsemm_vllm.support import unsupported
+    from sparsemm_vllm.budget.settings import Settings
+    from sparsemm_vllm.engine.frontend.startup import unsupported
 
     config = build(llama)
     config.model_config.hf_config = BartConfig(is_encoder_decoder=True)
@@ -460,8 +460,8 @@ def test_settings(llama: Path, settings: dict[str, Any], message: str) -> None:
 
 def test_profile_is_read_once(llama: Path, tmp_path: Path) -> None:
     """Later changes of the file must not reach a running server's workers."""
-    from sparsemm_vllm.settings import Settings
-    from sparsemm_vllm.support import build_layout
+    from sparsemm_vllm.budget.settings import Settings
+    from sparsemm_vllm.engine.config import build_layout
 
     file = tmp_path / "profile.json"
     file.write_text(json.dumps(skewed_profile().model_dump(mode="json")))
@@ -481,9 +481,9 @@ def test_adakv_with_tensor_parallelism(llama: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_its_layout(llama: Path, method: str) -> None:
-    from sparsemm_vllm.layout import CacheLayout
-    from sparsemm_vllm.settings import Settings
-    from sparsemm_vllm.support import build_layout
+    from sparsemm_vllm.budget.layout import CacheLayout
+    from sparsemm_vllm.budget.settings import Settings
+    from sparsemm_vllm.engine.config import build_layout
 
     profile = skewed_profile()
     settings = {"method": method, "redistribute": True, "budget": 100}
@@ -503,7 +503,7 @@ def test_every_method_has_its_layout(llama: Path, method: str) -> None:
 def test_methods_that_know_no_heads_need_no_profile(
     llama: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparsemm_vllm import support
+    from sparsemm_vllm.engine.frontend import startup as support
 
     warnings: list[str] = []
     monkeypatch.setattr(support, "find_profile", lambda *_: pytest.fail("looks for a profile"))

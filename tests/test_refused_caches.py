@@ -10,11 +10,12 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.flash_attn_diffkv import FlashAttentionDiffKVBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from sparsemm_vllm import layer_spec, model_state
-from sparsemm_vllm.cuda_backend import SparseMMBackend
-from sparsemm_vllm.kv_cache import SparseMMSpec
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.support import UnsupportedError
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.engine import spec as layer_spec
+from sparsemm_vllm.engine.attention.cuda import SparseMMBackend
+from sparsemm_vllm.engine.config import UnsupportedError
+from sparsemm_vllm.engine.spec import SparseMMSpec
+from sparsemm_vllm.engine.worker import model_state
 
 P, D = 16, 32
 LAYOUT = CacheLayout.from_scores(skewed_profile().tensor(), KV_HEADS, 40, 8)

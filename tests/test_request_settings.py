@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from sparsemm_vllm import patches
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.methods import METHODS, random_scores
-from sparsemm_vllm.request_settings import (
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.methods import METHODS
+from sparsemm_vllm.budget.random_scores import random_scores
+from sparsemm_vllm.budget.request import (
     RequestError,
     RequestLimits,
     accept,
@@ -26,7 +26,8 @@ from sparsemm_vllm.request_settings import (
     check_request,
     received,
 )
-from sparsemm_vllm.settings import Settings
+from sparsemm_vllm.budget.settings import Settings
+from sparsemm_vllm.engine import patches
 
 W = 8
 SERVER = RequestLimits.of(Settings(budget=40, window=W))

@@ -1,6 +1,6 @@
 """Counting requests beside the scheduler."""
 
-from sparsemm_vllm.request_stats import REMEMBERED, Outcome, RequestStats
+from sparsemm_vllm.engine.scheduler.stats import REMEMBERED, Outcome, RequestStats
 
 
 def test_counts_are_those_since_the_last_time() -> None:

@@ -9,8 +9,8 @@ import pytest
 from engines import BLOCK, DIGITS, HELLO, WINDOW, Engine, ask, assert_same, settings
 from tiny import KV_HEADS, make_llava, picture, skewed_profile
 
-from sparsemm_vllm.check_run.oracle import Oracle
-from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.commands.check.oracle import Oracle
 
 pytestmark = pytest.mark.engine
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, head_pages
 
-from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.triton_kernels import torch_ops
 from sparsemm_vllm.triton_kernels.batch import (
     COMPACT_BLOCKS,

@@ -10,8 +10,8 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import FinishReason
 from vllm.v1.request import Request, RequestStatus
 
-from sparsemm_vllm.request_stats import Outcome
-from sparsemm_vllm.sampling_limits import too_long
+from sparsemm_vllm.engine.sampling_limits import too_long
+from sparsemm_vllm.engine.scheduler.stats import Outcome
 
 LONG = [5000 + i for i in range(160)]
 SPARE = 20
@@ -61,7 +61,7 @@ class Steps(Simulation):
 @pytest.fixture
 def said(monkeypatch):
     said = []
-    monkeypatch.setattr("sparsemm_vllm.watchdog.logger.error", said.append)
+    monkeypatch.setattr("sparsemm_vllm.engine.scheduler.watchdog.logger.error", said.append)
     return said
 
 
@@ -257,7 +257,8 @@ def test_a_paused_engine_ends_nothing():
 def test_what_cannot_be_is_served_as_the_server_would(extra_args, monkeypatch):
     said = []
     monkeypatch.setattr(
-        "sparsemm_vllm.kv_cache.logger.warning", lambda text, *a: said.append(text % a)
+        "sparsemm_vllm.engine.scheduler.manager.logger.warning",
+        lambda text, *a: said.append(text % a),
     )
     steps = Steps()
     for _ in range(3):
@@ -318,7 +319,7 @@ def test_no_client_can_write_what_the_scheduler_decides():
     import msgspec
     from vllm.v1.engine import EngineCoreRequest
 
-    from sparsemm_vllm.kv_cache import ACCEPTED
+    from sparsemm_vllm.engine.scheduler.manager import ACCEPTED
 
     assert ACCEPTED not in {field.name for field in msgspec.structs.fields(EngineCoreRequest)}
     request = Request("a", [1], SamplingParams(), None)

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.sampling_params import SamplingParams
 
-from sparsemm_vllm import patches
-from sparsemm_vllm.kv_cache import SparseMMManager
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.request_settings import RequestLimits
-from sparsemm_vllm.request_stats import RequestStats
-from sparsemm_vllm.scheduling import prefix_hit_limit, shape_chunk
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.request import RequestLimits
+from sparsemm_vllm.engine import patches
+from sparsemm_vllm.engine.scheduler.chunks import prefix_hit_limit, shape_chunk
+from sparsemm_vllm.engine.scheduler.manager import SparseMMManager
+from sparsemm_vllm.engine.scheduler.stats import RequestStats
 
 W, BASE = 8, 16
 FIRST_PRUNED = W + BASE

@@ -14,9 +14,9 @@ import pytest
 from engines import WINDOW, serve_options, settings
 from tiny import picture, skewed_profile
 
-from sparsemm_vllm.client import data_url, metric
-from sparsemm_vllm.profile import save_profile
-from sparsemm_vllm.server import Server, ServerError
+from sparsemm_vllm.budget.profile import save_profile
+from sparsemm_vllm.commands.client import data_url, metric
+from sparsemm_vllm.commands.server import Server, ServerError
 
 pytestmark = pytest.mark.engine
 

@@ -23,7 +23,7 @@ from speed.scenarios import QUESTION, Chats, Load, Plan, Scenario, write_request
 from speed.side_by_side import beside
 from speed.variants import FOUR
 
-from sparsemm_vllm.bundled_model import READER, reader_folder
+from sparsemm_vllm.reader import READER, reader_folder
 
 SMALL = ((48, 32), (30, 45))
 UNIQUE = Scenario("unique", "its own pictures", SMALL, None, 8, (Load(0.5, 2), Load("inf", 5)))

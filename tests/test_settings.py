@@ -8,8 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sparsemm_vllm.profile import HeadProfile, ProfileError
-from sparsemm_vllm.settings import Settings, SettingsError
+from sparsemm_vllm.budget.profile import HeadProfile, ProfileError
+from sparsemm_vllm.budget.settings import Settings, SettingsError
 
 INLINE = tiny.skewed_profile().model_dump(mode="json")
 

@@ -14,12 +14,12 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
+from sparsemm_vllm.budget.plan import build_layout
+from sparsemm_vllm.budget.profile import HeadProfile, load_profile, save_profile
 from sparsemm_vllm.cli import app
-from sparsemm_vllm.plan import build_layout
-from sparsemm_vllm.profile import HeadProfile, load_profile, save_profile
-from sparsemm_vllm.show import (
+from sparsemm_vllm.commands.figures import STYLE
+from sparsemm_vllm.commands.show import (
     MAGMA,
-    STYLE,
     VIRIDIS,
     cumulative_mass,
     draw_profile,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsemm_vllm.signatures import (
+from sparsemm_vllm.engine.vllm_api.signatures import (
     CallSite,
     argument,
     changes,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from simulation import MAX_LEN, Chat, P, Scenario, Simulation, W, least_blocks, make_config
 
-from sparsemm_vllm.request_stats import Outcome
+from sparsemm_vllm.engine.scheduler.stats import Outcome
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from engines import serve_options
 
-from sparsemm_vllm.bundled_model import READER, reader_folder
-from sparsemm_vllm.server import Server
+from sparsemm_vllm.commands.server import Server
+from sparsemm_vllm.reader import READER, reader_folder
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 

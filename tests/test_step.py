@@ -8,21 +8,15 @@ import torch
 from kernel_cases import DEVICE
 from vllm.config.compilation import CUDAGraphMode
 
-from sparsemm_vllm import warm_up as warm_up_module
-from sparsemm_vllm.attention_record import AttentionRecorder
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.model_state import DefaultModelState, SparseMMModelState
-from sparsemm_vllm.request_settings import RequestLimits
-from sparsemm_vllm.sparse_attention import forward_sparse
-from sparsemm_vllm.step import (
-    DECODE_QUERIES,
-    Heads,
-    PrunedCache,
-    SparseState,
-    Step,
-    capture_step,
-    plan_step,
-)
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.request import RequestLimits
+from sparsemm_vllm.engine.attention.forward import forward_sparse
+from sparsemm_vllm.engine.worker import warm_up as warm_up_module
+from sparsemm_vllm.engine.worker.model_state import DefaultModelState, SparseMMModelState
+from sparsemm_vllm.engine.worker.probes.attention import AttentionRecorder
+from sparsemm_vllm.engine.worker.state import DECODE_QUERIES, Heads, PrunedCache, SparseState
+from sparsemm_vllm.engine.worker.step import Step, capture_step, plan_step
+from sparsemm_vllm.engine.worker.warm_up import warm_up
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
 from sparsemm_vllm.triton_kernels.batch import (
     BATCH_ROW,
@@ -40,7 +34,6 @@ from sparsemm_vllm.triton_kernels.batch import (
     TOKENS,
     PruneWorkspace,
 )
-from sparsemm_vllm.warm_up import warm_up
 
 P, W, BASE = 16, 4, 20
 FIRST_PRUNED = W + BASE
@@ -610,7 +603,8 @@ def test_a_worker_takes_the_servers_settings_for_what_cannot_be(monkeypatch, ext
 def test_a_recording_that_cannot_be_does_not_end_the_worker(monkeypatch):
     said = []
     monkeypatch.setattr(
-        "sparsemm_vllm.model_state.logger.error", lambda text, *a: said.append(text % a)
+        "sparsemm_vllm.engine.worker.model_state.logger.error",
+        lambda text, *a: said.append(text % a),
     )
     monkeypatch.setattr(DefaultModelState, "add_request", lambda *_: None)
     state = make_state()

@@ -9,9 +9,9 @@ import torch
 from engines import BLOCK, WINDOW, Engine, ask, assert_same, assert_same_kept, settings
 from tiny import KV_HEADS, LAYERS, QUERY_HEADS, make_gemma3, make_llama, make_llama4, skewed_profile
 
-from sparsemm_vllm.check_run.oracle import Oracle
-from sparsemm_vllm.import_scores import import_scores
-from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.commands.check.oracle import Oracle
+from sparsemm_vllm.commands.import_scores import import_scores
 
 pytestmark = pytest.mark.engine
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparsemm_vllm.pictures import DEMO_SEEDS, make_cluttered_page, read_sample
+from sparsemm_vllm.data.pictures import DEMO_SEEDS, make_cluttered_page, read_sample
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -114,7 +114,7 @@ class Compiler:
 
 def serve(compiler: Compiler, name: str) -> dict[str, Any]:
     """Warm up and serve; what was compiled when, and what was launched."""
-    from sparsemm_vllm import warm_up
+    from sparsemm_vllm.engine.worker import warm_up
     from sparsemm_vllm.triton_kernels import triton_ops
 
     warm_up.resident_programs = lambda *_: 132  # what a GPU says of a compiled kernel
@@ -150,8 +150,8 @@ def make_state(
     requests: int,
     listed: int,
 ) -> Any:
-    from sparsemm_vllm.layout import CacheLayout
-    from sparsemm_vllm.step import Heads, PrunedCache, SparseState
+    from sparsemm_vllm.budget.layout import CacheLayout
+    from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
 
     L, D = 2, 128
     capacities = tuple(tuple(range(layer, layer + Hkv)) for layer in range(L))
@@ -177,7 +177,7 @@ def make_state(
 
 def make_layer(index: int, state: Any, dtype: torch.dtype) -> Any:
     """vLLM's attention layer, with the CUDA backend's implementation."""
-    from sparsemm_vllm import cuda_backend
+    from sparsemm_vllm.engine.attention import cuda as cuda_backend
 
     heads, cache = state.heads, state.cache.tensor
     quantized = cache.dtype == FP8
@@ -221,8 +221,8 @@ def step(
     """One step through the CUDA backend's builder and implementation; FlashAttention is vLLM's."""
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
-    from sparsemm_vllm import cuda_backend
-    from sparsemm_vllm.step import capture_step, plan_step
+    from sparsemm_vllm.engine.attention import cuda as cuda_backend
+    from sparsemm_vllm.engine.worker.step import capture_step, plan_step
 
     R = len(batch)
     starts = np.cumsum([0, *(queries for _, _, queries in batch)])
@@ -266,7 +266,7 @@ def step(
 
 def without_flash_attention() -> None:
     """Its builder and its kernels, which are compiled already, do nothing."""
-    from sparsemm_vllm import cuda_backend
+    from sparsemm_vllm.engine.attention import cuda as cuda_backend
 
     cuda_backend.FlashAttentionMetadataBuilder.build = dense_metadata  # type: ignore[method-assign]
     cuda_backend.FlashAttentionImpl.forward = lambda *_: None  # type: ignore[assignment,method-assign]

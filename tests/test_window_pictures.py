@@ -10,7 +10,7 @@ from engines import Answer, Engine, settings
 from PIL import Image
 from tiny import make_qwen2_vl, picture
 
-from sparsemm_vllm.check_run.oracle import Oracle
+from sparsemm_vllm.commands.check.oracle import Oracle
 
 pytestmark = pytest.mark.engine
 

@@ -32,7 +32,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from sparsemm_vllm.check_run.model import (
+from sparsemm_vllm.commands.check.model import (
     CHAT_TEMPLATE,
     HEAD_SIZE,
     LAYERS,
@@ -41,10 +41,10 @@ from sparsemm_vllm.check_run.model import (
     save_llava,
     text_config,
 )
-from sparsemm_vllm.check_run.model import KV_HEADS as KV_HEADS
-from sparsemm_vllm.check_run.model import make_llava as make_llava
-from sparsemm_vllm.check_run.model import picture as picture
-from sparsemm_vllm.check_run.model import skewed_profile as skewed_profile
+from sparsemm_vllm.commands.check.model import KV_HEADS as KV_HEADS
+from sparsemm_vllm.commands.check.model import make_llava as make_llava
+from sparsemm_vllm.commands.check.model import picture as picture
+from sparsemm_vllm.commands.check.model import skewed_profile as skewed_profile
 
 TOWER = {
     "hidden_size": 64,

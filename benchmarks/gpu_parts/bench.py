@@ -22,7 +22,7 @@ from gpu_parts.records import ROOT
 sys.path.append(str(ROOT / "tests"))
 from kernel_cases import head_pages, relative_error
 
-from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.triton_kernels import triton_ops
 from sparsemm_vllm.triton_kernels.batch import (
     SETUP_TILES,
@@ -38,7 +38,9 @@ from sparsemm_vllm.triton_kernels.batch import (
 NEEDS = 15
 P, W, KERNEL_SIZE = 16, 32, 5
 MOST_SPLITS = 32  # vLLM's flash_attn_max_num_splits_for_cuda_graph
-MOST_PROGRAMS_PER_MULTIPROCESSOR = 4  # as sparsemm_vllm.model_state has it, which needs vLLM
+MOST_PROGRAMS_PER_MULTIPROCESSOR = (
+    4  # as sparsemm_vllm.engine.worker.model_state has it, which needs vLLM
+)
 
 # Cycles where a kernel's machine code was not looked at: beginning an item costs about a tile.
 ASSUMED = DecodeParts(*(Part(cycles // 2, cycles) for cycles in (1000, 1600, 600, 400, 1000, 400)))

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from gpu_parts.device import Context, Device
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.prompt_scores import score_at_random, split_layer
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.engine.attention.forward import score_at_random, split_layer
 from sparsemm_vllm.triton_kernels.batch import HeadPages, Prompts, PruneWorkspace, columns
 
 NEEDS = 5

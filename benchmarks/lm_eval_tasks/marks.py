@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sparsemm_vllm.evaluate.metrics import anls, words_right
+from sparsemm_vllm.commands.evaluate.metrics import anls, words_right
 
 
 def only_qa(questions: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsemm_vllm.profile import HeadProfile
+from sparsemm_vllm.budget.profile import HeadProfile
 
 # What the top 5 % and the top 10 % of the heads hold of the published scores of LLaVA-NeXT.
 CONCENTRATION = ((0.05, 0.55), (0.10, 0.77))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedConfig
 
-from sparsemm_vllm.config_hash import config_hash
-from sparsemm_vllm.profile import HeadProfile, save_profile
+from sparsemm_vllm.budget.config_hash import config_hash
+from sparsemm_vllm.budget.profile import HeadProfile, save_profile
 
 from .head_scores import synthetic_profile
 from .published import published

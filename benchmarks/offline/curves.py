@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sparsemm_vllm.evaluate.metrics import Marks, draw_pictures, interval
-from sparsemm_vllm.pictures import Task
+from sparsemm_vllm.commands.evaluate.metrics import Marks, draw_pictures, interval
+from sparsemm_vllm.data.pictures import Task
 
 from .model import OfflineModel
 from .pruning import REDISTRIBUTED, held_tokens, shown_tokens

@@ -9,7 +9,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from sparsemm_vllm.evaluate.metrics import Marks, draw_pictures, interval
+from sparsemm_vllm.commands.evaluate.metrics import Marks, draw_pictures, interval
 
 from .model import OfflineModel
 from .pruning import without_head

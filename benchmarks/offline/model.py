@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from sparsemm_vllm.pictures import Sample
+from sparsemm_vllm.data.pictures import Sample
 from sparsemm_vllm.triton_kernels.reference import window_scores
 
 ROWS = 25  # prompts computed at a time

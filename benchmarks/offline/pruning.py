@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.triton_kernels.reference import kept_tokens
 
 from .model import Prompts

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tiny_vlm.prose import excerpt, held_out_text
 
-from sparsemm_vllm.pictures import EVAL_SEEDS, PROFILE_SEEDS, Sample, Task, make_sample
+from sparsemm_vllm.data.pictures import EVAL_SEEDS, PROFILE_SEEDS, Sample, Task, make_sample
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONTEXT = (40, 121)  # characters of a system message, at least and less than

@@ -27,10 +27,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from sparsemm_vllm.kv_cache import SparseMMSpec
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.settings import Settings
-from sparsemm_vllm.support import build_layout
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.settings import Settings
+from sparsemm_vllm.engine.config import build_layout
+from sparsemm_vllm.engine.spec import SparseMMSpec
 
 L, H, D, P = 32, 32, 128, 16  # as many KV heads as query heads
 MAX_LEN, MAX_SEQS, STEP_TOKENS = 16_896, 256, 8_192

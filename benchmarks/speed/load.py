@@ -17,8 +17,8 @@ from typing import Any
 
 import httpx
 
-from sparsemm_vllm.client import metric, pool_blocks
-from sparsemm_vllm.serve import serve_environment
+from sparsemm_vllm.commands.client import metric, pool_blocks
+from sparsemm_vllm.processes import serve_environment
 from speed.scenarios import SEED, Load, Scenario
 
 SERVED = "served"  # name of every model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from sparsemm_vllm.bundled_model import READER
+from sparsemm_vllm.reader import READER
 from speed.scenarios import Chats, Load, Plan, Scenario
 
 VICUNA, QWEN = "llava-next-vicuna-7b", "qwen2-vl-7b"

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from sparsemm_vllm.bundled_model import READER, reader_folder
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.profile import load_profile
 from sparsemm_vllm.environment import has_gpu
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.profile import load_profile
+from sparsemm_vllm.reader import READER, reader_folder
 
 GIB = 1 << 30
 EVEN = "none"  # profile of the settings

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from sparsemm_vllm.pictures import Sample
+from sparsemm_vllm.data.pictures import Sample
 
 MAX_ANSWER = 72  # tokens
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sparsemm_vllm.pictures import Box, Page
+from sparsemm_vllm.data.pictures import Box, Page
 
 from .vocabulary import BLANK, VOCAB
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsemm_vllm.pictures import Page, Sample
+from sparsemm_vllm.data.pictures import Page, Sample
 
 from .glyphs import patch_glyphs
 from .vocabulary import ASSISTANT, EOS, PAD, encode

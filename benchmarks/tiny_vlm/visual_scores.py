@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparsemm_vllm.pictures import Sample
+from sparsemm_vllm.data.pictures import Sample
 
 from .answers import Reader
 from .glyphs import patch_overlap

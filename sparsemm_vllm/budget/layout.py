@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsemm_vllm.methods import METHODS, Budget, Method, redistribute
+from sparsemm_vllm.budget.methods import METHODS, Budget, Method
+from sparsemm_vllm.budget.redistribute import redistribute
 
 GRID = 64  # prompt lengths looked at for the most blocks that any needs
 KEPT_BYTES = 2**22  # bytes of kept tokens that are remembered, over all budgets

@@ -11,16 +11,13 @@ layer's capacity and the window, and no layer's capacity is below ``n - W`` if `
 """
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from sparsemm_vllm.budget import head_capacities
-
-_BITS = 0xFFFFFFFF  # of the numbers that are hashed
+from sparsemm_vllm.budget.capacities import head_capacities
+from sparsemm_vllm.budget.random_scores import random_scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,121 +174,6 @@ def adakv_split(scores: torch.Tensor, base: int, floor_share: float = 0.2) -> to
 def adakv_total(heads: int, base: int, floor_share: float = 0.2) -> int:
     """Most tokens that `adakv_split` gives a layer of so many heads."""
     return math.floor(heads * ((1 - floor_share) * base + int(floor_share * base) + 0.5))
-
-
-def random_scores(
-    seed: int,
-    layer: int,
-    heads: range,
-    tokens: int,
-    device: torch.device | str = "cpu",
-) -> torch.Tensor:
-    """Random scores of a prompt's tokens, the same on every machine and for every split of heads.
-
-    Hashes of seed, layer, head and position, so that no generator has a state to keep.
-
-    Args:
-        seed: of the request; made from what it asks, not from when or in which batch it came, if
-            the same request is to keep the same tokens. Its lowest 64 bits count.
-        layer: of the whole model, not of a pipeline stage.
-        heads: KV heads of the whole layer that this rank owns.
-        tokens: ``n - W``.
-        device: where the scores are wanted.
-
-    Returns:
-        float32 ``[len(heads), tokens]``, multiples of ``2**-24`` from 0 on, less than 1.
-    """
-    head = torch.arange(heads.start, heads.stop, heads.step, device=device)[:, None]
-    state = torch.full_like(head, 0x9E3779B9)  # not 0, which the hash leaves as it is
-    for word in (seed & _BITS, seed >> 32 & _BITS, layer, head):
-        state = _hash(state ^ word)
-    position = torch.arange(tokens, device=device)[None]
-    return (_hash(state ^ _hash(position)) >> 8).float() * 2.0**-24
-
-
-def _hash(x: torch.Tensor) -> torch.Tensor:
-    """32 mixed bits from 32, in int64. Source: https://github.com/skeeto/hash-prospector."""
-    x = _multiply(x ^ x >> 16, 0x7FEB352D)
-    x = _multiply(x ^ x >> 15, 0x846CA68B)
-    return x ^ x >> 16
-
-
-def _multiply(x: torch.Tensor, factor: int) -> torch.Tensor:
-    """The low 32 bits of a product of 32-bit numbers, in parts that int64 holds."""
-    low, high = (x & 0xFFFF) * factor, (x >> 16) * factor & 0xFFFF
-    return low + (high << 16) & _BITS
-
-
-def redistribute(capacities: torch.Tensor, prompt_tokens: int, window: int) -> torch.Tensor:
-    """Give what heads cannot use, because the prompt is too short, to the others: water-filling.
-
-    Heads that want more than the ``n - W`` tokens there are get these; what is left over goes to
-    the others in proportion to their capacities, until no head is over. Heads of capacity 0 get
-    something, each the same, only when all others are full. Fractions go to the largest
-    remainders, equal ones to the lowest index; a head never gets less than it would without, nor
-    less than a head of smaller capacity.
-
-    Args:
-        capacities: tokens of each head, int ``[L, Hkv]`` below ``2**31``, not capped by the prompt.
-        prompt_tokens: `n`.
-        window: `W`.
-
-    Returns:
-        int32 ``[L, Hkv]`` of at most ``n - W``; the total is that of `capacities`, or all tokens
-        of all heads if there are fewer.
-    """
-    most = max(0, prompt_tokens - window)
-    wanted = capacities.numpy().astype(np.int64)
-    left = int(wanted.sum())
-    kept = np.zeros_like(wanted)
-    for own, weights in (wanted > 0, wanted), (wanted == 0, np.ones_like(wanted)):
-        kept[own] = _fill(weights[own], min(left, most * int(own.sum())), most)
-        left -= int(kept[own].sum())
-    return torch.from_numpy(kept.astype(np.int32))
-
-
-def _fill(weights: np.ndarray, tokens: int, most: int) -> np.ndarray:
-    """Share tokens in proportion to the weights, `most` a head at most; exact, in integers.
-
-    Heads fill up in the order of their weights. A full head takes no more than its part, so the
-    others' parts do not shrink: heads of equal weight fill up together. If a head does not fill up,
-    no lighter one does: how many are full is found by bisection.
-
-    Args:
-        weights: weights of the heads, int64 ``[heads]``, larger than 0.
-        tokens: tokens to share, at most `most` for each head.
-        most: tokens of a full head.
-
-    Returns:
-        int64 ``[heads]``; the total is `tokens`.
-    """
-    order = np.sort(weights)
-    total_up_to = order.cumsum()
-    heads = len(order)
-
-    def rest_after(full: int) -> tuple[int, int, int]:
-        """Weight of the heaviest of the rest, their total weight, and tokens left for them."""
-        last = heads - 1 - full
-        return int(order[last]), int(total_up_to[last]), tokens - full * most
-
-    def stays_open(full: int) -> bool:
-        heaviest, total, left = rest_after(full)
-        return heaviest * left < most * total
-
-    full = bisect_left(range(heads), True, key=stays_open)
-    kept = np.full(heads, most)
-    if full == heads:
-        return kept
-    heaviest, total, left = rest_after(full)
-    rest = weights <= heaviest
-    # Python's integers where a product would not fit: only beside budgets of millions of tokens.
-    number = np.int64 if heaviest * left < 2**63 else object
-    parts = weights[rest].astype(number) * left
-    shares, remainders = parts // total, parts % total
-    spare = left - int(shares.sum())
-    shares[np.argsort(-remainders, kind="stable")[:spare]] += 1
-    kept[rest] = shares
-    return kept
 
 
 @dataclass(frozen=True)

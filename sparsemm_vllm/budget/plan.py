@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.profile import HeadProfile
-from sparsemm_vllm.settings import Settings
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.profile import HeadProfile
+from sparsemm_vllm.budget.settings import Settings
 
 GB = 10**9
 HEAD_SIZE = 128

@@ -12,16 +12,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from sparsemm_vllm.attention_record import RECORD
-from sparsemm_vllm.knockout import KNOCKOUT
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.methods import METHODS
-from sparsemm_vllm.profile import first_error
-from sparsemm_vllm.settings import Settings
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.methods import METHODS
+from sparsemm_vllm.budget.profile import first_error
+from sparsemm_vllm.budget.settings import Settings
+from sparsemm_vllm.names import BUDGET, KNOCKOUT, LEFT_DENSE, PRUNE, RECORD
 
 PREFIX = "sparsemm"
-PRUNE, BUDGET = "sparsemm", "sparsemm_budget"
-LEFT_DENSE = "sparsemm_left_dense"  # the scheduler's word to the workers; no request may say it
 SHOWN = 100  # characters of a client's key or id that we repeat
 
 _Count = Annotated[int, Field(ge=0, lt=2**31)]

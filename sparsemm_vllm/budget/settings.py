@@ -12,10 +12,10 @@ from pydantic import (
     model_validator,
 )
 
-from sparsemm_vllm.methods import METHODS
-from sparsemm_vllm.profile import HeadProfile, first_error, load_profile
+from sparsemm_vllm.budget.methods import METHODS
+from sparsemm_vllm.budget.profile import HeadProfile, first_error, load_profile
+from sparsemm_vllm.names import KEY
 
-KEY = "sparsemm"
 AUTO, NO_PROFILE = "auto", "none"
 
 

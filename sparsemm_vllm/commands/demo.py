@@ -20,15 +20,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from sparsemm_vllm.bundled_model import READER, reader_folder
-from sparsemm_vllm.client import data_url, metric, png, pool_blocks
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.profile import load_profile
+from sparsemm_vllm.commands.client import data_url, metric, png, pool_blocks
+from sparsemm_vllm.commands.server import STAGES, Server, ServerError
+from sparsemm_vllm.data.pictures import DEMO_SEEDS, Sample, make_demo_sample
+from sparsemm_vllm.engine.worker.probes.kept import load_kept
 from sparsemm_vllm.environment import has_gpu
 from sparsemm_vllm.files import write_whole
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.pictures import DEMO_SEEDS, Sample, make_demo_sample
-from sparsemm_vllm.profile import load_profile
-from sparsemm_vllm.recording import load_kept
-from sparsemm_vllm.server import STAGES, Server, ServerError, ended_by_signals
+from sparsemm_vllm.processes import ended_by_signals
+from sparsemm_vllm.reader import READER, reader_folder
 
 BLOCK_SIZE = 16
 WINDOW = 16
@@ -286,7 +287,7 @@ def _show(report: dict[str, Any], console: Console) -> None:
 
 
 def _save(report: dict[str, Any], sample: Sample, outcome: Outcome, out: Path) -> None:
-    from sparsemm_vllm.kept_map import draw_kept_map, image_token_positions
+    from sparsemm_vllm.commands.kept_map import draw_kept_map, image_token_positions
 
     write_whole(out / "report.json", json.dumps(report, indent=2) + "\n")
     if report["pruned"]:

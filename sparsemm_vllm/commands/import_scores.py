@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sparsemm_vllm import __version__
-from sparsemm_vllm.profile import HeadProfile, ProfileError, first_error
+from sparsemm_vllm.budget.profile import HeadProfile, ProfileError, first_error
 
 HEAD = re.compile(r"(0|[1-9][0-9]{0,8})-(0|[1-9][0-9]{0,8})")
 FORMAT = 'expected {"layer-head": [score, ...], ...}'

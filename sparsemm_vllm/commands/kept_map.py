@@ -1,19 +1,17 @@
 """The picture beside what a few heads kept of it."""
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from sparsemm_vllm.files import write_whole
+from sparsemm_vllm.commands.figures import ACCENT, FADED, INK, save_figure
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 PANELS = 5
-INK, FADED, ACCENT = "#1b1f24", "#6b7280", "#d9480f"
 
 
 def image_token_positions(model: Path, question: str, prompt_tokens: int) -> np.ndarray:
@@ -123,14 +121,3 @@ def draw_kept_map(
     figure.subplots_adjust(left=0.02, right=0.98, top=0.81, bottom=0.035, wspace=0.07, hspace=0.17)
     save_figure(figure, path)
     plt.close(figure)
-
-
-def save_figure(figure: "Figure", path: Path) -> None:
-    """Save a figure as a PNG that is never half written.
-
-    Raises:
-        OSError: naming the file, if it cannot be written.
-    """
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=130, format="png")
-    write_whole(path, picture.getvalue())

@@ -5,8 +5,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sparsemm_vllm.methods import METHODS
-from sparsemm_vllm.plan import Plan, printable, readable_bytes
+from sparsemm_vllm.budget.methods import METHODS
+from sparsemm_vllm.budget.plan import Plan, printable, readable_bytes
 
 
 def _less(dense: float, pruned: float) -> str:

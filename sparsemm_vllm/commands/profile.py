@@ -14,9 +14,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from sparsemm_vllm.budget.profile import HeadProfile, save_profile
 from sparsemm_vllm.data import SampleSet, load_samples
 from sparsemm_vllm.environment import quieten_vllm
-from sparsemm_vllm.profile import HeadProfile, save_profile
 from sparsemm_vllm.profiler.engine import parse_engine_options, prepare_process
 from sparsemm_vllm.profiler.errors import ProfilerError
 from sparsemm_vllm.profiler.reliability import WANTED, samples_missing

@@ -1,19 +1,13 @@
 """Processes with a beginning, an end and a log: `vllm serve`, and others."""
 
-import os
-import signal
 import socket
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 
 import httpx
 
-from sparsemm_vllm.serve import serve_environment, vllm_command
+from sparsemm_vllm.processes import LoggedProcess, serve_environment, vllm_command
 
 HOST = "127.0.0.1"
 READY = "the server answers"
@@ -38,66 +32,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
-
-
-class LoggedProcess:
-    """A program that starts on entering and stops on leaving, whatever happened in between.
-
-    Args:
-        command: program and its arguments.
-        log: file for its output; its folder is made.
-        environment: all of its variables.
-    """
-
-    def __init__(self, command: Sequence[str], log: Path, environment: dict[str, str]) -> None:
-        self.log = log
-        self._command = command
-        self._environment = environment
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Self:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as output:
-            self._process = subprocess.Popen(
-                self._command,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is ours to handle, and one signal reaches them all
-            )
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
-
-    @property
-    def pid(self) -> int:
-        """Process id while it runs; other processes may be its children."""
-        assert self._process is not None
-        return self._process.pid
-
-    @property
-    def code(self) -> int | None:
-        """Exit code; none while it runs."""
-        assert self._process is not None
-        return self._process.poll()
-
-    def last_lines(self, count: int = 20) -> str:
-        """The end of the log."""
-        lines = self.log.read_text(errors="replace").splitlines()
-        return "\n".join(lines[-count:])
-
-    def stop(self, patience: float = 8.0) -> None:
-        """End the program and all its processes; `patience` seconds later they are killed."""
-        if self._process is not None:
-            end_group(self._process, patience)
-            self._process = None
 
 
 class Server(LoggedProcess):
@@ -165,48 +99,3 @@ class Server(LoggedProcess):
             return httpx.get(f"{self.url}/health", timeout=1.0).is_success
         except httpx.TransportError:
             return False
-
-
-@contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that what it started is stopped."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def end_group(process: subprocess.Popen[bytes], patience: float = 8.0) -> None:
-    """End a process that leads a group, and the group: vLLM's engines are processes of their own.
-
-    Args:
-        process: started with ``start_new_session``.
-        patience: seconds until it is killed.
-    """
-    for sign, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
-        try:
-            os.killpg(process.pid, sign)
-        except ProcessLookupError:
-            break
-        if _ends_within(process, seconds):
-            break
-    process.wait()
-
-
-def _ends_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Whether the whole process group is gone in time; reaps its leader."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        process.poll()
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.1)
-    return False

@@ -10,9 +10,17 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from sparsemm_vllm.kept_map import ACCENT, FADED, INK, save_figure
-from sparsemm_vllm.plan import build_layout, check_sizes, printable, tokens_per_head
-from sparsemm_vllm.profile import HeadProfile
+from sparsemm_vllm.budget.plan import build_layout, check_sizes, printable, tokens_per_head
+from sparsemm_vllm.budget.profile import HeadProfile
+from sparsemm_vllm.commands.figures import (
+    ACCENT,
+    FADED,
+    INK,
+    STYLE,
+    PictureError,
+    _plain_axes,
+    save_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,25 +35,12 @@ VIRIDIS = (
     "#440154", "#482878", "#3e4989", "#31688e", "#26828e",
     "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725",
 )  # fmt: skip
-STYLE = {
-    "font.size": 9.5,
-    "text.color": INK,
-    "text.parse_math": False,  # a model's name may have dollar signs
-    "axes.edgecolor": "#d0d4da",
-    "axes.labelcolor": FADED,
-    "xtick.color": FADED,
-    "ytick.color": FADED,
-}
 FIRST_LIGHT = 5  # steps from here on carry dark digits
 TOP_SHARES = (0.01, 0.05, 0.1, 0.25, 0.5)
 BAR = 30  # columns of the longest bar
 MARKED_SHARES = (0.05, 0.1)
 MOST_NUMBERED = (12, 8)  # rows and columns up to which a picture's cells are parted and numbered
 MOST_TICKS = 12
-
-
-class PictureError(ValueError):
-    """A picture that cannot be made."""
 
 
 def cumulative_mass(profile: HeadProfile) -> np.ndarray:
@@ -320,14 +315,6 @@ def _label_heads(axes: Any, profile: HeadProfile) -> None:
     axes.set_xlabel(f"query head, {group} to a KV head")
     for first in range(group, profile.num_query_heads, group):
         axes.axvline(first - 0.5, color="white", linewidth=min(3.5, 96 / len(profile.scores[0])))
-
-
-def _plain_axes(axes: Any) -> None:
-    axes.grid(color="#eceef1", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
 
 
 def _mass_curve(axes: Any, mass: np.ndarray) -> None:

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from sparsemm_vllm.data.samples import DataError
-from sparsemm_vllm.pictures import (
+from sparsemm_vllm.data.pictures import (
     MARGIN,
     MAX_FONT_SIZE,
     MIN_FONT_SIZE,
@@ -14,6 +13,7 @@ from sparsemm_vllm.pictures import (
     draw_page,
     make_sample,
 )
+from sparsemm_vllm.data.samples import DataError
 
 READ_PAGE = "Read all the text in the picture."
 MAX_SIDE = 4096  # pixels; to be drawn in reasonable time

@@ -9,9 +9,9 @@ in pixels.
 from collections import Counter
 from typing import Any
 
+from sparsemm_vllm.data.pictures import Sample, Word
 from sparsemm_vllm.data.rows import Row, SkippedError, Table, make_words, read_image, records
 from sparsemm_vllm.data.samples import DataError
-from sparsemm_vllm.pictures import Sample, Word
 
 QUESTION = "Which objects are in the picture? Answer with their names only."
 

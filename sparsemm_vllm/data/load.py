@@ -8,11 +8,11 @@ import numpy as np
 
 from sparsemm_vllm.data.bundled import bundled_samples
 from sparsemm_vllm.data.coco import CocoFormat
+from sparsemm_vllm.data.pictures import PICTURE_SIZE, Sample
 from sparsemm_vllm.data.rows import SkippedError, Table
 from sparsemm_vllm.data.samples import DataError, SampleSet, hash_samples
 from sparsemm_vllm.data.synthdog import SynthdogFormat
 from sparsemm_vllm.data.tables import open_table
-from sparsemm_vllm.pictures import PICTURE_SIZE, Sample
 
 FORMATS = SynthdogFormat, CocoFormat
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from sparsemm_vllm.data.pictures import Box, Word
 from sparsemm_vllm.data.samples import DataError
-from sparsemm_vllm.pictures import Box, Word
 
 Row = dict[str, Any]
 

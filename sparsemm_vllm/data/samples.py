@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from sparsemm_vllm.pictures import Sample
+from sparsemm_vllm.data.pictures import Sample
 
 
 class DataError(ValueError):

@@ -8,8 +8,8 @@ four, in pixels or as fractions of the picture's size. SparseMM measured its sco
 from collections import Counter
 from typing import Any
 
+from sparsemm_vllm.data.pictures import Sample
 from sparsemm_vllm.data.rows import Row, SkippedError, Table, make_words, read_image, records
-from sparsemm_vllm.pictures import Sample
 
 QUESTION = "Provide all the OCR results of this image."  # SparseMM's
 

@@ -1,82 +1,55 @@
-"""Everything that is wrapped in vLLM, and the check before it is.
+"""What is put around functions of vLLM, where it offers no hook; `hooks.py` says why at each."""
 
-`WRAPPED` and `WRAPPED_IN_WORKERS` list functions that get something around them because vLLM offers
-no hook there, each with the reason. Before any is wrapped, what SPARSEMM needs of vLLM is compared
-with what was recorded of that release (`contract.py`): if anything moved that SPARSEMM would fail
-with, it does not start, and lists all of it.
-"""
-
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
-from packaging.version import Version
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from sparsemm_vllm import contract
-from sparsemm_vllm.environment import admits_any_vllm
-from sparsemm_vllm.signatures import argument
+from sparsemm_vllm.budget.request import RequestError, RequestLimits, asks_for_us, check_request
+from sparsemm_vllm.budget.settings import Settings
+from sparsemm_vllm.engine.config import uses_sparsemm
+from sparsemm_vllm.engine.frontend.metrics import SparseMMStatLogger
+from sparsemm_vllm.engine.sampling_limits import too_long
+from sparsemm_vllm.engine.scheduler.chunks import prefix_hit_limit, shape_chunk
+from sparsemm_vllm.engine.scheduler.encoder_room import make_room_for_window, take_room_back
+from sparsemm_vllm.engine.scheduler.manager import SparseMMManager, find_manager
+from sparsemm_vllm.engine.scheduler.send_stats import send
+from sparsemm_vllm.engine.scheduler.steps import (
+    end_refused,
+    free_pruned_blocks,
+    order_by_priority,
+)
+from sparsemm_vllm.engine.spec import SparseMMSpec, sparse_spec
+from sparsemm_vllm.engine.vllm_api import hooks
+from sparsemm_vllm.engine.vllm_api.compatibility import require_compatible_worker
+from sparsemm_vllm.engine.vllm_api.hooks import Function
+from sparsemm_vllm.engine.vllm_api.signatures import argument
+from sparsemm_vllm.engine.vllm_api.versions import bounded_lookup
+from sparsemm_vllm.engine.worker.model_state import SparseMMModelState, sparse_model_state
+from sparsemm_vllm.names import PRUNE_SECONDS
 
-SUPPORTED = ("0.32", "0.34")
 LIMITS = "_sparsemm_limits"  # of a front end's `InputProcessor`
 
 
-class IncompatibleError(RuntimeError):
-    """This vLLM is not one that SPARSEMM was written for."""
-
-
-@dataclass(frozen=True)
-class Wrap:
-    """A function that gets something around it.
-
-    Attributes:
-        symbol: vLLM's function, ``module:qualified.name``.
-        reason: why no hook of vLLM's serves.
-        wrapper: function that makes ours from vLLM's.
-    """
-
-    symbol: str
-    reason: str
-    wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
-
-    def install(self) -> None:
-        """Put the wrapper in place, once."""
-        holder, name = contract.resolve(self.symbol)
-        original = getattr(holder, name)
-        if not hasattr(original, "__sparsemm__"):
-            wrapped = functools.wraps(original)(self.wrapper(original))
-            wrapped.__sparsemm__ = True  # type: ignore[attr-defined]
-            setattr(holder, name, wrapped)
-
-    def is_installed(self) -> bool:
-        """Whether the wrapper is in place."""
-        holder, name = contract.resolve(self.symbol)
-        return hasattr(getattr(holder, name), "__sparsemm__")
-
-
-def _layer_spec(original: Callable[..., Any]) -> Callable[..., Any]:
-    from sparsemm_vllm.layer_spec import sparse_spec
-
+def _layer_spec(original: Function) -> Function:
     def get_kv_cache_spec(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         return sparse_spec(self, original(self, vllm_config, *args, **kwargs), vllm_config)
 
     return get_kv_cache_spec
 
 
-def _model_state(original: Callable[..., Any]) -> Callable[..., Any]:
-    from sparsemm_vllm.model_state import sparse_model_state
-
+def _model_state(original: Function) -> Function:
     def resolve_model_state_cls(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-        return sparse_model_state(original(vllm_config, *args, **kwargs), vllm_config)
+        chosen = original(vllm_config, *args, **kwargs)
+        if not uses_sparsemm(vllm_config):
+            return chosen
+        install_in_worker()
+        return sparse_model_state(chosen)
 
     return resolve_model_state_cls
 
 
-def _computed_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
-    from sparsemm_vllm.scheduling import prefix_hit_limit
-    from sparsemm_vllm.versions import bounded_lookup
-
+def _computed_blocks(original: Function) -> Function:
     look_up = bounded_lookup(original)
 
     def get_computed_blocks(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -88,10 +61,7 @@ def _computed_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_computed_blocks
 
 
-def _chunk_end(original: Callable[..., Any]) -> Callable[..., Any]:
-    from sparsemm_vllm.scheduling import shape_chunk
-    from sparsemm_vllm.window_pictures import make_room_for_window
-
+def _chunk_end(original: Function) -> Function:
     def _reserve_prefill_lookahead(
         self: Any,
         request: Any,
@@ -112,19 +82,7 @@ def _chunk_end(original: Callable[..., Any]) -> Callable[..., Any]:
     return _reserve_prefill_lookahead
 
 
-def _request_check(original: Callable[..., Any]) -> Callable[..., Any]:
-    from vllm.exceptions import VLLMValidationError
-
-    from sparsemm_vllm.layer_spec import uses_sparsemm
-    from sparsemm_vllm.request_settings import (
-        RequestError,
-        RequestLimits,
-        asks_for_us,
-        check_request,
-    )
-    from sparsemm_vllm.sampling_limits import too_long
-    from sparsemm_vllm.settings import Settings
-
+def _request_check(original: Function) -> Function:
     def limits_of(processor: Any) -> RequestLimits:
         if not hasattr(processor, LIMITS):  # a head profile among the settings takes a millisecond
             settings = Settings.from_additional_config(processor.vllm_config.additional_config)
@@ -157,9 +115,7 @@ def _request_check(original: Callable[..., Any]) -> Callable[..., Any]:
     return process_inputs
 
 
-def _step_begins(original: Callable[..., Any]) -> Callable[..., Any]:
-    from sparsemm_vllm.scheduling import end_refused, find_manager, order_by_priority
-
+def _step_begins(original: Function) -> Function:
     def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
         manager = find_manager(self.kv_cache_manager)
         if manager is None:
@@ -173,11 +129,7 @@ def _step_begins(original: Callable[..., Any]) -> Callable[..., Any]:
     return schedule
 
 
-def _step_ends(original: Callable[..., Any]) -> Callable[..., Any]:
-    from sparsemm_vllm.metrics import send
-    from sparsemm_vllm.scheduling import free_pruned_blocks
-    from sparsemm_vllm.window_pictures import take_room_back
-
+def _step_ends(original: Function) -> Function:
     def update_from_output(
         self: Any, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any
     ) -> Any:
@@ -190,10 +142,7 @@ def _step_ends(original: Callable[..., Any]) -> Callable[..., Any]:
     return update_from_output
 
 
-def _stat_loggers(original: Callable[..., Any]) -> Callable[..., Any]:
-    from sparsemm_vllm.layer_spec import uses_sparsemm
-    from sparsemm_vllm.metrics import SparseMMStatLogger
-
+def _stat_loggers(original: Function) -> Function:
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         original(self, vllm_config, *args, **kwargs)
         if uses_sparsemm(vllm_config):  # first: it takes out what others would not understand
@@ -202,9 +151,7 @@ def _stat_loggers(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
-def _graph_memory(original: Callable[..., Any]) -> Callable[..., Any]:
-    from sparsemm_vllm.model_state import SparseMMModelState
-
+def _graph_memory(original: Function) -> Function:
     def profile_cudagraph_memory(self: Any, *args: Any, **kwargs: Any) -> Any:
         estimate = original(self, *args, **kwargs)
         if isinstance(self.model_state, SparseMMModelState):
@@ -214,10 +161,7 @@ def _graph_memory(original: Callable[..., Any]) -> Callable[..., Any]:
     return profile_cudagraph_memory
 
 
-def _prune_seconds(original: Callable[..., Any]) -> Callable[..., Any]:
-    from sparsemm_vllm.metrics import PRUNE_SECONDS
-    from sparsemm_vllm.model_state import SparseMMModelState
-
+def _prune_seconds(original: Function) -> Function:
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
         runner_output = getattr(output, "model_runner_output", None)
@@ -228,158 +172,28 @@ def _prune_seconds(original: Callable[..., Any]) -> Callable[..., Any]:
     return sample_tokens
 
 
-WRAPPED = (
-    Wrap(
-        "vllm.model_executor.layers.attention.attention:Attention.get_kv_cache_spec",
-        "a backend's customize_spec knows neither the layer nor the model, the budgets depend on "
-        "both",
-        _layer_spec,
-    ),
-    Wrap(
-        "vllm.v1.worker.gpu.model_states:resolve_model_state_cls",
-        "the model state is chosen by the model alone; ours puts generated tokens into the blocks "
-        "behind the compact ones",
-        _model_state,
-    ),
-    Wrap(
-        "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks",
-        "a prefix hit must leave the window queries to compute, and the manager must know the "
-        "prompt's length before admission",
-        _computed_blocks,
-    ),
-    Wrap(
-        "vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead",
-        "the chunk that ends a prompt must hold all of its window queries, and end with it",
-        _chunk_end,
-    ),
-    Wrap(
-        "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
-        "streaming input extends a prompt after its prefill, and what a request must not ask for "
-        "has to be refused before the engine sees it",
-        _request_check,
-    ),
-    Wrap(
-        "vllm.v1.core.sched.scheduler:Scheduler.schedule",
-        "with priorities it preempts requests that it has scheduled in the same step, and what "
-        "can never be scheduled it tries for ever",
-        _step_begins,
-    ),
-    Wrap(
-        "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
-        "the blocks of a prompt are free when the step that pruned it is processed, not when the "
-        "request next needs one; nothing tells a plugin that a step is done; and the scheduler's "
-        "statistics have no place for a plugin's own numbers",
-        _step_ends,
-    ),
-    Wrap(
-        "vllm.v1.metrics.loggers:StatLoggerManager.__init__",
-        "a stat logger plugin would switch statistics on in every vLLM, with or without SPARSEMM",
-        _stat_loggers,
-    ),
-)
-# Only workers import the model runner: it takes seconds.
-WRAPPED_IN_WORKERS = (
-    Wrap(
-        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.profile_cudagraph_memory",
-        "the model runner drops the KV cache that it measured CUDA graphs with, and no hook of a "
-        "model state is called then; its memory is wanted for the real cache",
-        _graph_memory,
-    ),
-    Wrap(
-        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens",
-        "a model state cannot add to a step's output; the time of pruning is known to the worker",
-        _prune_seconds,
-    ),
-)
-
-
-def version_problem() -> str | None:
-    """Why the installed vLLM is not one of the supported ones, if it is not. Imports nothing."""
-    lowest, above = map(Version, SUPPORTED)
-    installed = Version(version("vllm"))
-    if admits_any_vllm():
-        return None
-    if not lowest <= Version(installed.base_version) < above:
-        return (
-            f"vLLM {installed} is installed; SPARSEMM supports >={lowest},<{above} "
-            "(`sparsemm check --run` says what differs, and whether it would serve)"
-        )
-    if installed.local is not None and "cpu" in installed.local:
-        return (
-            f"vLLM {installed} is a build for the CPU, whose kernels SPARSEMM does not know; "
-            "install the ordinary wheel (pip install vllm): with it `sparsemm serve` works "
-            "without a GPU"
-        )
-    return None
-
-
-def every_wrap() -> list[Wrap]:
-    """All wraps, those of the CPU's model runner and of the entry points too."""
-    from sparsemm_vllm.cpu_runner import TWINS
-    from sparsemm_vllm.plugin import _install_if_asked
-
-    entry = Wrap(
-        "vllm.engine.arg_utils:EngineArgs.create_engine_config",
-        "a plugin that finds a configuration which asks for it must be installed before it is used",
-        _install_if_asked,
-    )
-    return [*WRAPPED, *WRAPPED_IN_WORKERS, *TWINS, entry]
-
-
-def differences() -> list[contract.Difference]:
-    """What in the modules of vLLM that this process has loaded is not as it was recorded."""
-    known = contract.nearest(version("vllm"))
-    return contract.compare(known, every_wrap(), loaded_only=True)
-
-
-def problems() -> list[str]:
-    """What keeps SPARSEMM from working in the installed vLLM; empty if nothing does.
-
-    What differs and does not break it is a warning in vLLM's log.
-    """
-    if found := version_problem():
-        return [found]
-    gone = []
-    for wrap in WRAPPED:
-        try:
-            contract.resolve(wrap.symbol)
-        except (ImportError, AttributeError) as error:
-            gone.append(f"{wrap.symbol}: {error}")
-    return gone or _breaking(differences())
-
-
-def _breaking(found: list[contract.Difference]) -> list[str]:
-    """Those that break SPARSEMM; the others are logged, and all where any vLLM is to be tried."""
-    from vllm.logger import init_logger
-
-    breaking = [] if admits_any_vllm() else [d for d in found if d.breaks]
-    if harmless := [str(difference) for difference in found if difference not in breaking]:
-        init_logger("vllm.sparsemm").warning(
-            "SPARSEMM: vLLM %s is not in all as the %s that SPARSEMM was tested with; run "
-            "`sparsemm check --run` before you rely on it: %s",
-            version("vllm"),
-            contract.nearest(version("vllm")).vllm,
-            "; ".join(harmless),
-        )
-    return [str(difference) for difference in breaking]
+WRAPPERS = {
+    hooks.LAYER_SPEC: _layer_spec,
+    hooks.MODEL_STATE: _model_state,
+    hooks.COMPUTED_BLOCKS: _computed_blocks,
+    hooks.CHUNK_END: _chunk_end,
+    hooks.REQUEST_CHECK: _request_check,
+    hooks.STEP_BEGINS: _step_begins,
+    hooks.STEP_ENDS: _step_ends,
+    hooks.STAT_LOGGERS: _stat_loggers,
+}
+WORKER_WRAPPERS = {hooks.GRAPH_MEMORY: _graph_memory, hooks.PRUNE_TIME: _prune_seconds}
 
 
 def install() -> None:
-    """Register the KV cache spec and wrap what `WRAPPED` lists. Idempotent.
+    """Register the KV cache spec and wrap what every process has. Idempotent.
 
-    Raises:
-        IncompatibleError: listing everything that SPARSEMM would fail with.
+    `plugin.install` checks before whether this vLLM is as SPARSEMM needs it.
     """
-    if found := problems():
-        raise IncompatibleError("SPARSEMM cannot run on this vLLM: " + "; ".join(found))
-    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
-
-    from sparsemm_vllm.kv_cache import SparseMMManager, SparseMMSpec
-
     KVCacheSpecRegistry._ensure_registered()  # only an empty registry gets vLLM's own specs
     KVCacheSpecRegistry.register(SparseMMSpec, SparseMMManager, SparseMMSpec)
-    for wrap in WRAPPED:
-        wrap.install()
+    for hook, wrapper in WRAPPERS.items():
+        hook.install(wrapper)
 
 
 def install_in_worker() -> None:
@@ -388,23 +202,6 @@ def install_in_worker() -> None:
     Raises:
         IncompatibleError: listing everything that SPARSEMM would fail with.
     """
-    for wrap in WRAPPED_IN_WORKERS:
-        contract.resolve(wrap.symbol)  # imports it
-    if found := _breaking(differences()):
-        raise IncompatibleError("SPARSEMM cannot run on this vLLM: " + "; ".join(found))
-    for wrap in WRAPPED_IN_WORKERS:
-        wrap.install()
-
-
-def require_installed() -> None:
-    """Refuse to run half installed: without its hooks SPARSEMM would read freed blocks.
-
-    Raises:
-        IncompatibleError: if `install` did not run in this process.
-    """
-    missing = [wrap.symbol for wrap in WRAPPED if not wrap.is_installed()]
-    if missing:
-        raise IncompatibleError(
-            "SPARSEMM is not installed in this process; build the engine from EngineArgs, or call "
-            f"sparsemm_vllm.patches.install() first (missing: {', '.join(missing)})"
-        )
+    require_compatible_worker()
+    for hook, wrapper in WORKER_WRAPPERS.items():
+        hook.install(wrapper)

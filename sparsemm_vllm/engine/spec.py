@@ -1,24 +1,19 @@
 """The KV cache spec of a layer, in the worker that built it."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 
-from sparsemm_vllm.kv_cache import SparseMMSpec
-from sparsemm_vllm.plugin import NAME
-from sparsemm_vllm.request_settings import RequestLimits
-from sparsemm_vllm.settings import Settings
-from sparsemm_vllm.support import UnsupportedError, build_layout, pruned_layers
-
-
-def uses_sparsemm(vllm_config: VllmConfig) -> bool:
-    """Whether any layer's backend is SPARSEMM."""
-    attention = vllm_config.attention_config
-    backends = [attention.backend, *attention.backend_per_kind.values()]
-    return any(backend is not None and backend.name == NAME for backend in backends)
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.request import RequestLimits
+from sparsemm_vllm.budget.settings import Settings
+from sparsemm_vllm.engine.config import UnsupportedError, build_layout, pruned_layers, uses_sparsemm
+from sparsemm_vllm.names import NAME
 
 
 def sparse_spec(
@@ -79,3 +74,40 @@ def _check_layer(layer: Any, spec: FullAttentionSpec, vllm_config: VllmConfig) -
             f"SPARSEMM: layers {', '.join(sharing)} share the KV cache of {name}; each would keep "
             "other tokens"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseMMSpec(FullAttentionSpec):
+    """Full attention whose prompts are pruned: equal for all pruned layers of all ranks.
+
+    Args:
+        layout: the server's budgets.
+        prune_when_free_below: see `Settings`.
+        limits: what requests may ask for; only what the layout lets them if not given.
+    """
+
+    layout: CacheLayout
+    prune_when_free_below: float | None = None
+    limits: RequestLimits | None = None
+
+    @classmethod
+    def merge(cls, specs: list["SparseMMSpec"]) -> "SparseMMSpec":
+        """The spec of a group: that of its layers, which must be equal."""
+        assert all(spec == specs[0] for spec in specs), "SPARSEMM layers must have equal specs"
+        return specs[0]
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        """Whether all layers can share one group."""
+        return all(spec == self for spec in kv_cache_specs.values())
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        """Entries of a block table row: both copies of a prompt of up to that length."""
+        compact = self.layout.most_compact_blocks(max_len, self.block_size)
+        return cdiv(max_len, self.block_size) + compact
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> int:
+        """Bytes that suffice for one request of up to the longest length at its peak."""
+        longest = vllm_config.model_config.max_model_len
+        compact = self.layout.most_compact_blocks(longest, self.block_size)
+        dense = super().max_memory_usage_bytes(vllm_config, *args, **kwargs)
+        return dense + compact * self.page_size_bytes

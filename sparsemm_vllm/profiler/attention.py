@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from sparsemm_vllm.attention_record import RECORD
-from sparsemm_vllm.pictures import Sample
+from sparsemm_vllm.data.pictures import Sample
+from sparsemm_vllm.names import RECORD
 from sparsemm_vllm.profiler.errors import ProfilerError
 from sparsemm_vllm.profiler.modes import Mode, messages
 from sparsemm_vllm.profiler.words import token_spans, words_of_tokens

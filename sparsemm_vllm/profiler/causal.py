@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from sparsemm_vllm.knockout import KNOCKOUT
-from sparsemm_vllm.pictures import Sample
+from sparsemm_vllm.data.pictures import Sample
+from sparsemm_vllm.names import KNOCKOUT
 from sparsemm_vllm.profiler.attention import Request, Scores, first_line, model_shape
 from sparsemm_vllm.profiler.errors import ProfilerError
 from sparsemm_vllm.profiler.modes import Mode, messages
@@ -35,7 +35,7 @@ class CausalScorer:
     def __init__(self, llm: Any, mode: Mode) -> None:
         from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-        from sparsemm_vllm.support import pruned_layers
+        from sparsemm_vllm.engine.config import pruned_layers
 
         if is_quantized_kv_cache(llm.llm_engine.vllm_config.cache_config.cache_dtype):
             raise ProfilerError(

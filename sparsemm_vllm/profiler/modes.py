@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
-from sparsemm_vllm.pictures import Sample
+from sparsemm_vllm.data.pictures import Sample
 from sparsemm_vllm.profiler.words import Place, places_anywhere, places_in_answer
 
 MARGIN = 8  # tokens that the end of a chat prompt may merge with an answer, generously

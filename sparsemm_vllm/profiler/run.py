@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from sparsemm_vllm import __version__
-from sparsemm_vllm.bundled_model import READER, reader_folder
-from sparsemm_vllm.config_hash import config_hash
+from sparsemm_vllm.budget.config_hash import config_hash
+from sparsemm_vllm.budget.profile import HeadProfile
 from sparsemm_vllm.data import SampleSet
-from sparsemm_vllm.profile import HeadProfile
 from sparsemm_vllm.profiler.attention import AttentionScorer, Request, Scores
 from sparsemm_vllm.profiler.causal import CausalScorer
 from sparsemm_vllm.profiler.engine import check_model, open_engine, prepare_process
@@ -20,6 +19,7 @@ from sparsemm_vllm.profiler.errors import ProfilerError
 from sparsemm_vllm.profiler.modes import MODES
 from sparsemm_vllm.profiler.partial import Partial, Run
 from sparsemm_vllm.profiler.reliability import split_half
+from sparsemm_vllm.reader import READER, reader_folder
 
 BATCH = 16  # samples between two readings
 ROWS = 8192  # queries of theirs that are recorded

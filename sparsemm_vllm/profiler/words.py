@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparsemm_vllm.pictures import Sample
+from sparsemm_vllm.data.pictures import Sample
 
 Span = tuple[int, int]  # first character and the one behind the last
 UNFINISHED = "\ufffd"  # what a part of a character's bytes decodes to

@@ -8,4 +8,4 @@ READER = "sparsemm-reader"
 
 def reader_folder() -> Path:
     """Where it lies."""
-    return Path(str(resources.files("sparsemm_vllm").joinpath("reader")))
+    return Path(str(resources.files(__name__)))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the parent has to start the child before it imports torch
-    from sparsemm_vllm.layout import CacheLayout
+    from sparsemm_vllm.budget.layout import CacheLayout
 
 BLOCK_SIZE, WINDOW, BUDGET, LARGEST_BUDGET = 16, 8, 40, 192  # tokens
 STEP_TOKENS = 160  # that a step of the engine may compute

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparsemm_vllm.check_run.cases import (
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.commands.check.cases import (
     BLOCK_SIZE,
     BUDGET,
     CASES,
@@ -23,12 +24,11 @@ from sparsemm_vllm.check_run.cases import (
     row_name,
     without_repetitions,
 )
-from sparsemm_vllm.check_run.engine import Answer, Engine, EngineError, ask
-from sparsemm_vllm.check_run.judge import TOLERANCES, References, judge, judge_references
-from sparsemm_vllm.check_run.model import KV_HEADS, make_llava, skewed_profile
-from sparsemm_vllm.check_run.results import Results, Row
+from sparsemm_vllm.commands.check.engine import Answer, Engine, EngineError, ask
+from sparsemm_vllm.commands.check.judge import TOLERANCES, References, judge, judge_references
+from sparsemm_vllm.commands.check.model import KV_HEADS, make_llava, skewed_profile
+from sparsemm_vllm.commands.check.results import Results, Row
 from sparsemm_vllm.environment import has_gpu
-from sparsemm_vllm.layout import CacheLayout
 
 LAYERS = 2
 PATIENCE = 120.0  # seconds for the answers to a case; a GPU's kernels are compiled in it

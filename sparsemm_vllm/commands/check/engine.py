@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sparsemm_vllm.check_run.model import picture
+from sparsemm_vllm.commands.check.model import picture
 
 
 class EngineError(RuntimeError):

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparsemm_vllm.check_run.cases import (
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.commands.check.cases import (
     BUDGET,
     CASES,
     MAX_TOKENS,
@@ -18,11 +19,10 @@ from sparsemm_vllm.check_run.cases import (
     Seen,
     expected_blocks,
 )
-from sparsemm_vllm.check_run.engine import Answer
-from sparsemm_vllm.check_run.model import picture
-from sparsemm_vllm.check_run.oracle import Oracle
-from sparsemm_vllm.check_run.results import Row
-from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.commands.check.engine import Answer
+from sparsemm_vllm.commands.check.model import picture
+from sparsemm_vllm.commands.check.oracle import Oracle
+from sparsemm_vllm.commands.check.results import Row
 
 VISIBLE = 0.5  # median difference that another budget must make, or equal answers prove nothing
 

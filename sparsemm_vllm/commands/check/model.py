@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sparsemm_vllm.profile import HeadProfile
+from sparsemm_vllm.budget.profile import HeadProfile
 
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_SIZE = 4, 8, 4, 32
 IMAGE_TOKENS = 64

@@ -17,7 +17,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from sparsemm_vllm.layout import CacheLayout
+from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.triton_kernels.reference import kept_tokens, window_scores
 
 NAME = "sparsemm_oracle"

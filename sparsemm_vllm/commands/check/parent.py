@@ -20,16 +20,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from sparsemm_vllm.check_run.cases import names
-from sparsemm_vllm.check_run.results import Line, Row
+from sparsemm_vllm.commands.check.cases import names
+from sparsemm_vllm.commands.check.results import Line, Row
 from sparsemm_vllm.environment import check_environment, has_gpu
 from sparsemm_vllm.files import write_whole
-from sparsemm_vllm.server import LoggedProcess, ended_by_signals
+from sparsemm_vllm.processes import LoggedProcess, ended_by_signals
 
 SECONDS = 300.0  # of each engine, until it counts as hung
 LOG_LINES = 12  # of the log, shown after a failure
 # Without -P the working folder would be on the module path.
-CHILD = (sys.executable, "-P", "-m", "sparsemm_vllm.check_run.child")
+CHILD = (sys.executable, "-P", "-m", "sparsemm_vllm.commands.check.child")
 PACKAGES = ("sparsemm-vllm", "vllm", "torch", "triton", "transformers")
 STYLES = {"ok": "green", "differs": "red", "failed": "red", "not run": "yellow"}
 END = "engine end"

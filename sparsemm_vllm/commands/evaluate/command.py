@@ -18,19 +18,25 @@ from rich.progress import (
 )
 
 from sparsemm_vllm import __version__
-from sparsemm_vllm.bundled_model import READER, reader_folder
-from sparsemm_vllm.evaluate.engine import OWN_OPTIONS, Job, Result
-from sparsemm_vllm.evaluate.errors import EvalError
-from sparsemm_vllm.evaluate.figure import draw_records
-from sparsemm_vllm.evaluate.folder import EvalFolder
-from sparsemm_vllm.evaluate.points import DENSE, Point, mask_points, method_points, parse_share
-from sparsemm_vllm.evaluate.questions import hash_questions, load_questions
-from sparsemm_vllm.evaluate.records import make_records
-from sparsemm_vllm.evaluate.report import print_records, save_json
-from sparsemm_vllm.evaluate.run import measure
-from sparsemm_vllm.profile import HeadProfile, load_profile
+from sparsemm_vllm.budget.profile import HeadProfile, load_profile
+from sparsemm_vllm.budget.settings import NO_PROFILE
+from sparsemm_vllm.commands.evaluate.engine import OWN_OPTIONS, Job, Result
+from sparsemm_vllm.commands.evaluate.errors import EvalError
+from sparsemm_vllm.commands.evaluate.figure import draw_records
+from sparsemm_vllm.commands.evaluate.folder import EvalFolder
+from sparsemm_vllm.commands.evaluate.points import (
+    DENSE,
+    Point,
+    mask_points,
+    method_points,
+    parse_share,
+)
+from sparsemm_vllm.commands.evaluate.questions import hash_questions, load_questions
+from sparsemm_vllm.commands.evaluate.records import make_records
+from sparsemm_vllm.commands.evaluate.report import print_records, save_json
+from sparsemm_vllm.commands.evaluate.run import measure
 from sparsemm_vllm.profiler.engine import parse_engine_options, prepare_process
-from sparsemm_vllm.settings import NO_PROFILE
+from sparsemm_vllm.reader import READER, reader_folder
 
 
 @dataclass(frozen=True)

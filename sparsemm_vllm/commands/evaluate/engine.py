@@ -1,6 +1,6 @@
 """One engine configuration answers all questions, in a process of its own.
 
-    python -P -m sparsemm_vllm.evaluate.engine JOB.json
+    python -P -m sparsemm_vllm.commands.evaluate.engine JOB.json
 
 An engine cannot change its budgets, and a process that has closed one cannot be trusted to open
 another. Counts of answered questions go to the standard output, vLLM's log to the standard error.
@@ -16,8 +16,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from sparsemm_vllm.commands.evaluate.questions import Question, load_questions
 from sparsemm_vllm.environment import has_gpu
-from sparsemm_vllm.evaluate.questions import Question, load_questions
 from sparsemm_vllm.files import write_whole
 from sparsemm_vllm.profiler.engine import parse_engine_options
 

@@ -4,16 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsemm_vllm.evaluate.records import (
-    KEPT_SHARE,
-    Record,
-    curves,
-    dense_record,
-)
-from sparsemm_vllm.evaluate.report import tasks_of
-from sparsemm_vllm.kept_map import ACCENT, FADED, INK, save_figure
-from sparsemm_vllm.plan import printable, readable_bytes
-from sparsemm_vllm.show import STYLE
+from sparsemm_vllm.budget.plan import printable, readable_bytes
+from sparsemm_vllm.commands.evaluate.records import KEPT_SHARE, Record, curves, dense_record
+from sparsemm_vllm.commands.evaluate.report import tasks_of
+from sparsemm_vllm.commands.figures import ACCENT, FADED, INK, STYLE, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

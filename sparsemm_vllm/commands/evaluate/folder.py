@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sparsemm_vllm.evaluate.engine import Result
-from sparsemm_vllm.evaluate.errors import EvalError
-from sparsemm_vllm.evaluate.points import Point
+from sparsemm_vllm.commands.evaluate.engine import Result
+from sparsemm_vllm.commands.evaluate.errors import EvalError
+from sparsemm_vllm.commands.evaluate.points import Point
 from sparsemm_vllm.files import write_whole
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from sparsemm_vllm.evaluate.errors import EvalError
-from sparsemm_vllm.profile import HeadProfile
-from sparsemm_vllm.settings import Settings
+from sparsemm_vllm.budget.profile import HeadProfile
+from sparsemm_vllm.budget.settings import Settings
+from sparsemm_vllm.commands.evaluate.errors import EvalError
 
 DENSE = "full"
 BY_HEAD_SCORES = ("sparsemm", "random_heads")  # others give no head more than a prompt has

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from sparsemm_vllm.data import DataError, load_samples
-from sparsemm_vllm.pictures import EVAL_SEEDS, Sample, Task, make_sample
+from sparsemm_vllm.data.pictures import EVAL_SEEDS, Sample, Task, make_sample
 
 DRAWN = "drawn"
 TASKS: dict[str, Task] = {"ocr": "read", "qa": "query"}

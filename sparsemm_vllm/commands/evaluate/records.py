@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from sparsemm_vllm.evaluate.engine import Result
-from sparsemm_vllm.evaluate.metrics import Marks, draw_pictures, interval
-from sparsemm_vllm.evaluate.points import DENSE, Point
+from sparsemm_vllm.commands.evaluate.engine import Result
+from sparsemm_vllm.commands.evaluate.metrics import Marks, draw_pictures, interval
+from sparsemm_vllm.commands.evaluate.points import DENSE, Point
 
 KEPT_SHARE = 0.97  # of the dense accuracy, that a method should keep
 

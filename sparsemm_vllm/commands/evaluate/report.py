@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sparsemm_vllm.evaluate.records import (
+from sparsemm_vllm.budget.plan import printable, readable_bytes
+from sparsemm_vllm.commands.evaluate.records import (
     KEPT_SHARE,
     Estimate,
     Record,
@@ -21,7 +22,6 @@ from sparsemm_vllm.evaluate.records import (
     dense_record,
 )
 from sparsemm_vllm.files import write_whole
-from sparsemm_vllm.plan import printable, readable_bytes
 
 
 def save_json(path: Path, configuration: dict[str, Any], records: Sequence[Record]) -> None:

@@ -6,13 +6,12 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from sparsemm_vllm.evaluate.engine import Job, Result
-from sparsemm_vllm.evaluate.errors import EvalError
-from sparsemm_vllm.evaluate.folder import EvalFolder
-from sparsemm_vllm.evaluate.points import Point
+from sparsemm_vllm.commands.evaluate.engine import Job, Result
+from sparsemm_vllm.commands.evaluate.errors import EvalError
+from sparsemm_vllm.commands.evaluate.folder import EvalFolder
+from sparsemm_vllm.commands.evaluate.points import Point
 from sparsemm_vllm.files import write_whole
-from sparsemm_vllm.serve import serve_environment
-from sparsemm_vllm.server import end_group
+from sparsemm_vllm.processes import end_group, serve_environment
 
 OFFLINE_ENGINE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
 _ERROR = re.compile(r"^(?:\[\w+\]: )?[\w.]*(?:Error|Exception|Interrupt): (.+)")
@@ -61,7 +60,7 @@ def run_job(job: Job, log: Path, on_answer: Callable[[int], None]) -> None:
     with log.open("wb") as output:
         process = subprocess.Popen(
             # Without -P the working folder would be on the module path.
-            [sys.executable, "-P", "-m", "sparsemm_vllm.evaluate.engine", str(file)],
+            [sys.executable, "-P", "-m", "sparsemm_vllm.commands.evaluate.engine", str(file)],
             env=serve_environment() | OFFLINE_ENGINE,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -6,11 +6,12 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 
-from sparsemm_vllm.look.draw import check_picture, draw_sight, print_sight
-from sparsemm_vllm.look.run import look
+from sparsemm_vllm.budget.settings import Settings
+from sparsemm_vllm.commands.figures import PictureError
+from sparsemm_vllm.commands.look.draw import check_picture, draw_sight, print_sight
+from sparsemm_vllm.commands.look.run import look
+from sparsemm_vllm.names import KEY
 from sparsemm_vllm.profiler.engine import parse_engine_options, prepare_process
-from sparsemm_vllm.settings import KEY, Settings
-from sparsemm_vllm.show import PictureError
 
 
 def run_look(

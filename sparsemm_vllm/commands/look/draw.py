@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sparsemm_vllm.kept_map import FADED, INK, save_figure
-from sparsemm_vllm.look.sight import Sight
-from sparsemm_vllm.plan import printable
-from sparsemm_vllm.show import STYLE, PictureError
+from sparsemm_vllm.budget.plan import printable
+from sparsemm_vllm.commands.figures import FADED, INK, STYLE, PictureError, save_figure
+from sparsemm_vllm.commands.look.sight import Sight
 
 # One for each word of an answer, in turn; told apart by people who do not see red and green too.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d31")

@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sparsemm_vllm.bundled_model import READER, reader_folder
-from sparsemm_vllm.look.sight import SaidWord, Sight
-from sparsemm_vllm.pictures import Sample
-from sparsemm_vllm.profile import HeadProfile
+from sparsemm_vllm.budget.profile import HeadProfile
+from sparsemm_vllm.commands.look.sight import SaidWord, Sight
+from sparsemm_vllm.commands.show import heads_in
+from sparsemm_vllm.data.pictures import Sample
 from sparsemm_vllm.profiler.attention import picture_tokens
 from sparsemm_vllm.profiler.engine import check_model, open_engine, prepare_process
 from sparsemm_vllm.profiler.errors import ProfilerError
 from sparsemm_vllm.profiler.modes import MODES, messages
 from sparsemm_vllm.profiler.words import token_spans
 from sparsemm_vllm.profiler.worker import gather_attention
-from sparsemm_vllm.show import heads_in
+from sparsemm_vllm.reader import READER, reader_folder
 
 VISUAL = 0.05  # share of the query heads that are called visual
 
@@ -63,10 +63,10 @@ def _see(llm: Any, sample: Sample, max_tokens: int, rows: int, kept_folder: Path
     from vllm import SamplingParams
     from vllm.transformers_utils.processor import cached_processor_from_config
 
-    from sparsemm_vllm.attention_record import RECORD
-    from sparsemm_vllm.recording import load_kept
-    from sparsemm_vllm.settings import Settings
-    from sparsemm_vllm.support import build_layout
+    from sparsemm_vllm.budget.settings import Settings
+    from sparsemm_vllm.engine.config import build_layout
+    from sparsemm_vllm.engine.worker.probes.kept import load_kept
+    from sparsemm_vllm.names import RECORD
 
     vllm_config = llm.llm_engine.vllm_config
     settings = Settings.from_additional_config(vllm_config.additional_config)

@@ -2,13 +2,10 @@
 
 from typing import Any
 
-import torch
 from vllm.v1.attention.backend import AttentionType
 
-from sparsemm_vllm.knockout import attend_without
-from sparsemm_vllm.plugin import NAME
-from sparsemm_vllm.step import Step
-from sparsemm_vllm.support import UnsupportedError
+from sparsemm_vllm.engine.config import UnsupportedError
+from sparsemm_vllm.names import NAME
 
 
 class SparseBackendMixin:
@@ -114,51 +111,3 @@ def refuse_variants(
     used = [name for name, present in variants.items() if present]
     if used:
         raise UnsupportedError(f"SPARSEMM does not compute attention with {' and '.join(used)}")
-
-
-def forward_sparse(
-    step: Step,
-    layer: Any,
-    query: torch.Tensor,
-    output: torch.Tensor,
-    block_table: torch.Tensor,
-    scale: float,
-) -> None:
-    """What follows the dense rows: the decode rows, the prompts that are complete now, records.
-
-    Args:
-        step: this step.
-        layer: vLLM's attention layer, for its name and the scales of a quantised cache.
-        query: the step's queries, ``[T, Hq, D]``.
-        output: ``[T, Hq, D]``; the decode rows are written.
-        block_table: int32 ``[R, max_blocks]``.
-        scale: of the attention logits.
-    """
-    state = step.state
-    cache, index = state.cache.tensor, state.cache.layers[layer.layer_name]
-    k_scale, v_scale = kv_scales(layer, cache.dtype)
-    for batch in step.decodes:
-        state.ops.sparse_decode(
-            query, cache, index, block_table, batch, output, scale, k_scale, v_scale
-        )
-    for knockout in step.knockouts:
-        if knockout.layer == index:
-            attend_without(query, cache[index], block_table, knockout, output, scale)
-    if step.prunes:
-        with state.prune_timer.measure():
-            for prompts in step.prunes:
-                state.prune(index, query, block_table, prompts, scale, k_scale)
-    if step.recorded is not None and state.attention is not None:
-        keys = state.attention.keys[index]
-        state.ops.top_keys(query, cache[index], block_table, step.recorded, keys)
-    if state.poison is not None:
-        state.poison.check_output(index, output)
-
-
-def kv_scales(
-    layer: Any, cache_dtype: torch.dtype
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Per-tensor scales of an fp8 cache's keys and values; none for other caches."""
-    if cache_dtype != torch.float8_e4m3fn:
-        return None, None
-    return layer._k_scale, layer._v_scale

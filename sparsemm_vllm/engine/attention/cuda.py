@@ -16,15 +16,11 @@ from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 from vllm.v1.kv_cache_interface import get_kv_quant_mode, is_quantized_kv_cache
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from sparsemm_vllm import patches
-from sparsemm_vllm.kv_cache import SparseMMSpec
-from sparsemm_vllm.sparse_attention import (
-    SparseBackendMixin,
-    forward_sparse,
-    kv_scales,
-    refuse_variants,
-)
-from sparsemm_vllm.step import Step
+from sparsemm_vllm.engine.attention.backend import SparseBackendMixin, refuse_variants
+from sparsemm_vllm.engine.attention.forward import forward_sparse, kv_scales
+from sparsemm_vllm.engine.spec import SparseMMSpec
+from sparsemm_vllm.engine.vllm_api.compatibility import require_installed
+from sparsemm_vllm.engine.worker.step import Step
 from sparsemm_vllm.triton_kernels.batch import to_device
 
 
@@ -51,7 +47,7 @@ class SparseMMMetadataBuilder(FlashAttentionMetadataBuilder):
     step: Step | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        patches.require_installed()
+        require_installed()
         super().__init__(*args, **kwargs)
         # FlashAttention 3 schedules its rows ahead, and fails for types that it does not compute.
         if not _flash_attends(self.model_config.dtype, self.cache_config.cache_dtype):

@@ -1,14 +1,123 @@
-"""What some methods do with the scores of the prompts that a step completes, in torch.
+"""What SPARSEMM adds to dense attention: attend to what was kept; score, select, compact.
 
-On the device, without waiting for it: sizes and places are known on the host. One prompt after the
-other, some tens of small operations each, so a prune takes longer than with the kernels alone:
-these are methods to compare with.
+All of it runs on the device, and the host does not wait for it: sizes and places are known on the
+host.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-from sparsemm_vllm.layout import CacheLayout
+import torch
+
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.engine.worker.probes.kept import KeptRecorder
+from sparsemm_vllm.engine.worker.probes.knockout import attend_without
+from sparsemm_vllm.engine.worker.state import SparseState
+from sparsemm_vllm.engine.worker.step import Step
 from sparsemm_vllm.triton_kernels.batch import HeadPages, Prompts, PruneWorkspace
+
+
+def forward_sparse(
+    step: Step,
+    layer: Any,
+    query: torch.Tensor,
+    output: torch.Tensor,
+    block_table: torch.Tensor,
+    scale: float,
+) -> None:
+    """What follows the dense rows: the decode rows, the prompts that are complete now, records.
+
+    Args:
+        step: this step.
+        layer: vLLM's attention layer, for its name and the scales of a quantised cache.
+        query: the step's queries, ``[T, Hq, D]``.
+        output: ``[T, Hq, D]``; the decode rows are written.
+        block_table: int32 ``[R, max_blocks]``.
+        scale: of the attention logits.
+    """
+    state = step.state
+    cache, index = state.cache.tensor, state.cache.layers[layer.layer_name]
+    k_scale, v_scale = kv_scales(layer, cache.dtype)
+    for batch in step.decodes:
+        state.ops.sparse_decode(
+            query, cache, index, block_table, batch, output, scale, k_scale, v_scale
+        )
+    for knockout in step.knockouts:
+        if knockout.layer == index:
+            attend_without(query, cache[index], block_table, knockout, output, scale)
+    if step.prunes:
+        with state.prune_timer.measure():
+            for prompts in step.prunes:
+                prune(state, index, query, block_table, prompts, scale, k_scale)
+    if step.recorded is not None and state.attention is not None:
+        keys = state.attention.keys[index]
+        state.ops.top_keys(query, cache[index], block_table, step.recorded, keys)
+    if state.poison is not None:
+        state.poison.check_output(index, output)
+
+
+def prune(
+    state: SparseState,
+    layer: int,
+    query: torch.Tensor,
+    block_table: torch.Tensor,
+    prompts: Prompts,
+    scale: float,
+    k_scale: torch.Tensor | None,
+) -> None:
+    """Score, select and compact the prompts of one layer.
+
+    Args:
+        state: requests and memory of this rank.
+        layer: index in the cache.
+        query: the step's queries, ``[T, Hq, D]``.
+        block_table: int32 ``[R, max_blocks]``.
+        prompts: that this step completes.
+        scale: of the attention logits.
+        k_scale: of an fp8 cache's keys.
+    """
+    layout, workspace, cache = state.layout, state.workspace, state.cache.tensor
+    if layout.rules.token_scores is not None:
+        score_at_random(layout, state.own, layer, prompts, state.seeds, workspace)
+    else:
+        state.ops.window_scores(
+            query,
+            cache[layer],
+            block_table,
+            prompts,
+            workspace,
+            layout.window,
+            layout.pool_kernel,
+            scale,
+            k_scale,
+        )
+    if layout.rules.split is not None:
+        split_layer(state.layouts, layer, prompts, workspace, state.pages, state.page_size)
+    state.ops.select_tokens(prompts, workspace, state.pages.lengths[:, layer], layout.window)
+    if state.recorder is not None:
+        _record(state, state.recorder, layer, prompts)
+    state.ops.compact_kv(cache, layer, block_table, prompts, workspace, state.pages)
+
+
+def _record(state: SparseState, recorder: KeptRecorder, layer: int, prompts: Prompts) -> None:
+    """Write down what each head keeps. Waits for the device."""
+    for _, request, _, n, offset in prompts.entries:
+        lengths = state.pages.lengths[request, layer]
+        kept = state.workspace.positions[:, offset : offset + int(state.max_kept[request])]
+        recorder.add(state.request_ids[request], kept, lengths, n)
+
+
+def kv_scales(
+    layer: Any, cache_dtype: torch.dtype
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Per-tensor scales of an fp8 cache's keys and values; none for other caches."""
+    if cache_dtype != torch.float8_e4m3fn:
+        return None, None
+    return layer._k_scale, layer._v_scale
+
+
+# What some methods do with the scores. One prompt after the other, some tens of small operations
+# each, so a prune takes longer than with the kernels alone: these are methods to compare with.
 
 
 def score_at_random(

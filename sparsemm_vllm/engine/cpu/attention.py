@@ -14,13 +14,10 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from sparsemm_vllm import patches
-from sparsemm_vllm.sparse_attention import (
-    SparseBackendMixin,
-    forward_sparse,
-    refuse_variants,
-)
-from sparsemm_vllm.step import Step
+from sparsemm_vllm.engine.attention.backend import SparseBackendMixin, refuse_variants
+from sparsemm_vllm.engine.attention.forward import forward_sparse
+from sparsemm_vllm.engine.vllm_api.compatibility import require_installed
+from sparsemm_vllm.engine.worker.step import Step
 from sparsemm_vllm.triton_kernels import torch_ops
 from sparsemm_vllm.triton_kernels.reference import dense_attention
 
@@ -231,7 +228,7 @@ class SparseMMMetadataBuilder(TorchMetadataBuilder):
     """The same, in a process where SPARSEMM is installed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        patches.require_installed()
+        require_installed()
         super().__init__(*args, **kwargs)
 
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from sparsemm_vllm import contract
-from sparsemm_vllm.patches import Wrap
-from sparsemm_vllm.signatures import argument
+from sparsemm_vllm.engine.vllm_api import contract, hooks
+from sparsemm_vllm.engine.vllm_api.signatures import argument
 
 PAD_SLOT = -1
 
@@ -205,25 +204,19 @@ def _top_k_top_p(original: Callable[..., Any]) -> Callable[..., Any]:
     return apply_top_k_top_p_triton
 
 
-_INTERPRETED = "the interpreter is slow"
-_TABLES = "vllm.v1.worker.gpu.block_table:BlockTables"
-_RUNNER = "vllm.v1.worker.gpu.model_runner"
-TWINS = tuple(
-    Wrap(path, _INTERPRETED, twin)
-    for path, twin in (
-        (f"{_TABLES}.gather_block_tables", _gather_block_tables),
-        (f"{_TABLES}.compute_slot_mappings", _slot_mappings),
-        (f"{_RUNNER}:prepare_pos_seq_lens", _positions),
-        (f"{_RUNNER}:combine_sampled_and_draft_tokens", _sampled_tokens),
-        (f"{_RUNNER}:post_update", _update),
-        ("vllm.v1.worker.gpu.sample.sampler:gumbel_sample", _greedy),
-        ("vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p_triton", _top_k_top_p),
-    )
-)
+TWINS = {
+    hooks.GATHER_BLOCK_TABLES: _gather_block_tables,
+    hooks.SLOT_MAPPINGS: _slot_mappings,
+    hooks.POSITIONS: _positions,
+    hooks.SAMPLED_TOKENS: _sampled_tokens,
+    hooks.POST_UPDATE: _update,
+    hooks.GUMBEL_SAMPLE: _greedy,
+    hooks.TOP_K_TOP_P: _top_k_top_p,
+}
 
 
 def install() -> None:
     """Put the twins in place, of the functions that are as in a supported release. Idempotent."""
-    for twin in TWINS:
-        if contract.is_recorded(twin.symbol):
-            twin.install()
+    for hook, twin in TWINS.items():
+        if contract.is_recorded(hook.symbol):
+            hook.install(twin)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from vllm.platforms.cpu import CpuPlatform
 
-from sparsemm_vllm.plugin import CPU_BACKEND, NAME
+from sparsemm_vllm.names import CPU_BACKEND, NAME
 
-DENSE_BACKEND = "sparsemm_vllm.cpu_backend.TorchAttentionBackend"
+DENSE_BACKEND = "sparsemm_vllm.engine.cpu.attention.TorchAttentionBackend"
 BLOCK_SIZE = 16  # vLLM's default on CUDA; its CPU kernels, which are not in this wheel, prefer 128
 
 
@@ -32,7 +32,7 @@ class SparseMMCpuPlatform(CpuPlatform):
         """
         from vllm.utils.import_utils import resolve_obj_by_qualname
 
-        from sparsemm_vllm import cpu_runner
+        from sparsemm_vllm.engine.cpu import model_runner as cpu_runner
 
         cpu_runner.install()
         chosen = getattr(selected_backend, "name", None) == NAME

@@ -26,19 +26,18 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from sparsemm_vllm.config_hash import config_hash
-from sparsemm_vllm.environment import launched_on_one_node, quiet_environment
-from sparsemm_vllm.geometry import FAMILIES
-from sparsemm_vllm.profile import (
+from sparsemm_vllm.budget.config_hash import config_hash
+from sparsemm_vllm.budget.profile import (
     HeadProfile,
     ProfileError,
     bundled_profiles,
     load_bundled_profile,
     load_profile,
 )
-from sparsemm_vllm.profile_cache import SAY_EVERY, ProfileCache
-from sparsemm_vllm.serve import program
-from sparsemm_vllm.server import end_group
+from sparsemm_vllm.engine.frontend.profile_cache import SAY_EVERY, ProfileCache
+from sparsemm_vllm.environment import launched_on_one_node, quiet_environment
+from sparsemm_vllm.geometry import FAMILIES
+from sparsemm_vllm.processes import end_group, program
 
 logger = init_logger("vllm.sparsemm.profile")
 

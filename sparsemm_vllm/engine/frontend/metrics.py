@@ -21,49 +21,25 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
-from sparsemm_vllm.profile import HeadProfile
-from sparsemm_vllm.request_stats import Outcome, RequestRecord
-from sparsemm_vllm.scheduling import find_manager
-from sparsemm_vllm.settings import Settings
+from sparsemm_vllm.budget.profile import HeadProfile
+from sparsemm_vllm.budget.settings import Settings
+from sparsemm_vllm.engine.scheduler.stats import Outcome, RequestRecord
+from sparsemm_vllm.names import OTHERS, OURS
 
 logger = init_logger("vllm.sparsemm.metrics")
 
 PREFIX = "sparsemm:"
 RECENT = "sparsemm-recent-"  # file name of what API servers tell each other, in vLLM's folder
 RECENT_FILE = re.compile(rf"{RECENT}(\d+)-\d+\.json")  # engine, process
-PRUNE_SECONDS = "sparsemm_prune_seconds"  # attribute of the worker's output
-_OURS, _THEIRS = "sparsemm", "other"
-
-
-def send(scheduler: Any, runner_output: Any, outputs: dict[int, Any]) -> None:
-    """Put what happened in a step into the statistics that the step sends, if it sends any.
-
-    Args:
-        scheduler: vLLM's.
-        runner_output: the worker's, of this step.
-        outputs: `EngineCoreOutputs` of each API server.
-    """
-    manager = find_manager(scheduler.kv_cache_manager)
-    if manager is None:
-        return
-    manager.stats.end_others(scheduler.requests)
-    for output in outputs.values():
-        if (stats := output.scheduler_stats) is not None:
-            ours = manager.stats.drain(sum(map(len, manager.req_to_blocks.values())))
-            pool = manager.block_pool
-            ours["pool_blocks"] = pool.num_gpu_blocks - 1  # vLLM keeps one that holds nothing
-            ours["free_blocks"] = pool.get_num_free_blocks()
-            ours["prune_seconds"] = getattr(runner_output, PRUNE_SECONDS, 0.0)
-            stats.ec_connector_stats = {_OURS: ours, _THEIRS: stats.ec_connector_stats}
 
 
 def take(scheduler_stats: Any) -> dict[str, Any] | None:
     """Take out what `send` put in; the statistics are vLLM's own again."""
     carrier = scheduler_stats and scheduler_stats.ec_connector_stats
-    if not carrier or _OURS not in carrier:
+    if not carrier or OURS not in carrier:
         return None
-    scheduler_stats.ec_connector_stats = carrier[_THEIRS]
-    return carrier[_OURS]
+    scheduler_stats.ec_connector_stats = carrier[OTHERS]
+    return carrier[OURS]
 
 
 class SparseMMStatLogger(AggregateStatLoggerBase):

@@ -15,13 +15,12 @@ from fastapi.responses import HTMLResponse
 from starlette.datastructures import State
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
+from sparsemm_vllm.budget.plan import tokens_per_head
+from sparsemm_vllm.budget.settings import Settings
+from sparsemm_vllm.engine.config import build_layout, uses_sparsemm
+from sparsemm_vllm.engine.frontend.metrics import PREFIX, SparseMMStatLogger, config_labels
+from sparsemm_vllm.engine.scheduler.stats import REMEMBERED
 from sparsemm_vllm.environment import metrics_folder
-from sparsemm_vllm.layer_spec import uses_sparsemm
-from sparsemm_vllm.metrics import PREFIX, SparseMMStatLogger, config_labels
-from sparsemm_vllm.plan import tokens_per_head
-from sparsemm_vllm.request_stats import REMEMBERED
-from sparsemm_vllm.settings import Settings
-from sparsemm_vllm.support import build_layout
 
 NO_STORE = {"Cache-Control": "no-store"}
 HEADERS = NO_STORE | {
@@ -39,7 +38,7 @@ class SparseMMPage:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add both routes."""
-        html = resources.files("sparsemm_vllm").joinpath("page.html").read_text("utf-8")
+        html = resources.files(__package__).joinpath("page.html").read_text("utf-8")
 
         # No coroutines: reading the metrics of several API servers must not hold up requests.
         @app.get("/sparsemm", include_in_schema=False)

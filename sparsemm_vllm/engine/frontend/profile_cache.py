@@ -13,8 +13,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from vllm.logger import init_logger
 
+from sparsemm_vllm.budget.profile import HeadProfile, ProfileError, load_profile, save_profile
 from sparsemm_vllm.environment import cache_folder
-from sparsemm_vllm.profile import HeadProfile, ProfileError, load_profile, save_profile
 
 logger = init_logger("vllm.sparsemm.cache")
 

@@ -13,59 +13,21 @@ the window go back to the pool.
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.request import Request
 
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.request_settings import SHOWN, Accepted, RequestLimits, accept
-from sparsemm_vllm.request_stats import Outcome, RequestStats
-from sparsemm_vllm.sampling_limits import too_long, without_too_long
-from sparsemm_vllm.watchdog import Watchdog
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.request import SHOWN, Accepted, RequestLimits, accept
+from sparsemm_vllm.engine.sampling_limits import too_long, without_too_long
+from sparsemm_vllm.engine.scheduler.stats import Outcome, RequestStats
+from sparsemm_vllm.engine.scheduler.watchdog import Watchdog
+from sparsemm_vllm.engine.spec import SparseMMSpec
 
 logger = init_logger("vllm.sparsemm")
 
 ACCEPTED = "_sparsemm_accepted"  # of a `Request`, which no client can write to
-
-
-@dataclass(frozen=True, kw_only=True)
-class SparseMMSpec(FullAttentionSpec):
-    """Full attention whose prompts are pruned: equal for all pruned layers of all ranks.
-
-    Args:
-        layout: the server's budgets.
-        prune_when_free_below: see `Settings`.
-        limits: what requests may ask for; only what the layout lets them if not given.
-    """
-
-    layout: CacheLayout
-    prune_when_free_below: float | None = None
-    limits: RequestLimits | None = None
-
-    @classmethod
-    def merge(cls, specs: list["SparseMMSpec"]) -> "SparseMMSpec":
-        """The spec of a group: that of its layers, which must be equal."""
-        assert all(spec == specs[0] for spec in specs), "SPARSEMM layers must have equal specs"
-        return specs[0]
-
-    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
-        """Whether all layers can share one group."""
-        return all(spec == self for spec in kv_cache_specs.values())
-
-    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
-        """Entries of a block table row: both copies of a prompt of up to that length."""
-        compact = self.layout.most_compact_blocks(max_len, self.block_size)
-        return cdiv(max_len, self.block_size) + compact
-
-    def max_memory_usage_bytes(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> int:
-        """Bytes that suffice for one request of up to the longest length at its peak."""
-        longest = vllm_config.model_config.max_model_len
-        compact = self.layout.most_compact_blocks(longest, self.block_size)
-        dense = super().max_memory_usage_bytes(vllm_config, *args, **kwargs)
-        return dense + compact * self.page_size_bytes
 
 
 @dataclass(slots=True)
@@ -93,9 +55,6 @@ class SparseMMManager(FullAttentionManager):
     """Allocates compact blocks when a prompt is complete and frees the prompt blocks after it."""
 
     def __init__(self, kv_cache_spec: SparseMMSpec, *args: Any, **kwargs: Any) -> None:
-        from sparsemm_vllm import patches
-
-        patches.require_installed()
         super().__init__(kv_cache_spec, *args, **kwargs)
         self.layout = kv_cache_spec.layout
         self.prune_when_free_below = kv_cache_spec.prune_when_free_below
@@ -223,3 +182,9 @@ class SparseMMManager(FullAttentionManager):
         self.prompts.pop(request_id, None)
         self.stats.release(request_id)
         return super().pop_blocks_for_free(request_id, *args, **kwargs)
+
+
+def find_manager(kv_cache_manager: Any) -> SparseMMManager | None:
+    """The manager of the pruned layers, if vLLM's has one."""
+    managers = kv_cache_manager.coordinator.single_type_managers
+    return next((m for m in managers if isinstance(m, SparseMMManager)), None)

@@ -6,8 +6,8 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request, RequestStatus
 
-from sparsemm_vllm.request_settings import SHOWN
-from sparsemm_vllm.versions import end_with_error
+from sparsemm_vllm.budget.request import SHOWN
+from sparsemm_vllm.engine.vllm_api.versions import end_with_error
 
 logger = init_logger("vllm.sparsemm")
 

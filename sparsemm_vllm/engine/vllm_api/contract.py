@@ -22,9 +22,8 @@ from typing import Any
 
 from packaging.version import Version
 
-from sparsemm_vllm import sources
-from sparsemm_vllm.files import write_whole
-from sparsemm_vllm.signatures import (
+from sparsemm_vllm.engine.vllm_api import sources
+from sparsemm_vllm.engine.vllm_api.signatures import (
     CallSite,
     changes,
     from_text,
@@ -32,6 +31,7 @@ from sparsemm_vllm.signatures import (
     signature_of,
     to_text,
 )
+from sparsemm_vllm.files import write_whole
 
 FOLDER = Path(__file__).parent / "contracts"
 NO_SIGNATURE = "..."  # of what takes calls and does not tell which, and of what only must be there
@@ -41,46 +41,52 @@ INHERITED = "inherited"
 # Classes of ours and those of vLLM in whose place vLLM calls them. Every method that both have is
 # overridden. A test holds this against the classes.
 OVERRIDES: dict[str, tuple[str, ...]] = {
-    "sparsemm_vllm.cpu_backend:TorchMetadataBuilder": (
+    "sparsemm_vllm.engine.cpu.attention:TorchMetadataBuilder": (
         "vllm.v1.attention.backend:AttentionMetadataBuilder",
     ),
-    "sparsemm_vllm.cpu_backend:TorchAttentionImpl": ("vllm.v1.attention.backend:AttentionImpl",),
-    "sparsemm_vllm.cpu_backend:TorchAttentionBackend": (
+    "sparsemm_vllm.engine.cpu.attention:TorchAttentionImpl": (
+        "vllm.v1.attention.backend:AttentionImpl",
+    ),
+    "sparsemm_vllm.engine.cpu.attention:TorchAttentionBackend": (
         "vllm.v1.attention.backend:AttentionBackend",
     ),
-    "sparsemm_vllm.cpu_backend:SparseMMMetadataBuilder": (
+    "sparsemm_vllm.engine.cpu.attention:SparseMMMetadataBuilder": (
         "vllm.v1.attention.backend:AttentionMetadataBuilder",
     ),
-    "sparsemm_vllm.cpu_backend:SparseMMBackend": ("vllm.v1.attention.backend:AttentionBackend",),
-    "sparsemm_vllm.cpu_platform:SparseMMCpuPlatform": ("vllm.platforms.cpu:CpuPlatform",),
-    "sparsemm_vllm.cuda_backend:SparseMMMetadataBuilder": (
+    "sparsemm_vllm.engine.cpu.attention:SparseMMBackend": (
+        "vllm.v1.attention.backend:AttentionBackend",
+    ),
+    "sparsemm_vllm.engine.cpu.platform:SparseMMCpuPlatform": ("vllm.platforms.cpu:CpuPlatform",),
+    "sparsemm_vllm.engine.attention.cuda:SparseMMMetadataBuilder": (
         "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadataBuilder",
     ),
-    "sparsemm_vllm.cuda_backend:SparseMMImpl": (
+    "sparsemm_vllm.engine.attention.cuda:SparseMMImpl": (
         "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl",
     ),
-    "sparsemm_vllm.cuda_backend:SparseMMBackend": (
+    "sparsemm_vllm.engine.attention.cuda:SparseMMBackend": (
         "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend",
     ),
-    "sparsemm_vllm.endpoint:SparseMMPage": (
+    "sparsemm_vllm.engine.frontend.page:SparseMMPage": (
         "vllm.plugins.endpoint_plugins.interface:EndpointPlugin",
     ),
-    "sparsemm_vllm.kv_cache:SparseMMManager": (
+    "sparsemm_vllm.engine.scheduler.manager:SparseMMManager": (
         "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
     ),
-    "sparsemm_vllm.kv_cache:SparseMMSpec": ("vllm.v1.kv_cache_interface:FullAttentionSpec",),
-    "sparsemm_vllm.metrics:SparseMMStatLogger": (
+    "sparsemm_vllm.engine.spec:SparseMMSpec": ("vllm.v1.kv_cache_interface:FullAttentionSpec",),
+    "sparsemm_vllm.engine.frontend.metrics:SparseMMStatLogger": (
         "vllm.v1.metrics.loggers:AggregateStatLoggerBase",
     ),
-    "sparsemm_vllm.model_state:SparseMMModelState": (
+    "sparsemm_vllm.engine.worker.model_state:SparseMMModelState": (
         "vllm.v1.worker.gpu.model_states.default:DefaultModelState",
     ),
-    "sparsemm_vllm.sparse_attention:SparseBackendMixin": (
+    "sparsemm_vllm.engine.attention.backend:SparseBackendMixin": (
         "vllm.v1.attention.backend:AttentionBackend",
         "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend",
     ),
 }
-OURS_TO_CONSTRUCT = ("sparsemm_vllm.metrics:SparseMMStatLogger",)  # vLLM constructs the others
+OURS_TO_CONSTRUCT = (
+    "sparsemm_vllm.engine.frontend.metrics:SparseMMStatLogger",
+)  # vLLM constructs the others
 # Methods that we call on objects of vLLM's, under names that nothing else of ours has.
 CALLED = (
     "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks",
@@ -204,11 +210,11 @@ def nearest(installed: str) -> Contract:
     return before[-1] if before else contracts[0]
 
 
-def uses(wraps: Iterable[Any]) -> dict[str, Use]:
+def uses(hooks: Iterable[Any]) -> dict[str, Use]:
     """Everything that SPARSEMM wraps, overrides, calls or imports of vLLM, by symbol.
 
     Args:
-        wraps: objects with `symbol`, and `wrapper`, the function that makes ours.
+        hooks: functions that are wrapped; see `hooks.Hook`.
     """
     found: dict[str, Use] = {}
 
@@ -218,12 +224,11 @@ def uses(wraps: Iterable[Any]) -> dict[str, Use]:
             entry.kinds.append(kind)
         return entry
 
-    for wrap in wraps:
-        symbol, factory = wrap.symbol, wrap.wrapper
-        name = symbol.replace(":", ".").rpartition(".")[2]
-        ours, reads = sources.wrapper(factory.__module__, factory.__name__, name)
-        use(symbol, "wrapped").stands_in[f"{factory.__module__}.{factory.__name__}"] = ours
-        use(symbol, "wrapped").reads += reads
+    for hook in hooks:
+        name = hook.symbol.replace(":", ".").rpartition(".")[2]
+        ours, reads = sources.wrapper(hook.wrapper, name)
+        use(hook.symbol, "wrapped").stands_in[hook.wrapper.replace(":", ".")] = ours
+        use(hook.symbol, "wrapped").reads += reads
     for ours_path, bases in OVERRIDES.items():
         methods = sources.methods(ours_path)
         for base in bases:
@@ -240,17 +245,17 @@ def uses(wraps: Iterable[Any]) -> dict[str, Use]:
     return found
 
 
-def record(wraps: Iterable[Any]) -> Contract:
+def record(hooks: Iterable[Any]) -> Contract:
     """The contract of the installed vLLM.
 
     Args:
-        wraps: see `uses`.
+        hooks: functions that are wrapped.
 
     Raises:
         ImportError, AttributeError: if it lacks a function that SPARSEMM wraps or calls.
     """
     found = {}
-    for symbol, use in uses(wraps).items():
+    for symbol, use in uses(hooks).items():
         try:
             found[symbol] = _text(symbol, use.kinds != ["imported"])
         except AttributeError:
@@ -307,13 +312,13 @@ def _text(symbol: str, wanted: bool = True) -> str:
 
 
 def compare(
-    contract: Contract, wraps: Iterable[Any], loaded_only: bool = False
+    contract: Contract, hooks: Iterable[Any], loaded_only: bool = False
 ) -> list[Difference]:
     """What is not in the installed vLLM as it was recorded.
 
     Args:
         contract: what was recorded.
-        wraps: see `uses`.
+        hooks: functions that are wrapped.
         loaded_only: whether to look only into modules that this process has imported, and not for
             methods of vLLM's that are new under the name of one of ours. Takes milliseconds if
             nothing differs, and then reads no source.
@@ -331,7 +336,7 @@ def compare(
             differing[symbol] = None
     if loaded_only and not differing:
         return []
-    known = uses(wraps)
+    known = uses(hooks)
     found = [_difference(symbol, contract, known, gone) for symbol, gone in differing.items()]
     return found if loaded_only else found + _new(contract, known)
 

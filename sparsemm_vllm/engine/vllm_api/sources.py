@@ -9,11 +9,11 @@ from functools import cache
 from inspect import Signature
 from pathlib import Path
 
-from sparsemm_vllm.signatures import CallSite, from_definition
+from sparsemm_vllm.engine.vllm_api.signatures import CallSite, from_definition
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 @cache
@@ -85,13 +85,17 @@ def _method_calls() -> dict[str, list[CallSite]]:
     return found
 
 
-def wrapper(module: str, factory: str, name: str) -> tuple[Signature, list[str]]:
+def wrapper(path: str, name: str) -> tuple[Signature, list[str]]:
     """The function of that name that a function of ours returns.
+
+    Args:
+        path: function of ours, ``module:name``.
+        name: name of what it returns.
 
     Returns:
         Its signature, and the arguments of the wrapped function that it asks for by `argument`.
     """
-    tree = _definition(module, factory)
+    tree = _definition(*path.split(":"))
     asked = [
         str(node.args[1].value)
         for node in ast.walk(tree)
@@ -102,7 +106,7 @@ def wrapper(module: str, factory: str, name: str) -> tuple[Signature, list[str]]
     for node in ast.walk(tree):
         if isinstance(node, FUNCTIONS) and node.name == name:
             return from_definition(node), asked
-    raise LookupError(f"{module}.{factory} defines no {name}")
+    raise LookupError(f"{path} defines no {name}")
 
 
 def _class(path: str) -> ast.ClassDef:

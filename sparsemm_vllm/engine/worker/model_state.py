@@ -17,28 +17,20 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import KVCacheConfig, is_quantized_kv_cache
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from sparsemm_vllm.kv_cache import SparseMMSpec
-from sparsemm_vllm.layer_spec import uses_sparsemm
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.masked_heads import mask_layers
-from sparsemm_vllm.patches import install_in_worker
-from sparsemm_vllm.plugin import NAME
-from sparsemm_vllm.poison import Holder, Poison, block_contents
-from sparsemm_vllm.recording import KeptRecorder
-from sparsemm_vllm.request_settings import RequestLimits, received
-from sparsemm_vllm.settings import Settings
-from sparsemm_vllm.startup_log import describe_serving
-from sparsemm_vllm.step import (
-    Heads,
-    PrunedCache,
-    SparseState,
-    Step,
-    capture_step,
-    plan_step,
-)
-from sparsemm_vllm.support import UnsupportedError, build_layout, pruned_layers
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.request import RequestLimits, received
+from sparsemm_vllm.budget.settings import Settings
+from sparsemm_vllm.engine.config import UnsupportedError, build_layout, pruned_layers
+from sparsemm_vllm.engine.spec import SparseMMSpec
+from sparsemm_vllm.engine.worker.probes.kept import KeptRecorder
+from sparsemm_vllm.engine.worker.probes.masked_heads import mask_layers
+from sparsemm_vllm.engine.worker.probes.poison import Holder, Poison, block_contents
+from sparsemm_vllm.engine.worker.startup_log import describe_serving
+from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
+from sparsemm_vllm.engine.worker.step import Step, capture_step, plan_step
+from sparsemm_vllm.engine.worker.warm_up import warm_up
+from sparsemm_vllm.names import NAME
 from sparsemm_vllm.triton_kernels.batch import BATCH_ROW, decode_options
-from sparsemm_vllm.warm_up import warm_up
 
 logger = init_logger("vllm.sparsemm")
 
@@ -373,18 +365,15 @@ def _pruned_cache(
     return PrunedCache(tensor, {name: index for index, name in enumerate(layer_names)})
 
 
-def sparse_model_state(state_cls: type, vllm_config: VllmConfig) -> type:
+def sparse_model_state(state_cls: type) -> type:
     """Our model state in place of vLLM's default one, for models that SPARSEMM serves.
 
     Raises:
         UnsupportedError: for a model that needs a state of its own.
     """
-    if not uses_sparsemm(vllm_config):
-        return state_cls
     if state_cls is not DefaultModelState:
         raise UnsupportedError(
             f"SPARSEMM: this model needs {state_cls.__name__}, and SPARSEMM replaces the default "
             "model state only"
         )
-    install_in_worker()
     return SparseMMModelState

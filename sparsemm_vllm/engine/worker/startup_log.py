@@ -6,11 +6,11 @@ It comes from the worker: the first place that knows the configuration and the n
 import hashlib
 from typing import Any
 
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.plan import printable, readable_bytes, requests_at_once
+from sparsemm_vllm.budget.profile import HeadProfile
+from sparsemm_vllm.budget.settings import Settings
 from sparsemm_vllm.environment import uses_rust_front_end
-from sparsemm_vllm.layout import CacheLayout
-from sparsemm_vllm.plan import printable, readable_bytes, requests_at_once
-from sparsemm_vllm.profile import HeadProfile
-from sparsemm_vllm.settings import Settings
 
 TYPICAL = 3072  # prompt tokens: a picture for LLaVA-NeXT, and a question
 

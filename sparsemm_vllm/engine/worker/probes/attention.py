@@ -8,9 +8,9 @@ a buffer from `row` on. Whoever asks divides the rows among requests, and reads 
 import numpy as np
 import torch
 
+from sparsemm_vllm.names import RECORD
 from sparsemm_vllm.triton_kernels.batch import QueryTiles, decode_queries
 
-RECORD = "sparsemm_record"
 NEVER = 2**62  # a position that no request reaches
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-KNOCKOUT = "sparsemm_knockout"
+from sparsemm_vllm.names import KNOCKOUT
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
 
-from sparsemm_vllm.settings import Settings, SettingsError
-from sparsemm_vllm.signatures import argument
+from sparsemm_vllm.budget.settings import Settings, SettingsError
+from sparsemm_vllm.engine.vllm_api.signatures import argument
 
 
 def check_masked_heads(settings: Settings, layers: int, query_heads: int) -> None:

@@ -21,7 +21,12 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from sparsemm_vllm.watched_cache import NAN_BYTE, PoisonError, WatchedCache, number_slots
+from sparsemm_vllm.engine.worker.probes.watched_cache import (
+    NAN_BYTE,
+    PoisonError,
+    WatchedCache,
+    number_slots,
+)
 
 
 @dataclass
