@@ -1,20 +1,15 @@
 """The 7B models of the benchmarks, without weights: benchmarks/models."""
 
 import json
-import sys
-from pathlib import Path
 
+import models
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from models.head_scores import CONCENTRATION, concentrated_scores, top_mass
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
-import models
-from models.head_scores import CONCENTRATION, concentrated_scores, top_mass
 
 from sparsemm_vllm.budget.config_hash import config_hash
 from sparsemm_vllm.budget.profile import load_profile

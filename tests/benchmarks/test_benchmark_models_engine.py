@@ -1,26 +1,22 @@
 """The benchmarks' models in vLLM's engine, shrunk and with dummy weights."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
+import models
 import numpy as np
 import pytest
-from engines import WINDOW, Engine
+from models.head_scores import synthetic_profile
 from PIL import Image
 from transformers import AutoProcessor
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
-import models
-from models.head_scores import synthetic_profile
-
 from sparsemm_vllm.budget.settings import Settings
 from sparsemm_vllm.engine.config import build_layout
 from sparsemm_vllm.engine.worker.probes.kept import load_kept
+from support.engines import WINDOW, Engine
 
 pytestmark = pytest.mark.engine
 

@@ -4,15 +4,10 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from kernel_cases import DEVICE, head_pages
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 from decode_model import (
     DEVICES,
     FIRST_TILE_CYCLES,
@@ -26,6 +21,7 @@ from decode_model import (
     program_cycles,
     read_costs,
 )
+from kernel_cases import DEVICE, head_pages
 from sass import (
     DecodeParts,
     Instruction,
@@ -40,8 +36,7 @@ from sass import (
 from sparsemm_vllm.triton_kernels import torch_ops
 from sparsemm_vllm.triton_kernels.batch import SETUP_TILES, DecodeBatch, DecodeBuffers
 from sparsemm_vllm.triton_kernels.occupancy import Multiprocessor
-
-ROOT = Path(__file__).parents[1]
+from support.paths import ROOT
 
 # Every part costs another power of ten: a sum tells what was counted.
 PARTS = DecodeParts(*(Part(10**i, 10**i) for i in range(6)))

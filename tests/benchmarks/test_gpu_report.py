@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 import report
 from gpu_report import archive, plots
 from gpu_report.archive import ArchiveError
 from gpu_report.readme import NOTHING, readme_table
 from gpu_report.rows import decodes, dense_us, pairs, times_faster
+from typer.testing import CliRunner
 
 from sparsemm_vllm.environment import CPU_VARIABLES
 

@@ -8,17 +8,14 @@ import tarfile
 import time
 from pathlib import Path
 
-import pytest
-
-from sparsemm_vllm.environment import CPU_VARIABLES
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 import gpu_run
-from gpu_copies import copy, has_ended
+import pytest
 from gpu_run import CHARACTERS, Job, Places, Run, clip
 
-ROOT = Path(__file__).parents[1]
+from sparsemm_vllm.environment import CPU_VARIABLES
+from support.gpu_copies import copy, has_ended
+from support.paths import ROOT
+
 PYTHON = sys.executable
 TIMED = {"timings", "tune", "prunes", "ncu", "pair dense", "pair pruned", "pair fp8"}
 

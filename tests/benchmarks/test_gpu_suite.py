@@ -10,19 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 import torch
-from gpu_copies import copy, has_ended
 from gpu_parts import bench, kernels, modes, ncu
 from gpu_parts.bench import STEPS
 from gpu_parts.device import Context, Device
 
 from sparsemm_vllm import environment
 from sparsemm_vllm.environment import CPU_VARIABLES
+from support.gpu_copies import copy, has_ended
+from support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 TIME_IS_OVER = 3  # exit status
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in CPU_VARIABLES}  # it sets its own
 

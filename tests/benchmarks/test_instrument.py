@@ -1,21 +1,15 @@
 """The instrument's checkpoint: what it claims to be, and that it reads."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from offline.subjects import SUBJECTS, TASKS
 from safetensors.torch import load_file
+from tiny_vlm.answers import Reader
 from transformers import LlavaForConditionalGeneration
 
 from sparsemm_vllm.budget.profile import load_profile
 from sparsemm_vllm.commands.evaluate.metrics import Marks
 from sparsemm_vllm.data.pictures import CLUTTERED_SIZE
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
-from offline.subjects import SUBJECTS, TASKS
-from tiny_vlm.answers import Reader
 
 INSTRUMENT = SUBJECTS["instrument"]
 MAX_BYTES = 4_500_000

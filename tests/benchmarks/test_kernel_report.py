@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-ROOT = Path(__file__).parents[1]
-BENCHMARKS = ROOT / "benchmarks"
+from support.children import compiling, python
+from support.paths import BENCHMARKS, ROOT
 
 # Kernels that need no 16-byte loads: what they read is little beside keys and values.
 NARROW = {
@@ -27,19 +26,9 @@ NARROW = {
 OTHER_TRITON = ROOT / ".cache" / "triton-3.6.0"
 
 
-def python(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
-    """Run a script in which Triton compiles, whatever the tests around do."""
-    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        env=inherited | {"PYTHONPATH": str(BENCHMARKS)} | environment,
-        capture_output=True,
-        text=True,
-    )
-
-
 def report(*options: str, **environment: str) -> subprocess.CompletedProcess:
-    return python(BENCHMARKS / "kernel_report.py", "--json", *options, **environment)
+    script = BENCHMARKS / "kernel_report.py"
+    return python(script, "--json", *options, environment=compiling() | environment)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +99,9 @@ def test_the_cost_model_has_todays_costs(version):
     if version != triton.__version__ and not folder.exists():
         pytest.skip(f"no {folder.relative_to(ROOT)}, and it is not the installed version")
     options = [] if version == triton.__version__ else ["--triton", str(folder)]
-    done = python(BENCHMARKS / "kernel_report.py", "--decode-costs", *options)
+    done = python(
+        BENCHMARKS / "kernel_report.py", "--decode-costs", *options, environment=compiling()
+    )
     assert done.returncode == 0, done.stderr
     known = json.loads((BENCHMARKS / "results" / "decode-costs.json").read_text())
     assert json.loads(done.stdout) == {version: known[version]}
@@ -215,7 +206,7 @@ def probe(arch: int) -> None:
     "arch", [80, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (90, 100))]
 )
 def test_the_report_sees_what_is_wrong(arch):
-    done = python(__file__, str(arch))
+    done = python(__file__, str(arch), environment=compiling())
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
 

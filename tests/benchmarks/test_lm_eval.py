@@ -12,8 +12,8 @@ import pytest
 
 from sparsemm_vllm.processes import serve_environment
 from sparsemm_vllm.reader import READER, reader_folder
+from support.paths import BENCHMARKS
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 QUESTIONS = 8
 BUDGET = 96
 

@@ -1,30 +1,26 @@
 """The offline evaluation: masks that stand for pruned caches, and its statistics."""
 
-import sys
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
-from sparsemm_vllm.budget.layout import CacheLayout
-from sparsemm_vllm.budget.profile import load_profile
-from sparsemm_vllm.commands.check.oracle import Oracle
-from sparsemm_vllm.commands.evaluate.metrics import DRAWS, Marks, draw_pictures
-from sparsemm_vllm.data.pictures import DEMO_SEEDS, make_sample
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 from offline.curves import crossing, needed
 from offline.heads import silenced
 from offline.model import OfflineModel
 from offline.plots import plot_curves, plot_heads
 from offline.pruning import REDISTRIBUTED, held_tokens, shown_tokens, without_head
 from offline.subjects import Questions
+from PIL import Image
 from tiny_vlm.answers import Reader
 from tiny_vlm.visual_scores import concentration, rank_correlation
+
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.profile import load_profile
+from sparsemm_vllm.commands.check.oracle import Oracle
+from sparsemm_vllm.commands.evaluate.metrics import DRAWS, Marks, draw_pictures
+from sparsemm_vllm.data.pictures import DEMO_SEEDS, make_sample
 
 READER = Path(str(files("sparsemm_vllm"))) / "reader"
 WINDOW, BUDGET = 16, 48

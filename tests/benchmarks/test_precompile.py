@@ -1,18 +1,15 @@
 """Triton's cache for another machine: made in one folder, found in another."""
 
 import json
-import os
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
-import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 import precompile
+import pytest
 import triton
+
+from support.children import compiling, python
 
 FACTS = {"triton": "3.6.0", **precompile.compiler_facts()}
 
@@ -116,14 +113,7 @@ def test_a_launch_is_found_again(tmp_path: Path) -> None:
 def test_the_engines_and_timings_are_compiled_too() -> None:
     """The names of all launches, in a process in which Triton is not the interpreter."""
     code = "import precompiled_launches as p; print(*p.cases(), sep='\\n')"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    paths = str(Path(precompile.__file__).parent)
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-    )
+    done = python("-c", code, environment=compiling())
     assert done.returncode == 0, done.stderr
     names = done.stdout.splitlines()
     for begin in ("kernels smoke", "kernels dtype=fp32", "engine small", "engine vicuna-7b B=1024"):

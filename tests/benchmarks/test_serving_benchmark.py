@@ -8,20 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 import models
+import pytest
 import serving
+from PIL import Image
 from speed.load import LoadError, arguments
 from speed.plans import CPU, GPU, plans_for
 from speed.results import Deadline, Results
 from speed.scenarios import QUESTION, Chats, Load, Plan, Scenario, write_requests
 from speed.side_by_side import beside
 from speed.variants import FOUR
+from transformers import AutoProcessor, AutoTokenizer
 
 from sparsemm_vllm.reader import READER, reader_folder
 

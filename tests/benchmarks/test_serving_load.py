@@ -1,7 +1,6 @@
 """What a load is made of: vLLM's client, a server's metrics, and chats; without either of them."""
 
 import json
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,15 +8,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import fake_benches
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 from speed import load as load_module
 from speed.chat import SECOND_QUESTION, ask, forget, hold_chats
 from speed.load import Bench, LoadError, Watch, numbers
 from speed.scenarios import Chats, Load, Scenario
+
+from support import fake_benches
 
 SMALL = ((48, 32), (30, 45))
 UNIQUE = Scenario("unique", "its own pictures", SMALL, None, 8, (Load("inf", 5),))

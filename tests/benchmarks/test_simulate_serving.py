@@ -1,12 +1,6 @@
 """A reduced trace through vLLM's scheduler, dense and pruned; benchmarks/simulate_serving.py."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 from simulated.serving import (
     MAX_SEQS,
     Simulation,

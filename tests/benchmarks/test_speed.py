@@ -6,13 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-from transformers import LlamaConfig, Qwen2Config
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 import decode_latency
 import prefill_cost
+import pytest
 import report
 from decode_latency import NO_DENSE, SMALL, Plan, Rivals
 from speed.command import measure_cells
@@ -20,6 +16,7 @@ from speed.engines import Engine, Timing, _step_ms, random_prompts
 from speed.results import Deadline, Results
 from speed.subject import GIB, Subject, reader
 from speed.variants import FOUR, VARIANTS, ratios, served_here
+from transformers import LlamaConfig, Qwen2Config
 
 ASKED = {"model": "m", "lengths": (1, 2)}
 VICUNA = LlamaConfig(

@@ -1,18 +1,11 @@
 """What trains the small models: rows, attention, optimizer, text."""
 
 import ast
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
-
-from sparsemm_vllm.data.pictures import DEMO_SEEDS, make_cluttered_page, read_sample
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 import train_instrument
 import train_reader
 from tiny_vlm import prose
@@ -21,6 +14,9 @@ from tiny_vlm.glyphs import PATCH, patch_glyphs
 from tiny_vlm.muon import Muon, orthogonalise
 from tiny_vlm.rows import IGNORE, branch, branch_sight, pack_row
 from tiny_vlm.vocabulary import ASSISTANT, BLANK, BOS, EOS, USER, VOCAB, encode
+from torch.nn import functional as F
+
+from sparsemm_vllm.data.pictures import DEMO_SEEDS, make_cluttered_page, read_sample
 
 
 @pytest.fixture(autouse=True)

@@ -1,56 +1,12 @@
 """Kept sets of the published implementation, token for token."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from sparsemm_vllm.budget.capacities import head_capacities
-from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.triton_kernels.reference import kept_tokens, window_scores
-
-GOLDEN = Path(__file__).parents[1].parent / "shared" / "golden"
-RHO, LAYERS = 0.1, 2  # what the data was made with, see its README
-PRUNED, KEPT_WHOLE = (0, 1, 2, 3), 4
-TIE = 1e-6
-
-
-class Case:
-    def __init__(self, number):
-        path = GOLDEN / f"selection_{number}.npz"
-        if not path.is_file():
-            pytest.skip("golden data is not beside this checkout")
-        data = np.load(path)
-        self.data = data
-        self.q, self.k = torch.from_numpy(data["q"]), torch.from_numpy(data["k"])
-        self.window, self.pool_kernel = int(data["window"]), int(data["kernel_size"])
-        self.budget = int(data["budget"])
-        self.n, self.Hkv = self.q.shape[1], self.k.shape[0]
-        self.head_scores = torch.from_numpy(data["head_score"]).reshape(LAYERS, -1)
-
-    def layout(self):
-        return CacheLayout.from_scores(
-            self.head_scores, self.Hkv, self.budget, self.window, RHO, pool_kernel=self.pool_kernel
-        )
-
-    def scores(self):
-        return window_scores(self.q[:, self.n - self.window :], self.k, self.pool_kernel)
-
-    def kept(self, layer):
-        """Published positions of each head."""
-        lens, kept = (self.data[f"sparsemm_layer{layer}_{part}"] for part in ("lens", "kept"))
-        assert lens.sum() == len(kept)
-        return [set(head.tolist()) for head in np.split(kept, lens.cumsum()[:-1])]
-
-
-def differs_by_ties_only(ours, theirs, scores):
-    """Whether the positions that only one of the sets has all score the same."""
-    swapped = sorted(ours ^ theirs)
-    if len(ours) != len(theirs) or not swapped:
-        return ours == theirs
-    values = scores[swapped]
-    return bool(values.max() - values.min() < TIE)
+from support.golden import KEPT_WHOLE, LAYERS, PRUNED, RHO, Case, differs_by_ties_only
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))

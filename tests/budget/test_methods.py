@@ -9,7 +9,6 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE
-from test_golden import KEPT_WHOLE, LAYERS, PRUNED, RHO, Case, differs_by_ties_only
 
 from sparsemm_vllm.budget.capacities import head_capacities
 from sparsemm_vllm.budget.methods import (
@@ -27,47 +26,26 @@ from sparsemm_vllm.budget.methods import (
 from sparsemm_vllm.budget.random_scores import random_scores
 from sparsemm_vllm.budget.redistribute import redistribute
 from sparsemm_vllm.triton_kernels.reference import kept_tokens
+from support.golden import (
+    KEPT_SETS,
+    KEPT_WHOLE,
+    LAYERS,
+    PRUNED,
+    Case,
+    capacities_of,
+    differs_by_ties_only,
+    golden_budget,
+    lengths_of,
+    published_kept,
+)
 
-# Published names of the kept sets; `random` and `random_heads` have none.
-GOLDEN = {
-    "sparsemm": "sparsemm_layer{}",
-    "snapkv": "snapkv",
-    "pyramidkv": "pyramidkv_layer{}",
-    "adakv": "adakv",
-}
 # Few heads with most of the mass, one without any; two query heads a KV head.
 SCORES = torch.tensor([[0.0, 0.0, 1.0, 4.0], [90.0, 0.5, 0.25, 1.0], [2.0, 2.0, 7.0, 0.125]])
 
 
-def published_kept(case, name, layer):
-    """Kept positions of each head, as a list of sets."""
-    stem = GOLDEN[name].format(layer)
-    kept = torch.from_numpy(case.data[f"{stem}_kept"])
-    if kept.ndim == 1:  # of unequal heads, one after the other
-        kept = kept.split(case.data[f"{stem}_lens"].tolist())
-    return [set(head.tolist()) for head in kept]
-
-
-def capacities_of(method, budget, n):
-    """Of all heads, for a prompt that is pruned."""
-    capacities = method.capacities(budget)
-    older = n - budget.window
-    return method.shorten(capacities, budget.base, older) if method.shorten else capacities
-
-
-def lengths_of(method, budget, layer, n, scores):
-    """Tokens besides the window of each head of a layer, for a prompt that is pruned."""
-    split = method.split
-    return split(scores, budget.base) if split else capacities_of(method, budget, n)[layer]
-
-
-def golden_budget(case):
-    return Budget(case.head_scores, case.Hkv, case.budget, case.window, RHO)
-
-
 @pytest.mark.parametrize("layer", range(LAYERS))
 @pytest.mark.parametrize("number", PRUNED)
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", KEPT_SETS)
 def test_kept_sets(name, number, layer):
     case = Case(number)
     assert case.layout().is_pruned(case.n)
@@ -81,7 +59,7 @@ def test_kept_sets(name, number, layer):
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", KEPT_SETS)
 def test_a_budget_larger_than_the_prompt_keeps_everything(name, layer):
     """The one rule, `is_pruned`, says of the unpruned prompt what all published code does."""
     case = Case(KEPT_WHOLE)
@@ -109,7 +87,7 @@ def test_random_methods_are_random_in_what_their_names_say():
 
 def test_no_published_set_is_left_out():
     stems = {name.rpartition("_")[0] for name in Case(0).data.files if name.endswith("_kept")}
-    assert stems == {stem.format(layer) for stem in GOLDEN.values() for layer in range(LAYERS)}
+    assert stems == {stem.format(layer) for stem in KEPT_SETS.values() for layer in range(LAYERS)}
 
 
 def test_the_golden_heads_tell_adakv_from_snapkv():

@@ -5,7 +5,6 @@ import os
 import stat
 
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +18,7 @@ from sparsemm_vllm.budget.profile import (
     load_profile,
     save_profile,
 )
+from support import tiny
 
 GOOD = {
     "schema_version": 1,

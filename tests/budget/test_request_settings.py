@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -28,6 +27,7 @@ from sparsemm_vllm.budget.request import (
 )
 from sparsemm_vllm.budget.settings import Settings
 from sparsemm_vllm.engine import patches
+from support import tiny
 
 W = 8
 SERVER = RequestLimits.of(Settings(budget=40, window=W))

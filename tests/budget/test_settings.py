@@ -3,13 +3,13 @@
 import json
 
 import pytest
-import tiny
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from sparsemm_vllm.budget.profile import HeadProfile, ProfileError
 from sparsemm_vllm.budget.settings import Settings, SettingsError
+from support import tiny
 
 INLINE = tiny.skewed_profile().model_dump(mode="json")
 

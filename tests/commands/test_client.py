@@ -4,9 +4,9 @@ import io
 import pytest
 from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
-from tiny import picture
 
 from sparsemm_vllm.commands.client import data_url, metric, samples
+from support.tiny import picture
 
 
 @pytest.fixture

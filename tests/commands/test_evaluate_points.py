@@ -4,7 +4,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import picture, skewed_profile
 
 from sparsemm_vllm.budget.settings import SettingsError
 from sparsemm_vllm.commands.evaluate.errors import EvalError
@@ -12,6 +11,7 @@ from sparsemm_vllm.commands.evaluate.points import Point, mask_points, method_po
 from sparsemm_vllm.commands.evaluate.questions import hash_questions, load_questions
 from sparsemm_vllm.data import DataError
 from sparsemm_vllm.data.pictures import EVAL_SEEDS, make_sample
+from support.tiny import picture, skewed_profile
 
 
 def test_methods_by_budget() -> None:

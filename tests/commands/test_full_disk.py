@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
-from tiny import skewed_profile
 from typer.testing import CliRunner
 
 from sparsemm_vllm.budget.profile import save_profile
@@ -23,6 +22,7 @@ from sparsemm_vllm.commands.figures import save_figure
 from sparsemm_vllm.engine.vllm_api.contract import Contract
 from sparsemm_vllm.profiler.attention import Scores
 from sparsemm_vllm.profiler.partial import Partial, Run
+from support.tiny import skewed_profile
 
 ROOM = 600  # bytes; every file here is larger
 BEFORE = "what was there"

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny import skewed_profile
 from typer.testing import CliRunner
 
 from sparsemm_vllm.cli import app
 from sparsemm_vllm.data import DataError, load_samples
+from support.tiny import skewed_profile
 
 PROFILE = json.loads(skewed_profile().model_dump_json())
 SCORES = {f"{layer}-{head}": [0.5, layer + head] for layer in range(2) for head in range(4)}

@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,9 @@ from sparsemm_vllm.budget.capacities import head_capacities
 from sparsemm_vllm.budget.profile import HeadProfile, ProfileError, load_profile
 from sparsemm_vllm.cli import app
 from sparsemm_vllm.commands.import_scores import import_scores
+from support.paths import GOLDEN
 
-PUBLISHED = Path(__file__).parents[1].parent / "shared/golden/llava-next-vicuna-7b.head_scores.json"
+PUBLISHED = GOLDEN / "llava-next-vicuna-7b.head_scores.json"
 # Two layers of four heads, not in order: neither of the file's orders nor of the numbers' texts.
 GOOD = {
     "1-3": [0.5],

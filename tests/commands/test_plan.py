@@ -6,7 +6,6 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +20,7 @@ from sparsemm_vllm.budget.profile import HeadProfile, save_profile
 from sparsemm_vllm.budget.settings import SettingsError
 from sparsemm_vllm.cli import app
 from sparsemm_vllm.commands.plan import print_plan
+from support import tiny
 
 
 @pytest.fixture

@@ -5,9 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engines import DIGITS, HELLO, WINDOW, Engine, ask, assert_same, assert_same_kept, settings
-from test_refusals import refused
-from tiny import KV_HEADS, picture, skewed_profile
 from vllm.v1.attention.backends import flash_attn
 
 from sparsemm_vllm.budget.layout import CacheLayout
@@ -16,6 +13,18 @@ from sparsemm_vllm.engine.attention.cuda import SparseMMBackend as CudaBackend
 from sparsemm_vllm.engine.config import UnsupportedError
 from sparsemm_vllm.engine.cpu.attention import SparseMMBackend as CpuBackend
 from sparsemm_vllm.engine.spec import SparseMMSpec
+from support.configs import refused
+from support.engines import (
+    DIGITS,
+    HELLO,
+    WINDOW,
+    Engine,
+    ask,
+    assert_same,
+    assert_same_kept,
+    settings,
+)
+from support.tiny import KV_HEADS, picture, skewed_profile
 
 BUDGET = 40  # of prompts of 98 and 178 tokens
 TOKENS = 20

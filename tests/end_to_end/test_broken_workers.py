@@ -8,8 +8,11 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from engines import serve_options, settings
-from hostile import (
+
+from sparsemm_vllm.commands.server import Server
+from support.children import PYTHONPATH
+from support.engines import serve_options, settings
+from support.hostile import (
     LONG_ANSWER,
     Reply,
     connection,
@@ -18,8 +21,6 @@ from hostile import (
     raw_request,
     wait_until_idle,
 )
-
-from sparsemm_vllm.commands.server import Server
 
 pytestmark = pytest.mark.engine
 
@@ -30,9 +31,11 @@ ENDED = 60.0  # seconds until everything must have ended after a worker was kill
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     options = serve_options(
-        settings(40), tensor_parallel_size="2", worker_extension_cls="slow_worker.SlowWorker"
+        settings(40),
+        tensor_parallel_size="2",
+        worker_extension_cls="support.slow_worker.SlowWorker",
     )
-    variables = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    variables = {"VLLM_SERVER_DEV_MODE": "1"} | PYTHONPATH
     with Server(str(model), options, tmp_path_factory.mktemp("tp2") / "log", variables) as running:
         running.wait_until_ready()
         yield running

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from engines import BLOCK, HELLO, Answer, Engine, ask, assert_same, settings
+
+from support.engines import BLOCK, HELLO, Answer, Engine, ask, assert_same, settings
 
 pytestmark = pytest.mark.engine
 

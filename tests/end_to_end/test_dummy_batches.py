@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from engines import Engine, assert_same, settings
-from test_schedule_decode import COMPACT_BLOCKS
-from tiny import make_llama
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+
+from sparsemm_vllm.triton_kernels.batch import COMPACT_BLOCKS
+from support.engines import Engine, assert_same, settings
+from support.tiny import make_llama
 
 pytestmark = pytest.mark.engine
 

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import test_window_pictures as window
-from engines import Engine, assert_same, settings
-from tiny import make_qwen2_vl
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
+
+from support import window_pictures as window
+from support.engines import Engine, assert_same, settings
+from support.tiny import make_qwen2_vl
 
 pytestmark = pytest.mark.engine
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engines import (
+
+from support.engines import (
     BLOCK,
     DIGITS,
     HELLO,
@@ -17,7 +18,7 @@ from engines import (
     assert_same_kept,
     settings,
 )
-from tiny import make_llava, picture
+from support.tiny import make_llava, picture
 
 pytestmark = pytest.mark.engine
 
@@ -77,9 +78,8 @@ def test_bfloat16_budget_that_covers_the_prompt_is_dense(model: Path) -> None:
     ids=["gqa", "mha", "mqa of 7"],
 )
 def test_pruned_answers_equal_transformers(query_heads: int, kv_heads: int, tmp_path: Path) -> None:
-    from tiny import skewed_profile
-
     from sparsemm_vllm.commands.check.oracle import Oracle
+    from support.tiny import skewed_profile
 
     model = make_llava(tmp_path / "model", query_heads, kv_heads)
     profile = skewed_profile(query_heads=query_heads, kv_heads=kv_heads).model_dump(mode="json")

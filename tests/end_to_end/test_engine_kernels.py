@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import (
+
+from sparsemm_vllm.engine.worker import state as step
+from sparsemm_vllm.triton_kernels import triton_ops
+from sparsemm_vllm.triton_kernels.batch import QUERIES
+from support.engines import (
     DIGITS,
     HELLO,
     Answer,
@@ -19,10 +23,6 @@ from engines import (
     assert_same_kept,
     settings,
 )
-
-from sparsemm_vllm.engine.worker import state as step
-from sparsemm_vllm.triton_kernels import triton_ops
-from sparsemm_vllm.triton_kernels.batch import QUERIES
 
 pytestmark = pytest.mark.engine
 

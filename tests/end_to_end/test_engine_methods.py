@@ -6,7 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import (
+
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.commands.check.oracle import Oracle
+from sparsemm_vllm.engine.worker.state import choose_ops
+from sparsemm_vllm.triton_kernels import triton_ops
+from support.engines import (
     BLOCK,
     DIGITS,
     HELLO,
@@ -17,12 +22,7 @@ from engines import (
     assert_same_kept,
     settings,
 )
-from tiny import KV_HEADS, picture, skewed_profile
-
-from sparsemm_vllm.budget.layout import CacheLayout
-from sparsemm_vllm.commands.check.oracle import Oracle
-from sparsemm_vllm.engine.worker.state import choose_ops
-from sparsemm_vllm.triton_kernels import triton_ops
+from support.tiny import KV_HEADS, picture, skewed_profile
 
 pytestmark = pytest.mark.engine
 

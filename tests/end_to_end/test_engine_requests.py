@@ -6,7 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import (
+from vllm.exceptions import VLLMValidationError
+
+from sparsemm_vllm.commands.check.oracle import Oracle
+from sparsemm_vllm.engine.scheduler.stats import Outcome
+from support.engines import (
     BLOCK,
     DIGITS,
     WINDOW,
@@ -17,11 +21,7 @@ from engines import (
     assert_same_kept,
     settings,
 )
-from tiny import picture
-from vllm.exceptions import VLLMValidationError
-
-from sparsemm_vllm.commands.check.oracle import Oracle
-from sparsemm_vllm.engine.scheduler.stats import Outcome
+from support.tiny import picture
 
 pytestmark = pytest.mark.engine
 

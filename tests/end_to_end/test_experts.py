@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines import BLOCK, WINDOW, Engine, assert_same_kept, settings, share_expert_group
-from tiny import LAYERS, make_qwen3_vl_moe, picture
 
 from sparsemm_vllm.commands.check.oracle import Oracle
 from sparsemm_vllm.engine.worker.probes.kept import load_kept
+from support.engines import BLOCK, WINDOW, Engine, assert_same_kept, settings, share_expert_group
+from support.tiny import LAYERS, make_qwen3_vl_moe, picture
 
 pytestmark = pytest.mark.engine
 
@@ -139,7 +139,7 @@ def test_two_ranks(
         limit_mm_per_prompt={"image": 2, "video": 0},
         tensor_parallel_size=2,
         enable_expert_parallel=expert_parallel,
-        worker_extension_cls="local_experts.LocalExperts",
+        worker_extension_cls="support.local_experts.LocalExperts",
     )
     assert engine.llm.collective_rpc("local_experts") == [[weights] * LAYERS] * 2
     oracle = Oracle(model, engine.layout)

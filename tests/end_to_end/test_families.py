@@ -7,7 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import (
+from PIL import Image
+
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.commands.check.oracle import Oracle
+from support.engines import (
     BLOCK,
     WINDOW,
     Engine,
@@ -16,8 +20,7 @@ from engines import (
     settings,
     share_expert_group,
 )
-from PIL import Image
-from tiny import (
+from support.tiny import (
     KV_HEADS,
     make_llava_next,
     make_qwen2_5_vl,
@@ -27,9 +30,6 @@ from tiny import (
     picture,
     skewed_profile,
 )
-
-from sparsemm_vllm.budget.layout import CacheLayout
-from sparsemm_vllm.commands.check.oracle import Oracle
 
 pytestmark = pytest.mark.engine
 

@@ -10,8 +10,13 @@ from typing import Any
 
 import httpx
 import pytest
-from engines import serve_options, settings
-from hostile import (
+from hypothesis import HealthCheck, Phase, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from sparsemm_vllm.commands.server import Server
+from support.engines import serve_options, settings
+from support.hostile import (
     CHAT,
     COMPLETIONS,
     HUGE,
@@ -31,11 +36,6 @@ from hostile import (
     tokens,
     wait_until_idle,
 )
-from hypothesis import HealthCheck, Phase, given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
-
-from sparsemm_vllm.commands.server import Server
 
 pytestmark = pytest.mark.engine
 

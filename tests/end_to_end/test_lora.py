@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines import (
+from safetensors.torch import save_file
+
+from sparsemm_vllm.commands.check.oracle import Oracle
+from support.engines import (
     BLOCK,
     DIGITS,
     HELLO,
@@ -20,10 +23,7 @@ from engines import (
     assert_same_kept,
     settings,
 )
-from safetensors.torch import save_file
-from tiny import make_qwen2_vl, picture
-
-from sparsemm_vllm.commands.check.oracle import Oracle
+from support.tiny import make_qwen2_vl, picture
 
 pytestmark = pytest.mark.engine
 

@@ -8,7 +8,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from engines import (
+
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.commands.client import metric
+from sparsemm_vllm.commands.server import Server
+from sparsemm_vllm.engine.worker.probes.kept import load_kept
+from support.engines import (
     BLOCK,
     DIGITS,
     HELLO,
@@ -20,12 +25,7 @@ from engines import (
     serve_options,
     settings,
 )
-from tiny import KV_HEADS, make_llama, skewed_profile
-
-from sparsemm_vllm.budget.layout import CacheLayout
-from sparsemm_vllm.commands.client import metric
-from sparsemm_vllm.commands.server import Server
-from sparsemm_vllm.engine.worker.probes.kept import load_kept
+from support.tiny import KV_HEADS, make_llama, skewed_profile
 
 pytestmark = pytest.mark.engine
 
@@ -51,7 +51,7 @@ def serve(model: Path, kept: Path, **options: Any) -> Served:
         model,
         settings(40, kept),
         limit_mm_per_prompt={"image": 2},
-        worker_extension_cls="rank_view.RankView",
+        worker_extension_cls="support.rank_view.RankView",
         **options,
     )
     answers = engine.generate(ask(HELLO, 1), ask(DIGITS, 1, 2), max_tokens=16)
@@ -105,7 +105,9 @@ def test_batch_sharded_sampling(tmp_path: Path) -> None:
     prompts = [{"prompt_token_ids": [5 + k * i % 90 for i in range(100)]} for k in (1, 3, 7)]
     answers = []
     for options in ({}, {"tensor_parallel_size": 2, "enable_batch_sharded_sampling": True}):
-        engine = Engine(model, settings(40), worker_extension_cls="rank_view.RankView", **options)
+        engine = Engine(
+            model, settings(40), worker_extension_cls="support.rank_view.RankView", **options
+        )
         ranks = engine.llm.collective_rpc("shards_sampling")
         assert ranks == ([True, True] if options else [False])
         answers.append([answer.tokens for answer in engine.generate(*prompts, max_tokens=16)])

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import (
+
+from sparsemm_vllm import environment
+from support.engines import (
     DIGITS,
     HELLO,
     Answer,
@@ -15,8 +17,6 @@ from engines import (
     assert_same_kept,
     settings,
 )
-
-from sparsemm_vllm import environment
 
 pytestmark = pytest.mark.engine
 

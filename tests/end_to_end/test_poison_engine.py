@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from engines import BLOCK, DIGITS, HELLO, Engine, ask, settings
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -22,6 +21,7 @@ from sparsemm_vllm.engine.worker.probes.poison import Poison
 from sparsemm_vllm.engine.worker.probes.watched_cache import PoisonError
 from sparsemm_vllm.triton_kernels import reference, torch_ops, triton_ops
 from sparsemm_vllm.triton_kernels.batch import HeadPages
+from support.engines import BLOCK, DIGITS, HELLO, Engine, ask, settings
 
 pytestmark = pytest.mark.engine
 

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines import Engine, ask, assert_close, assert_same, assert_same_kept, settings
 from safetensors.torch import load_file, save_file
-from tiny import make_gemma3, make_llama
 from vllm.v1.attention.backend import MultipleOf
 
 from sparsemm_vllm import environment
 from sparsemm_vllm.commands.check.oracle import Oracle
 from sparsemm_vllm.engine.cpu.attention import SparseMMBackend as CpuBackend
 from sparsemm_vllm.engine.worker import model_state
+from support.engines import Engine, ask, assert_close, assert_same, assert_same_kept, settings
+from support.tiny import make_gemma3, make_llama
 
 pytestmark = pytest.mark.engine
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import BLOCK, DIGITS, HELLO, WINDOW, Engine, ask, assert_same, settings
-from tiny import KV_HEADS, make_llava, picture, skewed_profile
 
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.commands.check.oracle import Oracle
+from support.engines import BLOCK, DIGITS, HELLO, WINDOW, Engine, ask, assert_same, settings
+from support.tiny import KV_HEADS, make_llava, picture, skewed_profile
 
 pytestmark = pytest.mark.engine
 

@@ -11,12 +11,12 @@ import httpx
 import openai
 import psutil
 import pytest
-from engines import WINDOW, serve_options, settings
-from tiny import picture, skewed_profile
 
 from sparsemm_vllm.budget.profile import save_profile
 from sparsemm_vllm.commands.client import data_url, metric
 from sparsemm_vllm.commands.server import Server, ServerError
+from support.engines import WINDOW, serve_options, settings
+from support.tiny import picture, skewed_profile
 
 pytestmark = pytest.mark.engine
 

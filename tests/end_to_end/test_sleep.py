@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from engines import DIGITS, Engine, ask, assert_same, assert_same_kept, settings
-from tiny import make_llava
 
 from sparsemm_vllm import environment
+from support.engines import DIGITS, Engine, ask, assert_same, assert_same_kept, settings
+from support.tiny import make_llava
 
 pytestmark = [
     pytest.mark.engine,

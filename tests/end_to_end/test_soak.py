@@ -1,19 +1,14 @@
 """The served reader under many clients that do everything clients do; see benchmarks/soak.py."""
 
 import asyncio
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from engines import serve_options
+from soak import Soak
 
 from sparsemm_vllm.commands.server import Server
 from sparsemm_vllm.reader import READER, reader_folder
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
-from soak import Soak
+from support.engines import serve_options
 
 pytestmark = pytest.mark.engine
 

@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import BLOCK, DIGITS, HELLO, WINDOW, Engine, ask, assert_same, settings
-from tiny import make_llava
+
+from support.engines import BLOCK, DIGITS, HELLO, WINDOW, Engine, ask, assert_same, settings
+from support.tiny import make_llava
 
 pytestmark = pytest.mark.engine
 

@@ -6,12 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engines import BLOCK, WINDOW, Engine, ask, assert_same, assert_same_kept, settings
-from tiny import KV_HEADS, LAYERS, QUERY_HEADS, make_gemma3, make_llama, make_llama4, skewed_profile
 
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.commands.check.oracle import Oracle
 from sparsemm_vllm.commands.import_scores import import_scores
+from support.engines import BLOCK, WINDOW, Engine, ask, assert_same, assert_same_kept, settings
+from support.tiny import (
+    KV_HEADS,
+    LAYERS,
+    QUERY_HEADS,
+    make_gemma3,
+    make_llama,
+    make_llama4,
+    skewed_profile,
+)
 
 pytestmark = pytest.mark.engine
 

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import BLOCK, WINDOW, Engine, settings
-from hostile import asked
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from support.engines import BLOCK, WINDOW, Engine, settings
+from support.hostile import asked
 
 pytestmark = pytest.mark.engine
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import WINDOW, Engine, assert_same, assert_same_kept, settings
-from tiny import make_qwen2_5_vl
+
+from support.engines import WINDOW, Engine, assert_same, assert_same_kept, settings
+from support.tiny import make_qwen2_5_vl
 
 pytestmark = pytest.mark.engine
 

@@ -2,24 +2,16 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from engines import Answer, Engine, settings
-from PIL import Image
-from tiny import make_qwen2_vl, picture
 
 from sparsemm_vllm.commands.check.oracle import Oracle
+from support.engines import Engine, settings
+from support.tiny import make_qwen2_vl
+from support.window_pictures import IMAGE, MOST_STEPS, TEXT, TOKENS, WINDOW, ask, pictures, prompt
 
 pytestmark = pytest.mark.engine
-
-WINDOW = 64
-IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-# 128 tokens: the large picture lies from 43 to 107, the window begins at 64, the small one at 109.
-TEXT = "<s>some text before the picture, and so on. " + 2 * IMAGE + "??"
-TOKENS = 6
-MOST_STEPS = 200
 
 
 @pytest.fixture(scope="module")
@@ -53,33 +45,6 @@ def _idle(engine: Engine) -> Iterator[None]:
     assert (cache.cache_size, scheduler.max_num_encoder_input_tokens) == before
     assert cache.num_freeable_slots == cache.cache_size
     assert cache.num_free_slots == cache.cache_size - sum(cache.num_embeds_by_hash.values())
-
-
-def pictures(seed: int) -> list[Image.Image]:
-    """64 embeddings, and 16."""
-    return [picture(seed).resize((224, 224)), picture(seed + 100)]
-
-
-def prompt(seed: int) -> dict[str, Any]:
-    return {"prompt": TEXT, "multi_modal_data": {"image": pictures(seed)}}
-
-
-def ask(
-    *seeds: int, engine: Engine, tokens: int = TOKENS, sizes: list[int] | None = None
-) -> list[Answer]:
-    """Answers, and the cache's size after each step; fails if the engine goes on without an end."""
-    seen = [] if sizes is None else sizes
-
-    def watch() -> None:
-        seen.append(engine.scheduler.encoder_cache_manager.cache_size)
-        assert len(seen) < MOST_STEPS, "the requests wait for ever"
-
-    prompts = [prompt(seed) for seed in seeds]
-    try:
-        return engine.generate(*prompts, max_tokens=tokens, watch=watch)
-    finally:
-        unfinished = list(engine.scheduler.requests)
-        engine.llm.llm_engine.abort_request(unfinished)
 
 
 def test_the_second_picture_gets_room(

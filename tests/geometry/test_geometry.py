@@ -13,19 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from painted import (
-    MAKERS,
-    PATCH,
-    PINPOINTS,
-    SIDE,
-    TEXT,
-    TOWER,
-    Family,
-    clip_processor,
-    llava,
-    llava_next,
-    qwen,
-)
 from PIL import Image
 from qwen_vl_utils import fetch_image
 from transformers import (
@@ -44,6 +31,19 @@ from transformers import (
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 
 from sparsemm_vllm.geometry import Box, Geometry, Size, image_tokens
+from support.painted import (
+    MAKERS,
+    PATCH,
+    PINPOINTS,
+    SIDE,
+    TEXT,
+    TOWER,
+    Family,
+    clip_processor,
+    llava,
+    llava_next,
+    qwen,
+)
 
 
 @pytest.fixture(scope="module")

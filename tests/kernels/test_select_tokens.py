@@ -4,11 +4,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE
-from test_golden import LAYERS, PRUNED, Case, differs_by_ties_only
 
 from sparsemm_vllm.triton_kernels import torch_ops
 from sparsemm_vllm.triton_kernels.batch import Prompts, PruneWorkspace, columns
 from sparsemm_vllm.triton_kernels.select_tokens import select_tokens, tiles
+from support.golden import LAYERS, PRUNED, Case, differs_by_ties_only
 
 W = 3
 UNWRITTEN = -7

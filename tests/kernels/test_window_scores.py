@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, FP8, TOLERANCE, Paged, bits, relative_error
-from test_golden import Case, differs_by_ties_only
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
@@ -18,6 +17,7 @@ from sparsemm_vllm.triton_kernels import torch_ops
 from sparsemm_vllm.triton_kernels.batch import Prompts, PruneWorkspace, columns
 from sparsemm_vllm.triton_kernels.reference import kept_tokens, read_tokens
 from sparsemm_vllm.triton_kernels.window_scores import part_count, tiles, window_scores
+from support.golden import Case, differs_by_ties_only
 
 SCALE = 0.3  # not the default one; sharpens the softmax
 

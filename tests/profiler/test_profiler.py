@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import skewed_profile
 from transformers import AutoConfig, LlamaConfig, LlavaConfig
 from typer.testing import CliRunner
 
@@ -21,6 +20,7 @@ from sparsemm_vllm.profiler.attention import Request, Scores, word_hits
 from sparsemm_vllm.profiler.partial import Partial, Run
 from sparsemm_vllm.profiler.reliability import ranks, samples_missing, spearman, split_half
 from sparsemm_vllm.profiler.worker import gather_attention
+from support.tiny import skewed_profile
 
 RUN = Run("tiny", "hash", "forced", "ocr", "data", samples=5, seed=3)
 

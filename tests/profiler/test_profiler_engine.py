@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import make_llava, make_llava_next, make_qwen2_vl
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from sparsemm_vllm.budget.config_hash import config_hash
@@ -24,6 +23,7 @@ from sparsemm_vllm.profiler.partial import Partial, Run
 from sparsemm_vllm.profiler.reliability import spearman
 from sparsemm_vllm.profiler.worker import gather_attention
 from sparsemm_vllm.reader import reader_folder
+from support.tiny import make_llava, make_llava_next, make_qwen2_vl
 
 pytestmark = pytest.mark.engine
 

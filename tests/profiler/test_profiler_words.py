@@ -4,7 +4,6 @@ import json
 
 import pytest
 from PIL import Image
-from tiny import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -15,6 +14,7 @@ from sparsemm_vllm.profiler.words import (
     token_spans,
     words_of_tokens,
 )
+from support.tiny import make_tokenizer
 
 TEXT = [
     "CODE QJZW ROOM QZ35 the harbor window the garden",

@@ -2,23 +2,19 @@
 
 import json
 import re
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import compatibility
 import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
-import compatibility
 from report import with_tables
 
 from sparsemm_vllm.engine.vllm_api import contract
+from support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 VERSIONS = {"vllm": "0.33.0", "torch": "2.14.0", "triton": "3.8.0", "transformers": "5.20.2",
             "python": "3.11.7"}  # fmt: skip
 JUNIT = """<?xml version="1.0" encoding="utf-8"?><testsuites name="pytest tests"><testsuite

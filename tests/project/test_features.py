@@ -13,10 +13,10 @@ import pytest
 import sparsemm_vllm
 from sparsemm_vllm.budget.methods import METHODS
 from sparsemm_vllm.engine.cpu.attention import SparseMMBackend
+from support.paths import ROOT, TESTS
 
 PACKAGE = Path(sparsemm_vllm.__file__).parent
-TESTS = Path(__file__).parent
-PAGE = (TESTS.parent / "docs" / "features.md").read_text()
+PAGE = (ROOT / "docs" / "features.md").read_text()
 REFUSE = "UnsupportedError("
 ERRORS = "UnsupportedError", "ValueError", "VLLMValidationError"
 ALSO_REFUSE = "patches.py", "layout.py"
@@ -63,7 +63,7 @@ def refusals() -> set[str]:
 def test_every_row_names_tests_that_exist(title: str) -> None:
     there = {
         name
-        for file in TESTS.glob("test_*.py")
+        for file in TESTS.rglob("test_*.py")
         for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)
     }
     rows = table(title)

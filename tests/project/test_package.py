@@ -4,11 +4,10 @@ import json
 import subprocess
 import sys
 import venv
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from support.paths import ROOT
 
 LOOK = """
 import importlib.util, json

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import make_llama
 
 from sparsemm_vllm.environment import CPU_VARIABLES, SPARED
+from support.tiny import make_llama
 
 PLAIN = {k: v for k, v in os.environ.items() if k not in CPU_VARIABLES}
 PLAIN |= {"CUDA_VISIBLE_DEVICES": "", SPARED: "1"}

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tiny import skewed_profile
 from vllm.distributed import parallel_state
 
 from sparsemm_vllm.budget.layout import CacheLayout
@@ -16,6 +15,7 @@ from sparsemm_vllm.commands.check.engine import ask as ask
 from sparsemm_vllm.engine.scheduler.manager import SparseMMManager
 from sparsemm_vllm.engine.worker.probes.kept import load_kept
 from sparsemm_vllm.engine.worker.state import SparseState
+from support.tiny import skewed_profile
 
 BLOCK = 16
 WINDOW = 8

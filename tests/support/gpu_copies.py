@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from support.paths import ROOT
 
 
 def copy(folder: Path) -> Path:
@@ -11,9 +11,7 @@ def copy(folder: Path) -> Path:
     ignore = shutil.ignore_patterns("__pycache__", "results")
     for name in ("benchmarks", "sparsemm_vllm", "triton_kernels", "head_profiles"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-    (folder / "tests").mkdir()
-    for name in ("pyproject.toml", "tests/kernel_cases.py"):
-        shutil.copy(ROOT / name, folder / name)
+    shutil.copy(ROOT / "pyproject.toml", folder)
     return folder
 
 

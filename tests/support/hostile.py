@@ -17,10 +17,10 @@ from typing import Any
 import httpx
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import picture
 
 from sparsemm_vllm.commands.client import metric
 from sparsemm_vllm.commands.server import HOST, Server
+from support.tiny import picture
 
 TEXT = "a prompt without a picture that is much longer than what is kept of it"
 MAX_MODEL_LEN = 512

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tiny import make_tokenizer
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -35,6 +34,7 @@ from transformers import (
 )
 
 from sparsemm_vllm.geometry import Geometry, Size, image_tokens
+from support.tiny import make_tokenizer
 
 SIDE, PATCH = 56, 14  # pixels: 4 x 4 patches a view
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]  # LLaVA-NeXT's, of 336 pixels

@@ -1,9 +1,9 @@
 """1,000 requests through vLLM's engine core and a pool that is always full: figures to compare.
 
-    python benchmarks/saturate_engine.py
-    python benchmarks/saturate_engine.py --requests 100
+    PYTHONPATH=tests python -m support.saturation
+    PYTHONPATH=tests python -m support.saturation --requests 100
 
-The traffic of `tests/simulation.py` without its faults, all of it waiting from the start. Nothing
+The traffic of `simulation.py` without its faults, all of it waiting from the start. Nothing
 is timed and nothing is random, so two commits can be compared.
 """
 
@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sparsemm_vllm import environment
 
-TESTS = Path(__file__).parents[1] / "tests"
 SPARE = 60  # blocks beyond those of the largest request
 
 
@@ -30,7 +27,7 @@ def saturate(requests: int) -> dict[str, Any]:
         For each: `finished` requests, `preemptions`, `steps` that computed anything, and requests
         that ran in them, `mean_running` and `most_running`.
     """
-    from simulation import Scenario, Simulation
+    from support.simulation import Scenario, Simulation
 
     kinds = {
         "synchronous": Scenario(spare=SPARE, faulty=0.0),
@@ -53,7 +50,6 @@ def saturate(requests: int) -> dict[str, Any]:
 def main(requests: Annotated[int, typer.Option(help="Requests that wait.")] = 1000) -> None:
     """Print the figures, the last line as JSON."""
     environment.use_cpu()  # before vLLM is imported
-    sys.path.append(str(TESTS))
     logging.disable(logging.ERROR)
     figures = saturate(requests)
     for name, found in figures.items():

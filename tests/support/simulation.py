@@ -20,7 +20,6 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from vllm.config import KVEventsConfig
 from vllm.distributed.utils import get_pp_indices
@@ -44,6 +43,7 @@ from sparsemm_vllm.engine.config import build_layout, pruned_layers
 from sparsemm_vllm.engine.scheduler.manager import SparseMMManager
 from sparsemm_vllm.engine.scheduler.stats import Outcome
 from sparsemm_vllm.engine.spec import SparseMMSpec
+from support import tiny
 
 W, BASE, P = 8, 16, 16
 MAX_LEN, MAX_SEQS, STEP_TOKENS, DRAFTS = 400, 24, 120, 3
@@ -1037,7 +1037,7 @@ class Simulation:
             self.seen["stopped by a token"] += chat.finished is FinishReason.STOP
 
 
-REPLAY = "tests/test_simulation.py -k test_any_seed"
+REPLAY = "tests/engine/scheduler/test_simulation.py -k test_any_seed"
 
 
 class Verified(dict):

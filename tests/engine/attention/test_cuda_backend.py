@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dense_metadata import dense_metadata
 from kernel_cases import DEVICE, FP8, TOLERANCE, relative_error
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
@@ -23,6 +22,7 @@ from sparsemm_vllm.engine.spec import SparseMMSpec
 from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
 from sparsemm_vllm.engine.worker.step import Step, capture_step, plan_step
 from sparsemm_vllm.triton_kernels import reference, torch_ops, triton_ops
+from support.dense_metadata import dense_metadata
 
 L, HKV, G, D, P, WINDOW = 2, 2, 2, 16, 8, 4
 SCALE = 0.25

@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_refusals import build, save
-from tiny import HEAD_SIZE, KV_HEADS, QUERY_HEADS, skewed_profile, text_config
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.model_executor.layers.attention.chunked_local_attention import (
@@ -28,6 +26,8 @@ from sparsemm_vllm.engine.attention.cuda import SparseMMBackend, SparseMMMetadat
 from sparsemm_vllm.engine.spec import SparseMMSpec
 from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
 from sparsemm_vllm.engine.worker.step import plan_step
+from support.configs import build, save
+from support.tiny import HEAD_SIZE, KV_HEADS, QUERY_HEADS, skewed_profile, text_config
 
 P, WINDOW = 16, 8
 LAYOUT = CacheLayout.from_scores(skewed_profile().tensor(), KV_HEADS, 40, WINDOW)

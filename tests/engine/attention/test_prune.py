@@ -7,9 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, bits
-from test_golden import LAYERS, PRUNED, Case, differs_by_ties_only
-from test_layout import method_layouts
-from test_methods import GOLDEN, golden_budget, lengths_of, published_kept
 
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.budget.methods import METHODS
@@ -20,6 +17,17 @@ from sparsemm_vllm.engine.worker.step import plan_step
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
 from sparsemm_vllm.triton_kernels.batch import Prompts
 from sparsemm_vllm.triton_kernels.reference import head_page_slots, kept_tokens, window_scores
+from support.golden import (
+    KEPT_SETS,
+    LAYERS,
+    PRUNED,
+    Case,
+    differs_by_ties_only,
+    golden_budget,
+    lengths_of,
+    published_kept,
+)
+from support.layouts import method_layouts
 
 P = 16
 INDEX = 2  # of the request among those that run
@@ -106,7 +114,7 @@ def golden_layout(case, name, **options):
 
 
 @pytest.mark.parametrize("number", PRUNED)
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", KEPT_SETS)
 def test_golden_kept_sets(name, number):
     """By the kernels where there is a GPU."""
     case = Case(number)

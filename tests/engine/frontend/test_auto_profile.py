@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import make_llava, skewed_profile
 from transformers import AutoConfig, AutoProcessor
 
 from sparsemm_vllm import environment
@@ -25,6 +24,7 @@ from sparsemm_vllm.engine.frontend import auto_profile, profile_cache
 from sparsemm_vllm.engine.frontend.auto_profile import last_lines, profile_command, run_profiler
 from sparsemm_vllm.profiler.engine import check_model, open_engine
 from sparsemm_vllm.reader import reader_folder
+from support.tiny import make_llava, skewed_profile
 
 # Stands for `sparsemm profile`: writes the profile beside it, and a line for each time it runs.
 STAND_IN = """#!{python}

@@ -12,15 +12,16 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from engines import HELLO, WINDOW, Engine, ask, settings
 from prometheus_client import REGISTRY
-from tiny import make_llava
 from vllm.v1.metrics import loggers
 from vllm.v1.metrics.stats import SchedulerStats
 
 from sparsemm_vllm.engine.frontend import metrics
 from sparsemm_vllm.engine.frontend.metrics import SparseMMStatLogger, take
 from sparsemm_vllm.engine.scheduler.stats import Outcome, RequestRecord
+from support.engines import HELLO, WINDOW, Engine, ask, settings
+from support.paths import ROOT
+from support.tiny import make_llava
 
 SHORT = {"prompt": "<s>hello"}
 
@@ -187,7 +188,7 @@ def test_the_dashboard_shows_metrics_that_exist() -> None:
         for s in metric.samples
         if s.name.startswith("sparsemm:") and not s.name.endswith("_created")
     }
-    text = (Path(__file__).parents[1] / "docs" / "grafana-dashboard.json").read_text()
+    text = (ROOT / "docs" / "grafana-dashboard.json").read_text()
     shown = set(re.findall(r"\b(?:sparsemm|vllm):\w+", text))
     assert {name for name in shown if name.startswith("sparsemm:")} == ours
     source = inspect.getsource(loggers)

@@ -15,14 +15,14 @@ from typing import Any
 
 import httpx
 import pytest
-from engines import serve_options, settings
 from fastapi import FastAPI
 from starlette.testclient import TestClient
-from tiny import KV_HEADS
 
 from sparsemm_vllm.commands.server import Server
 from sparsemm_vllm.engine.frontend.page import SparseMMPage
 from sparsemm_vllm.engine.scheduler.stats import Outcome
+from support.engines import serve_options, settings
+from support.tiny import KV_HEADS
 
 BUDGET = 40
 SECRET = "what the client asked"

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_tokenizer, skewed_profile, text_config
 from transformers import (
     BartConfig,
     DeepseekV2Config,
@@ -16,43 +15,11 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
-    PretrainedConfig,
 )
 
 from sparsemm_vllm.budget.methods import METHODS
-
-SIZES = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 2048,
-}
-
-
-def build(model: Path, settings: dict[str, Any] | None = None, **options: Any) -> Any:
-    """The configuration that `vllm serve` would build; no engine, no weights."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    defaults: dict[str, Any] = {
-        "attention_backend": "SPARSEMM",
-        "max_model_len": 1024,
-        "max_num_seqs": 8,
-        "dtype": "float32",
-        "skip_tokenizer_init": True,
-        "additional_config": {"sparsemm": settings or {}},
-    }
-    return EngineArgs(model=str(model), **(defaults | options)).create_engine_config()
-
-
-def save(folder: Path, config: PretrainedConfig, architecture: str) -> Path:
-    config.architectures = [architecture]
-    config.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+from support.configs import SIZES, build, refused, save
+from support.tiny import skewed_profile, text_config
 
 
 @pytest.fixture(scope="module")
@@ -283,16 +250,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(flash_attn, "is_fa_version_supported", lambda *_: True)
     module = importlib.import_module(f"sparsemm_vllm.{request.param}_backend")
     return module.SparseMMBackend
-
-
-def refused(backend: Any, capability: tuple[int, int] = (9, 0), **options: Any) -> list[str]:
-    """What vLLM answers to a layer like this one."""
-    from vllm.platforms.interface import DeviceCapability
-    from vllm.v1.attention.selector import AttentionSelectorConfig
-
-    config = AttentionSelectorConfig(256, torch.bfloat16, "auto", 16)._replace(**options)
-    gpu = DeviceCapability(*capability)
-    return backend.validate_configuration(**config._asdict(), device_capability=gpu)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("name", LAYERS)

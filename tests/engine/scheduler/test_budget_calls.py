@@ -5,7 +5,6 @@ from collections import Counter
 
 import pytest
 import torch
-from chats import BASE, SCORES, Chats, P, W
 from kernel_cases import DEVICE
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import init_none_hash
@@ -15,6 +14,7 @@ from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.budget.request import RequestLimits, accept
 from sparsemm_vllm.engine import patches
 from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
+from support.chats import BASE, SCORES, Chats, P, W
 
 SERVER = CacheLayout.from_scores(
     SCORES, 2, W + BASE, W, rho=0.0, redistribute=True, largest_budget=40

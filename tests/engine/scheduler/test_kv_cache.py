@@ -4,7 +4,16 @@ import pickle
 
 import pytest
 import torch
-from chats import (
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.engine import patches
+from sparsemm_vllm.engine.scheduler.manager import SparseMMManager
+from sparsemm_vllm.engine.spec import SparseMMSpec
+from support.chats import (
     BASE,
     FIRST_PRUNED,
     LAYOUT,
@@ -16,15 +25,6 @@ from chats import (
     make_request,
     make_spec,
 )
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
-
-from sparsemm_vllm.budget.layout import CacheLayout
-from sparsemm_vllm.engine import patches
-from sparsemm_vllm.engine.scheduler.manager import SparseMMManager
-from sparsemm_vllm.engine.spec import SparseMMSpec
 
 
 @pytest.fixture(scope="module", autouse=True)

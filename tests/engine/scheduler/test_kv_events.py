@@ -9,8 +9,6 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
-from engines import BLOCK, WINDOW, Engine, settings
-from simulation import AHEAD, DRAFTS, Scenario, Simulation
 from vllm.config import KVEventsConfig
 from vllm.distributed.kv_events import (
     AllBlocksCleared,
@@ -19,6 +17,9 @@ from vllm.distributed.kv_events import (
     KVEventBatch,
 )
 from vllm.v1.core.kv_cache_utils import get_block_hash, maybe_convert_block_hash
+
+from support.engines import BLOCK, WINDOW, Engine, settings
+from support.simulation import AHEAD, DRAFTS, Scenario, Simulation
 
 DENSE = {"sparsemm": 0}
 

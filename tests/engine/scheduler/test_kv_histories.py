@@ -7,7 +7,6 @@ from collections import Counter
 from typing import ClassVar
 
 import pytest
-from chats import ASKED, LENGTHS, SCORED, Chats, P, W
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -23,6 +22,7 @@ from vllm.v1.core.kv_cache_utils import init_none_hash
 
 from sparsemm_vllm.engine import patches
 from sparsemm_vllm.engine.scheduler.stats import Outcome
+from support.chats import ASKED, LENGTHS, SCORED, Chats, P, W
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from simulation import Chat, P, Scenario, Simulation, W
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import FinishReason
@@ -12,6 +11,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from sparsemm_vllm.engine.sampling_limits import too_long
 from sparsemm_vllm.engine.scheduler.stats import Outcome
+from support.simulation import Chat, P, Scenario, Simulation, W
 
 LONG = [5000 + i for i in range(160)]
 SPARE = 20

@@ -2,18 +2,13 @@
 
 import logging
 import os
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
-from simulation import MAX_LEN, Chat, P, Scenario, Simulation, W, least_blocks, make_config
 
 from sparsemm_vllm.engine.scheduler.stats import Outcome
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
-from saturate_engine import saturate
+from support.saturation import saturate
+from support.simulation import MAX_LEN, Chat, P, Scenario, Simulation, W, least_blocks, make_config
 
 SEEDS = range(40)
 SEED = os.environ.get("SIMULATION_SEED")  # of a run to be repeated

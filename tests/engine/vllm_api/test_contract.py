@@ -30,8 +30,8 @@ from sparsemm_vllm.engine.vllm_api.contract import (
 )
 from sparsemm_vllm.engine.vllm_api.hooks import Wrap
 from sparsemm_vllm.engine.vllm_api.signatures import from_text
+from support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 METHODS = FunctionType, classmethod, staticmethod, property
 LOOKUP = "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks"
 RELEASES = [known.vllm for known in recorded()]

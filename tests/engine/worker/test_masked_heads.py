@@ -7,9 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from engines import HELLO, Engine, ask, assert_same, settings
 from safetensors.torch import load_file, save_file
-from tiny import HEAD_SIZE, LAYERS, QUERY_HEADS, make_llava
 
 from sparsemm_vllm.budget.settings import Settings, SettingsError
 from sparsemm_vllm.engine.worker.probes.masked_heads import (
@@ -17,6 +15,8 @@ from sparsemm_vllm.engine.worker.probes.masked_heads import (
     mask_layers,
     own_heads,
 )
+from support.engines import HELLO, Engine, ask, assert_same, settings
+from support.tiny import HEAD_SIZE, LAYERS, QUERY_HEADS, make_llava
 
 HEADS = [[1, 2], [3, 0], [3, 7]]
 

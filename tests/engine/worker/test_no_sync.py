@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dense_metadata import dense_metadata
 from kernel_cases import DEVICE
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -33,6 +32,7 @@ from sparsemm_vllm.engine.worker.model_state import DefaultModelState, SparseMMM
 from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
 from sparsemm_vllm.engine.worker.step import capture_step, plan_step
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
+from support.dense_metadata import dense_metadata
 
 L, HKV, G, D, P, WINDOW = 2, 3, 2, 16, 8, 4
 LAYOUT = CacheLayout(capacities=((0, 1, 40), (8, 9, 3)), window=WINDOW, base=10, pool_kernel=3)

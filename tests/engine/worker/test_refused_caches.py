@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import KV_HEADS, LAYERS, skewed_profile
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.flash_attn_diffkv import FlashAttentionDiffKVBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
@@ -16,6 +15,7 @@ from sparsemm_vllm.engine.attention.cuda import SparseMMBackend
 from sparsemm_vllm.engine.config import UnsupportedError
 from sparsemm_vllm.engine.spec import SparseMMSpec
 from sparsemm_vllm.engine.worker import model_state
+from support.tiny import KV_HEADS, LAYERS, skewed_profile
 
 P, D = 16, 32
 LAYOUT = CacheLayout.from_scores(skewed_profile().tensor(), KV_HEADS, 40, 8)

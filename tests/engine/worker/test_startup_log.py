@@ -4,13 +4,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engines import HELLO, Engine, ask, settings
-from tiny import make_llava, skewed_profile
 
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.budget.settings import Settings
 from sparsemm_vllm.engine.worker import model_state
 from sparsemm_vllm.engine.worker.startup_log import describe_profile, describe_serving
+from support.engines import HELLO, Engine, ask, settings
+from support.tiny import make_llava, skewed_profile
 
 # Two layers of two heads keep 100 + 4 + 0 + 12 tokens: 7 + 1 + 1 pages, 3 blocks of 4.
 LAYOUT = CacheLayout(((100, 4), (0, 12)), window=8, base=29, tensor_parallel=2)

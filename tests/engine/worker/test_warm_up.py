@@ -6,20 +6,17 @@ Only the compiler itself is left out. So this runs in a process of its own, with
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from dense_metadata import dense_metadata
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from support.children import compiling, python
+from support.dense_metadata import dense_metadata
+
 WINDOW, BASE = 32, 64
 MAX_REQUESTS, MAX_TOKENS = 20, 20_000
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -52,13 +49,7 @@ OURS = {
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """What was launched in each case, and what was compiled after the warm-up."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=environment | {"PYTHONPATH": str(BENCHMARKS)},
-        capture_output=True,
-        text=True,
-    )
+    done = python(__file__, environment=compiling())
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
