@@ -7,7 +7,8 @@ import torch
 from common import DEVICE, GPU, timed
 
 from sparsemm_vllm.triton_kernels import torch_ops
-from sparsemm_vllm.triton_kernels.batch import DecodeBatch, DecodeBuffers, HeadPages
+from sparsemm_vllm.triton_kernels.batch import HeadPages
+from sparsemm_vllm.triton_kernels.decode_batch import DecodeBatch, DecodeBuffers
 from sparsemm_vllm.triton_kernels.sparse_decode import sparse_decode
 
 P, WINDOW, D = 16, 32, 128

@@ -59,23 +59,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from sparsemm_vllm.triton_kernels.batch import (
-    DecodeBatch,
-    DecodeBuffers,
-    HeadPages,
-    Prompts,
-    PruneWorkspace,
-    QueryTiles,
-    decode_queries,
-    decode_rows,
-)
+from sparsemm_vllm.triton_kernels.batch import HeadPages, Prompts, PruneWorkspace, QueryTiles
 from sparsemm_vllm.triton_kernels.compact_kv import compact_kv
 from sparsemm_vllm.triton_kernels.correct_slots import correct_slots
+from sparsemm_vllm.triton_kernels.decode_batch import DecodeBatch, DecodeBuffers
 from sparsemm_vllm.triton_kernels.list_pages import list_pages
 from sparsemm_vllm.triton_kernels.occupancy import Multiprocessor
 from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
 from sparsemm_vllm.triton_kernels.select_tokens import select_tokens
 from sparsemm_vllm.triton_kernels.sparse_decode import sparse_decode
+from sparsemm_vllm.triton_kernels.tile_sizes import decode_queries, decode_rows
 from sparsemm_vllm.triton_kernels.top_keys import top_keys
 from sparsemm_vllm.triton_kernels.window_scores import window_scores
 

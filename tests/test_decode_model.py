@@ -38,7 +38,7 @@ from sass import (
 )
 
 from sparsemm_vllm.triton_kernels import torch_ops
-from sparsemm_vllm.triton_kernels.batch import SETUP_TILES, DecodeBatch, DecodeBuffers
+from sparsemm_vllm.triton_kernels.decode_batch import SETUP_TILES, DecodeBatch, DecodeBuffers
 from sparsemm_vllm.triton_kernels.occupancy import Multiprocessor
 
 ROOT = Path(__file__).parents[1]

@@ -12,15 +12,13 @@ from sparsemm_vllm.triton_kernels.batch import (
     COMPACT_BLOCKS,
     PROMPT_BLOCKS,
     QUERIES,
-    SETUP_TILES,
     TAIL,
     TAIL_START,
-    DecodeBatch,
-    DecodeBuffers,
-    DecodeOptions,
     HeadPages,
 )
+from sparsemm_vllm.triton_kernels.decode_batch import SETUP_TILES, DecodeBatch, DecodeBuffers
 from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
+from sparsemm_vllm.triton_kernels.tile_sizes import DecodeOptions
 
 P, W, BLOCK_N = 8, 4, 16
 HALF = torch.bfloat16

@@ -10,21 +10,18 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE, FP8, TOLERANCE, Paged, bits, head_pages, relative_error
 
 from sparsemm_vllm.triton_kernels import torch_ops
-from sparsemm_vllm.triton_kernels.batch import (
-    TAIL,
-    DecodeBatch,
-    DecodeBuffers,
-    HeadPages,
-    Prompts,
+from sparsemm_vllm.triton_kernels.batch import TAIL, HeadPages, Prompts
+from sparsemm_vllm.triton_kernels.decode_batch import DecodeBatch, DecodeBuffers
+from sparsemm_vllm.triton_kernels.list_pages import list_pages
+from sparsemm_vllm.triton_kernels.reference import head_page_slots
+from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
+from sparsemm_vllm.triton_kernels.sparse_decode import cache_units, sparse_decode
+from sparsemm_vllm.triton_kernels.tile_sizes import (
     decode_options,
     decode_queries,
     decode_rows,
     query_block,
 )
-from sparsemm_vllm.triton_kernels.list_pages import list_pages
-from sparsemm_vllm.triton_kernels.reference import head_page_slots
-from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
-from sparsemm_vllm.triton_kernels.sparse_decode import cache_units, sparse_decode
 
 SCALE = 0.4  # not the default one; sharpens the softmax
 L = 2

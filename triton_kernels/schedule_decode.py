@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .batch import SETUP_TILES, DecodeBatch, HeadPages
+from .batch import HeadPages
+from .decode_batch import SETUP_TILES, DecodeBatch
 
 # Items, and programs, that a layer's program counts at a time. One an own thread: the time of a
 # step's schedule is that of a few dependent loads for each block of items.

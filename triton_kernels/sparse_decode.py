@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .batch import SETUP_TILES, DecodeBatch
+from .decode_batch import SETUP_TILES, DecodeBatch
 
 
 @triton.jit

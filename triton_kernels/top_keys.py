@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .batch import QueryTiles, decode_tokens, query_block
+from .batch import QueryTiles
+from .tile_sizes import decode_tokens, query_block
 
 
 @triton.jit

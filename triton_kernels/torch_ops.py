@@ -13,16 +13,15 @@ from .batch import (
     POSITION,
     PROMPT_BLOCKS,
     QUERIES,
-    SETUP_TILES,
     TAIL,
     TAIL_START,
     TILE_ROW,
-    DecodeBatch,
     HeadPages,
     Prompts,
     PruneWorkspace,
     QueryTiles,
 )
+from .decode_batch import SETUP_TILES, DecodeBatch
 
 
 def window_scores(

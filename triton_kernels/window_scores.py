@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .batch import Prompts, PruneWorkspace, columns, query_block
+from .batch import Prompts, PruneWorkspace, columns
+from .tile_sizes import query_block
 
 LOG2_E = 1.4426950408889634
 POOL_BLOCK = 1024

@@ -24,16 +24,9 @@ from kernel_cases import head_pages, relative_error
 
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.triton_kernels import triton_ops
-from sparsemm_vllm.triton_kernels.batch import (
-    SETUP_TILES,
-    DecodeBatch,
-    DecodeBuffers,
-    DecodeOptions,
-    HeadPages,
-    Prompts,
-    PruneWorkspace,
-    padded_queries,
-)
+from sparsemm_vllm.triton_kernels.batch import HeadPages, Prompts, PruneWorkspace
+from sparsemm_vllm.triton_kernels.decode_batch import SETUP_TILES, DecodeBatch, DecodeBuffers
+from sparsemm_vllm.triton_kernels.tile_sizes import DecodeOptions, padded_queries
 
 NEEDS = 15
 P, W, KERNEL_SIZE = 16, 32, 5

@@ -17,13 +17,8 @@ from kernel_cases import FP8, TOLERANCE, Paged, bits, head_pages, relative_error
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
-from sparsemm_vllm.triton_kernels.batch import (
-    DecodeBatch,
-    DecodeBuffers,
-    HeadPages,
-    Prompts,
-    PruneWorkspace,
-)
+from sparsemm_vllm.triton_kernels.batch import HeadPages, Prompts, PruneWorkspace
+from sparsemm_vllm.triton_kernels.decode_batch import DecodeBatch, DecodeBuffers
 
 NEEDS = 20
 

@@ -30,7 +30,8 @@ from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
 from sparsemm_vllm.engine.worker.step import Step, capture_step, plan_step
 from sparsemm_vllm.engine.worker.warm_up import warm_up
 from sparsemm_vllm.names import NAME
-from sparsemm_vllm.triton_kernels.batch import BATCH_ROW, decode_options
+from sparsemm_vllm.triton_kernels.batch import BATCH_ROW
+from sparsemm_vllm.triton_kernels.tile_sizes import decode_options
 
 logger = init_logger("vllm.sparsemm")
 

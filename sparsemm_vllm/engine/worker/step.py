@@ -10,12 +10,8 @@ import torch
 
 from sparsemm_vllm.engine.worker.probes.knockout import Knockout
 from sparsemm_vllm.engine.worker.state import SparseState
-from sparsemm_vllm.triton_kernels.batch import (
-    DecodeBatch,
-    Prompts,
-    QueryTiles,
-    columns,
-)
+from sparsemm_vllm.triton_kernels.batch import Prompts, QueryTiles, columns
+from sparsemm_vllm.triton_kernels.decode_batch import DecodeBatch
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import torch
 
 from sparsemm_vllm.engine.worker.state import SparseState
 from sparsemm_vllm.engine.worker.step import Step
-from sparsemm_vllm.triton_kernels.batch import DecodeBatch, Prompts
+from sparsemm_vllm.triton_kernels.batch import Prompts
+from sparsemm_vllm.triton_kernels.decode_batch import DecodeBatch
 from sparsemm_vllm.triton_kernels.occupancy import resident_programs
 
 
