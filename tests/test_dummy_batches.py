@@ -79,7 +79,7 @@ def run_dummy(engine: Engine, runner: Any, requests: int) -> None:
     runner._dummy_run(requests, uniform_decode=True)
     torch.testing.assert_close(cache[:, 1:], blocks, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(state.pages.lengths, lengths)
-    rows = state.buffers.rows[:requests]
+    rows = state.buffers.tiles[:requests]
     assert (rows[:, COMPACT_BLOCKS] == 0).all(), "the rows of the step before"
 
 

@@ -9,16 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .tables import PROMPT_ROWS, TARGET_COLUMNS, Prompt
 from .tile_sizes import padded_queries
-
-# Rows of `Prompts.table`.
-BATCH_ROW, REQUEST, QUERY_END, TOKENS, OFFSET = range(5)
-
-# Columns of `DecodeBuffers.rows`.
-TILE_ROW, FIRST_QUERY, QUERIES, POSITION, TAIL_START, PROMPT_BLOCKS, COMPACT_BLOCKS, TAIL = range(8)
-
-# Column of `QueryTiles.table` behind the first four of these.
-TARGET = 4
 
 OFFSET_ALIGNMENT = 16  # tokens: 16-byte loads of scores begin at multiples of it
 
@@ -37,6 +29,27 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a step's batch, on the device.
+
+    The first rows are requests. A batch that is padded for a CUDA graph has more rows behind them,
+    which have no queries and belong to no request.
+
+    Attributes:
+        block_table: block numbers of each row, int32 ``[R', max_blocks]``, rows contiguous.
+        query_start: first query of each row in the step's, and the end of the last, int32
+            ``[>= R' + 1]``.
+        seq_lens: tokens of each row after the step, int32 ``[>= R']``.
+        requests: index in `HeadPages` of each request, int32 or int64 ``[R]``, ``R <= R'``.
+    """
+
+    block_table: torch.Tensor
+    query_start: torch.Tensor
+    seq_lens: torch.Tensor
+    requests: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -116,18 +129,16 @@ class Prompts:
     """Prompts that this step completes and prunes, side by side in a `PruneWorkspace`.
 
     Attributes:
-        table: int32 ``[5, R]``: of each prompt its row in the block table, its index in
-            `HeadPages`, the end of its queries in the step's, `n`, and its first column in the
-            workspace.
-        max_tokens: the longest `n`.
-        max_kept: most tokens that a head keeps in its pages.
-        entries: the columns of the table, a prompt each, on the host.
+        table: numbers of each prompt, int32 ``[PROMPT_ROWS, R]``; `tables` names the rows.
+        max_tokens: tokens of the longest prompt.
+        max_kept: tokens that a head keeps in its pages, at most.
+        entries: columns of the table, a prompt each, on the host.
     """
 
     table: torch.Tensor
     max_tokens: int
     max_kept: int
-    entries: list[tuple[int, ...]]
+    entries: list[Prompt]
 
     @property
     def count(self) -> int:
@@ -146,12 +157,25 @@ class Prompts:
             device: where the kernels run.
         """
         placed, end = [], 0
-        for *place, n in rows:
-            placed.append((*place, n, end))
+        for batch_row, request, query_end, n in rows:
+            placed.append(Prompt(batch_row, request, query_end, n, end))
             end += columns(n)
         table = torch.tensor(placed, dtype=torch.int32).T.contiguous()
-        longest = max(row[3] for row in rows)
+        longest = max(prompt.tokens for prompt in placed)
         return cls(to_device(table, device), longest, max_kept, placed)
+
+    def check(self) -> None:
+        """Refuse a table of another shape, layout or type.
+
+        Raises:
+            ValueError: naming what is wanted.
+        """
+        table = self.table
+        right = table.dim() == 2 and len(table) == PROMPT_ROWS and table.dtype == torch.int32
+        if not right or not table.is_contiguous():
+            raise ValueError(
+                f"prompts.table {list(table.shape)} must be int32 [{PROMPT_ROWS}, R], contiguous"
+            )
 
 
 def columns(prompt_tokens: int) -> int:
@@ -199,15 +223,38 @@ class PruneWorkspace:
         """Columns: tokens of all prompts of one launch."""
         return self.scores.shape[1]
 
+    def check(self, prompts: Prompts, Hkv: int) -> None:
+        """Refuse prompts that do not fit, and scores of another shape, layout or type.
+
+        Args:
+            prompts: prompts of one launch.
+            Hkv: KV heads of the cache.
+
+        Raises:
+            ValueError: naming what is wanted.
+        """
+        if prompts.count > self.MAX_PROMPTS:
+            raise ValueError(f"{prompts.count} prompts; at most {self.MAX_PROMPTS} at once")
+        for name, buffer in (("sums", self.sums), ("scores", self.scores)):
+            right = len(buffer) == Hkv and buffer.dtype == torch.float32
+            if not right or not buffer.is_contiguous():
+                raise ValueError(
+                    f"workspace.{name} {list(buffer.shape)} must be float32 [Hkv, capacity] with "
+                    f"Hkv {Hkv}, contiguous"
+                )
+        if columns(prompts.max_tokens) > self.capacity:
+            raise ValueError(
+                f"a prompt of {prompts.max_tokens} tokens does not fit into {self.capacity} "
+                "workspace columns"
+            )
+
 
 @dataclass(frozen=True)
 class QueryTiles:
     """Queries of a step whose attention is recorded, up to `block_q` of one request in a tile.
 
     Attributes:
-        table: int32 ``[tiles, 5]``: of each tile its row in the block table, its first query in the
-            step's, how many, the position of the first, and the row that records it; the others
-            follow.
+        table: numbers of each tile, int32 ``[tiles, TARGET_COLUMNS]``; `tables` names the columns.
         block_q: queries of a tile.
     """
 
@@ -235,5 +282,5 @@ class QueryTiles:
             for row, first, queries, position, target in spans
             for i in range(0, queries, block_q)
         ]
-        table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 5)
+        table = torch.tensor(rows, dtype=torch.int32).reshape(-1, TARGET_COLUMNS)
         return cls(to_device(table, device), block_q)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .tables import ITEM_COLUMNS, TILE_COLUMNS
 from .tile_sizes import DecodeOptions, decode_options, decode_queries, decode_rows, query_block
 
 # Beginning and ending an item costs a decode program about as much as reading this many KV tiles:
@@ -17,8 +18,8 @@ def _empty_schedule(
     """The tensors of `DecodeBuffers` that are a schedule's own; nothing is to be read."""
     items = max_query_tiles * Hkv
     shapes = {
-        "rows": (max_query_tiles, 8),
-        "items": (L, items, 2),
+        "tiles": (max_query_tiles, TILE_COLUMNS),
+        "items": (L, items, ITEM_COLUMNS),
         "first_tile": (L, items + 1),
         "first_item": (L, max_programs),
         "arrived": (items,),
@@ -38,11 +39,9 @@ class DecodeBuffers:
     of a layer's work go to the programs of a launch, whatever items they belong to.
 
     Attributes:
-        rows: int32 ``[max_query_tiles, 8]``: of each query tile its row in the block table, its
-            first query in the step's, how many, the position of the first, the first position of
-            the tail, `N`, `C`, and the tokens of the tail that it sees.
-        items: tokens in the head pages of each item, and its first head page, int32
-            ``[L, max_items, 2]``; with `HeadPages.page_units` the latter's place in all of them.
+        tiles: query tiles, int32 ``[max_query_tiles, TILE_COLUMNS]``; `tables` names the columns.
+        items: items of each layer, int32 ``[L, max_items, ITEM_COLUMNS]``; `tables` names the
+            columns.
         first_tile: work of the items before each, and of all, int32 ``[L, max_items + 1]``.
         first_item: item at which each program begins, int32 ``[L, max_programs]``.
         arrived: programs that have finished their part of an item, int32 ``[max_items]``; zero
@@ -54,7 +53,7 @@ class DecodeBuffers:
         query_dtype: type of the queries.
     """
 
-    rows: torch.Tensor
+    tiles: torch.Tensor
     items: torch.Tensor
     first_tile: torch.Tensor
     first_item: torch.Tensor
@@ -101,7 +100,7 @@ class DecodeBuffers:
 
     def for_tiles(self, max_query_tiles: int, Hkv: int) -> "DecodeBuffers":
         """Buffers of another schedule, which shares the scratch memory with this one."""
-        L, device = self.items.shape[0], self.rows.device
+        L, device = self.items.shape[0], self.tiles.device
         return DecodeBuffers(
             **_empty_schedule(max_query_tiles, L, Hkv, self.max_programs, device),
             partial=self.partial,
@@ -190,9 +189,9 @@ class DecodeBatch:
         batch = cls(
             buffers, first_row, rows, tiles, block_q, block_m, programs, options, page_units
         )
-        if batch.query_tiles > buffers.rows.shape[0]:
+        if batch.query_tiles > buffers.tiles.shape[0]:
             raise ValueError(
-                f"{batch.query_tiles} query tiles, but the buffers hold {buffers.rows.shape[0]}"
+                f"{batch.query_tiles} query tiles, but the buffers hold {buffers.tiles.shape[0]}"
             )
         if programs > buffers.max_programs:
             raise ValueError(f"{programs} programs, but the buffers hold {buffers.max_programs}")
