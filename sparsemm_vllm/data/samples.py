@@ -8,7 +8,7 @@ from sparsemm_vllm.data.pictures import Sample
 
 
 class DataError(ValueError):
-    """Data that cannot be read or holds nothing to measure; one line: which, and what to do."""
+    """Data cannot be read or holds nothing to measure; one line says which, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,10 @@ class SampleSet:
     """Samples that were chosen from a source.
 
     Attributes:
-        samples: in the order in which they were chosen.
-        name: of the source, without paths.
+        samples: samples, in the order in which they were chosen.
+        name: name of the source, without paths.
         hash: SHA-256, hexadecimal, of all that the samples hold, pixels included.
-        skipped: how many samples and words were left out, by reason.
+        skipped: number of samples and words that were left out, by reason.
     """
 
     samples: list[Sample]
