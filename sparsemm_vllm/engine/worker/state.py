@@ -29,7 +29,7 @@ class Heads:
         L: pruned layers.
         Hq: query heads.
         Hkv: KV heads.
-        D: head size.
+        D: head size, in elements.
     """
 
     L: int
@@ -48,7 +48,7 @@ class PrunedCache:
     """The KV cache of a rank's pruned layers, seen as one tensor.
 
     Attributes:
-        tensor: ``[L, B, Hkv, P, 2 * D]``.
+        tensor: keys and values of all pruned layers, ``[L, B, Hkv, P, 2 * D]``.
         layers: index in the tensor of each attention layer, by name.
     """
 
@@ -72,17 +72,17 @@ class SparseState:
     that is added writes its head pages, a step its schedule, a prune its workspace.
 
     Args:
-        layout: budgets of the whole model; of requests that have no budget of their own.
-        own: the layers and heads of the layout that this rank owns.
-        heads: of this rank.
-        cache_dtype: of the KV cache.
-        max_requests: that run at once.
-        max_tokens: the longest prompt, or the tokens of a step if they are more.
+        layout: budgets of the whole model, for requests that have no budget of their own.
+        own: layers and KV heads of the layout that this rank owns.
+        heads: numbers of this rank's heads.
+        cache_dtype: type of the KV cache.
+        max_requests: requests that run at once, at most.
+        max_tokens: tokens of the longest prompt, or of a step if they are more.
         max_programs: programs to spread decode attention over, at most; `spread` sets fewer.
-        device: where the kernels run.
-        recorder: of the kept tokens, if someone wants to know.
-        max_decode_queries: rows with more are not taken for decodes.
-        recorded_queries: whose attention can be recorded; see `AttentionRecorder`.
+        device: device where the kernels run.
+        recorder: recorder of the kept tokens, if someone wants to know.
+        max_decode_queries: queries of a row that is taken for a decode, at most.
+        recorded_queries: queries whose attention can be recorded; see `AttentionRecorder`.
         query_dtype: type of the queries; the cache's if not given, bfloat16 beside fp8.
         max_pages: head pages of a request at most, if their places are to be listed once; 0 if the
             decode kernel computes them, see `HeadPages.page_units`.
