@@ -29,7 +29,7 @@ class Heads:
         L: pruned layers.
         Hq: query heads.
         Hkv: KV heads.
-        D: numbers of a key, and of a value.
+        D: head size, in elements.
         dtype: type of the KV cache.
         query_dtype: type of the queries; the cache's if not given, bfloat16 beside fp8.
     """
@@ -75,7 +75,7 @@ class PrunedCache:
     """The KV cache of a rank's pruned layers, seen as one tensor.
 
     Attributes:
-        tensor: ``[L, B, Hkv, P, 2 * D]``.
+        tensor: keys and values of all pruned layers, ``[L, B, Hkv, P, 2 * D]``.
         layers: index in the tensor of each attention layer, by name.
     """
 

@@ -321,6 +321,18 @@ def test_every_method_in_place_of_vllms_is_recorded(path: str) -> None:
                 assert symbols & here().signatures.keys(), f"{path}.{name}"
 
 
+IN_ATTENTION = [path for path in sorted(our_classes()) if ".attention." in path or ".cpu." in path]
+
+
+@pytest.mark.parametrize("path", IN_ATTENTION)
+def test_methods_in_place_of_vllms_say_so(path: str) -> None:
+    """`@override` stands on each of them, and on no other."""
+    known = set().union(*(contract.signatures for contract in recorded()))
+    for name in sources.methods(path).keys() - {"__init__"}:
+        says_so = getattr(getattr(our_classes()[path], name), "__override__", False)
+        assert says_so == any(f"{base}.{name}" in known for base in OVERRIDES[path]), name
+
+
 def test_imports_and_calls_are_read_from_the_source() -> None:
     imported = sources.imported()
     assert {
