@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
+from support.paths import ROOT
+
 SCRIPT = ROOT / ".ci" / "check_docstrings.py"
 
 
