@@ -12,7 +12,7 @@ from sparsemm_vllm.budget.request import RequestLimits
 from sparsemm_vllm.budget.settings import NO_PROFILE, Settings
 from sparsemm_vllm.names import NAME
 
-_MADE = "_sparsemm_serving"  # of a `VllmConfig`: what it was made of, and `Serving`
+_MADE = "_sparsemm_serving"  # attribute of a `VllmConfig`: what it was made of, and `Serving`
 
 
 class UnsupportedError(ValueError):
@@ -33,7 +33,7 @@ class Serving:
     Attributes:
         settings: settings of the server, with the head profile's contents.
         layout: cache layout of the whole model.
-        limits: what requests may ask for.
+        limits: limits of what requests may ask for.
     """
 
     settings: Settings
