@@ -10,13 +10,16 @@ Knows nothing of vLLM.
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from sparsemm_vllm.budget.methods import METHODS, Budget, Method
 from sparsemm_vllm.budget.redistribute import redistribute
+
+if TYPE_CHECKING:  # the benchmarks of kernels run where there is no pydantic
+    from sparsemm_vllm.budget.settings import Settings
 
 GRID = 64  # prompt lengths looked at for the most blocks that any needs
 KEPT_BYTES = 2**22  # bytes of kept tokens that are remembered, over all budgets
@@ -43,19 +46,20 @@ class CacheLayout:
     All ranks and the scheduler hold equal copies.
 
     Args:
-        capacities: ``[L][Hkv]`` tokens besides the window, of the whole model's pruned layers; by
-            the method, for a prompt that is long enough for all of them.
+        capacities: tokens that each head of the whole model's pruned layers keeps besides the
+            window, ``[L][Hkv]``; by the method, for a prompt that is long enough for all of them.
         window: observation window `W`, in tokens.
         base: budget less window, in tokens; a prompt is pruned if it has as many older tokens.
         pool_kernel: width of the score pooling, in tokens.
-        min_prompt_tokens: shorter prompts are left dense.
-        stages: ``(first, last + 1)`` pruned layer of each pipeline stage.
-        tensor_parallel: ranks that share the KV heads of each layer.
-        method: one of `METHODS`.
-        redistribute: give what heads cannot use of a short prompt to the others.
+        min_prompt_tokens: fewest tokens of a prompt that is pruned.
+        stages: pruned layers of each pipeline stage, ``(first, last + 1)``.
+        tensor_parallel: number of ranks that share the KV heads of each layer.
+        method: way to divide the budget among heads, one of `METHODS`.
+        redistribute: whether the other heads get what a head cannot use of a short prompt.
         scores: visual scores ``[L][Hq]``, for requests with a budget of their own.
         rho: share of any budget that is spread evenly.
-        largest_budget: that a request may have, window included; 0 if all have the same.
+        largest_budget: most tokens per KV head on average, window included, that a request may
+            ask for; 0 if all requests have the same budget.
 
     Raises:
         ValueError: if the heads do not divide among the ranks, or must not be divided, or a stage
@@ -116,6 +120,32 @@ class CacheLayout:
             scores=tuple(map(tuple, scores.tolist())),
             rho=rho,
             **options,
+        )
+
+    @classmethod
+    def from_settings(
+        cls, settings: "Settings", scores: torch.Tensor, num_kv_heads: int, **placement: Any
+    ) -> "CacheLayout":
+        """The layout of a server with these settings.
+
+        Args:
+            settings: settings of the server; their profile is not looked at.
+            scores: visual scores of the pruned layers, ``[L, Hq]``.
+            num_kv_heads: ``Hkv``; divides ``Hq``.
+            placement: arguments of `CacheLayout` that say how heads are spread over ranks.
+        """
+        return cls.from_scores(
+            scores,
+            num_kv_heads,
+            settings.budget,
+            settings.window,
+            settings.rho,
+            settings.method,
+            redistribute=settings.redistribute,
+            pool_kernel=settings.pool_kernel,
+            min_prompt_tokens=settings.min_prompt_tokens,
+            largest_budget=settings.largest_budget,
+            **placement,
         )
 
     @cached_property

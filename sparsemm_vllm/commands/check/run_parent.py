@@ -29,7 +29,7 @@ from sparsemm_vllm.processes import LoggedProcess, ended_by_signals
 SECONDS = 300.0  # of each engine, until it counts as hung
 LOG_LINES = 12  # of the log, shown after a failure
 # Without -P the working folder would be on the module path.
-CHILD = (sys.executable, "-P", "-m", "sparsemm_vllm.commands.check.child")
+CHILD = (sys.executable, "-P", "-m", "sparsemm_vllm.commands.check.run_child")
 PACKAGES = ("sparsemm-vllm", "vllm", "torch", "triton", "transformers")
 STYLES = {"ok": "green", "differs": "red", "failed": "red", "not run": "yellow"}
 END = "engine end"
@@ -40,7 +40,7 @@ class CheckRun(LoggedProcess):
 
     Args:
         seconds: time that it has for each engine.
-        command: program that does the work, for `child.main`'s arguments.
+        command: program that does the work, for `run_child.main`'s arguments.
 
     Attributes:
         device: name of what the engine runs on.

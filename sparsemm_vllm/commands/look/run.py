@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sparsemm_vllm.budget.plan import count_blocks
 from sparsemm_vllm.budget.profile import HeadProfile
+from sparsemm_vllm.budget.settings import Settings
+from sparsemm_vllm.commands.kept_map import KeptPicture
 from sparsemm_vllm.commands.look.sight import SaidWord, Sight
 from sparsemm_vllm.commands.show import heads_in
 from sparsemm_vllm.data.pictures import Sample
@@ -27,7 +30,7 @@ def look(
     model: str,
     image: Image.Image,
     question: str,
-    settings: dict[str, Any],
+    settings: Settings,
     max_tokens: int = 128,
     **engine_options: Any,
 ) -> Sight:
@@ -37,12 +40,12 @@ def look(
     prompt ends with that answer: attention to the whole prompt, as heads are profiled.
 
     Args:
-        model: name, also that of the bundled one, or folder.
-        image: the picture.
-        question: about it.
-        settings: of SPARSEMM: its profile, budget and so on.
-        max_tokens: of the answer.
-        engine_options: of `vllm.LLM`.
+        model: name or folder of the model, or the name of the bundled one.
+        image: picture to ask about.
+        question: text beside the picture.
+        settings: settings of SPARSEMM.
+        max_tokens: most tokens of the answer.
+        engine_options: options of `vllm.LLM`.
 
     Raises:
         ProfilerError: if the model cannot be asked, has no head profile, or says nothing.
@@ -53,9 +56,9 @@ def look(
     config = check_model(folder, engine_options)
     sample = Sample(image, (), question, "", ())
     with tempfile.TemporaryDirectory(prefix="sparsemm-look-") as kept_folder:
-        recording = {"record_kept": kept_folder}
+        recording = settings.model_copy(update={"record_kept": kept_folder})
         rows = 2 * max_tokens + 64  # an answer may be cut into other tokens when it is read again
-        llm = open_engine(folder, config, rows, engine_options, settings | recording)
+        llm = open_engine(folder, config, rows, engine_options, recording.as_values())
         return _see(llm, sample, max_tokens, rows, Path(kept_folder))
 
 
@@ -63,7 +66,6 @@ def _see(llm: Any, sample: Sample, max_tokens: int, rows: int, kept_folder: Path
     from vllm import SamplingParams
     from vllm.transformers_utils.processor import cached_processor_from_config
 
-    from sparsemm_vllm.budget.settings import Settings
     from sparsemm_vllm.engine.config import build_layout
     from sparsemm_vllm.engine.worker.probes.kept import load_kept
     from sparsemm_vllm.names import RECORD
@@ -103,20 +105,17 @@ def _see(llm: Any, sample: Sample, max_tokens: int, rows: int, kept_folder: Path
 
     n = len(said.prompt_token_ids)
     layout = build_layout(vllm_config, settings)
-    block_size = vllm_config.cache_config.block_size
+    by_head = load_kept(kept_folder, said.request_id) if layout.is_pruned(n) else {}
     return Sight(
-        image=sample.image,
+        kept=KeptPicture(
+            sample.image, geometry, np.flatnonzero(tokens >= 0), n, layout.window, by_head
+        ),
         question=sample.question,
         answer=answer,
         words=words,
         heads=heads,
-        kept=load_kept(kept_folder, said.request_id) if layout.is_pruned(n) else {},
-        geometry=geometry,
-        positions=np.flatnonzero(tokens >= 0),
-        prompt_tokens=n,
-        window=layout.window,
         group=profile.num_query_heads // profile.num_kv_heads,
-        blocks=(layout.held_blocks(n, n, block_size), -(-n // block_size)),
+        blocks=count_blocks(layout, n, n, vllm_config.cache_config.block_size),
     )
 
 
@@ -138,11 +137,12 @@ def said_words(
     """The answer's words, and where heads looked while their tokens were predicted.
 
     Args:
-        text: the end of a prompt, of which `answer` is the end.
-        spans: characters of each token of the text.
-        answer: of the model.
-        keys: top-1 position of the query that predicts each token, int ``[L, >= tokens, Hq]``.
-        heads: (layer, query head) to watch.
+        text: end of a prompt; `answer` is the end of it.
+        spans: first character of each token of the text, and the one after its last.
+        answer: answer of the model.
+        keys: position that the query that predicts each token looked at most, int
+            ``[L, >= tokens, Hq]``.
+        heads: visual heads to watch, (layer, query head).
         tokens: index of the image token at each position of the prompt, or -1; int ``[n]``.
 
     Raises:
