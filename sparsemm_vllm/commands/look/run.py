@@ -66,13 +66,13 @@ def _see(llm: Any, sample: Sample, max_tokens: int, rows: int, kept_folder: Path
     from vllm import SamplingParams
     from vllm.transformers_utils.processor import cached_processor_from_config
 
-    from sparsemm_vllm.engine.config import build_layout
+    from sparsemm_vllm.engine.config import Serving
     from sparsemm_vllm.engine.worker.probes.kept import load_kept
     from sparsemm_vllm.names import RECORD
 
     vllm_config = llm.llm_engine.vllm_config
-    settings = Settings.from_additional_config(vllm_config.additional_config)
-    profile = settings.profile
+    serving = Serving.of(vllm_config)
+    profile = serving.settings.profile
     if not isinstance(profile, HeadProfile):
         raise ProfilerError("there is no head profile for this model: no visual heads are known")
 
@@ -104,7 +104,7 @@ def _see(llm: Any, sample: Sample, max_tokens: int, rows: int, kept_folder: Path
     words = said_words(text, spans, answer, keys, heads, tokens)
 
     n = len(said.prompt_token_ids)
-    layout = build_layout(vllm_config, settings)
+    layout = serving.layout
     by_head = load_kept(kept_folder, said.request_id) if layout.is_pruned(n) else {}
     return Sight(
         kept=KeptPicture(
