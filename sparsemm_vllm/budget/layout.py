@@ -56,8 +56,8 @@ class CacheLayout:
         tensor_parallel: number of ranks that share the KV heads of each layer.
         method: way to divide the budget among heads, one of `METHODS`.
         redistribute: whether the other heads get what a head cannot use of a short prompt.
-        scores: visual scores ``[L][Hq]``, for requests with a budget of their own.
-        rho: share of any budget that is spread evenly.
+        scores: visual scores, ``[L][Hq]``, for requests with a budget of their own.
+        rho: share of any budget that is spread evenly, 0 to 1.
         largest_budget: most tokens per KV head on average, window included, that a request may
             ask for; 0 if all requests have the same budget.
 
@@ -131,7 +131,7 @@ class CacheLayout:
         Args:
             settings: settings of the server; their profile is not looked at.
             scores: visual scores of the pruned layers, ``[L, Hq]``.
-            num_kv_heads: ``Hkv``; divides ``Hq``.
+            num_kv_heads: KV heads of a layer, ``Hkv``; divides ``Hq``.
             placement: arguments of `CacheLayout` that say how heads are spread over ranks.
         """
         return cls.from_scores(

@@ -250,7 +250,7 @@ def _title(axes: Any, title: str, note: str) -> None:
 def _headline(figure: Any, profile: HeadProfile) -> None:
     name = printable(profile.model_id)
     name = name if len(name) <= 70 else f"{name[:69]}…"
-    figure.text(0.06, 0.968, name, fontsize=16, fontweight="bold", va="center")
+    figure.suptitle(name, x=0.06, y=0.968, ha="left", va="center")
     shape = (
         f"{profile.num_layers} layers, {profile.num_query_heads} query heads and "
         f"{profile.num_kv_heads} KV heads each"

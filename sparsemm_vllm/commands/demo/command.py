@@ -19,6 +19,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import override
 
 from sparsemm_vllm.budget.plan import make_plan
 from sparsemm_vllm.budget.profile import load_profile
@@ -158,7 +159,9 @@ class _BlockWatch(threading.Thread):
         self._done = threading.Event()
         self.blocks: list[int] = []
 
+    @override
     def run(self) -> None:
+        """Read until `stop` is called, or the server is gone."""
         with httpx.Client() as client:
             while not self._done.is_set():
                 try:
@@ -227,7 +230,7 @@ def _report(sample: Sample, outcome: Outcome, settings: Settings, seed: int) -> 
 
     Args:
         sample: picture with its question and true text.
-        outcome: what was seen of the request.
+        outcome: observations of the request.
         settings: settings of the server.
         seed: number of the picture.
     """
@@ -305,7 +308,7 @@ def _kept_picture(sample: Sample, outcome: Outcome, kept: Path | None) -> KeptPi
 
     Args:
         sample: picture with its question.
-        outcome: what was seen of the request.
+        outcome: observations of the request.
         kept: folder of the records; none if nothing was pruned: then every head kept everything.
     """
     from sparsemm_vllm.commands.demo.prompt import picture_in_prompt  # imports transformers

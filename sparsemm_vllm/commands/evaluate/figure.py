@@ -1,5 +1,6 @@
 """An evaluation as a picture: accuracy against the KV cache that is really held."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ LOOKS = {
 TASK_TITLES = {"ocr": "Read all the text", "qa": "Answer about one line"}
 MASK_COLOURS = {"visual": ACCENT, "random": "#9aa1ab"}
 WIDTH = 5.6  # inches a task
+LETTERS = 7.5  # of the title, in an inch
 
 
 def draw_records(records: Sequence[Record], model: str, path: Path) -> None:
@@ -63,10 +65,9 @@ def _headline(figure: Any, records: Sequence[Record], model: str) -> None:
     from matplotlib.lines import Line2D
 
     dense = dense_record(records, records[0].task)
-    figure.suptitle(
-        f"{printable(model)}: accuracy against the KV cache that a prompt holds",
-        x=0.01, ha="left", fontsize=14, fontweight="bold",
-    )  # fmt: skip
+    title = f"{printable(model)}: accuracy against the KV cache that a prompt holds"
+    wide = int(LETTERS * figure.get_figwidth())
+    figure.suptitle(textwrap.fill(title, wide), x=0.01, ha="left")
     names = list(dict.fromkeys(r.curve for r in records if r.budget is not None))
     handles = []
     for name in names:

@@ -43,11 +43,11 @@ class Choice(BaseModel):
     """Which questions are asked: the same values and files give the same ones.
 
     Attributes:
-        source: ``drawn``: held-out pictures of the bundled generator. Or a JSON Lines file like the
-            ``metadata.jsonl`` of `datasets`' imagefolder: `file_name` of a picture beside it,
-            `question`, `answer`, and if there are any `task` (of `TASKS`; ``qa`` if not given) and
-            `context`, a system message. Or anything else that `load_samples` reads, which asks for
-            all words: ``ocr``.
+        source: place of the questions. ``drawn``: held-out pictures of the bundled generator. Or a
+            JSON Lines file like the ``metadata.jsonl`` of `datasets`' imagefolder: `file_name` of
+            a picture beside it, `question`, `answer`, and if there are any `task` (of `TASKS`;
+            ``qa`` if not given) and `context`, a system message. Or anything else that
+            `load_samples` reads, which asks for all words: ``ocr``.
         tasks: tasks to ask, of `TASKS`.
         count: number of questions of each task; fewer if a file has no more.
         seed: number of the first picture if they are drawn, seed of the choice if not.

@@ -60,7 +60,7 @@ def draw_sight(sight: Sight, path: Path) -> None:
         figure = Figure(figsize=(9.4, 8.0))
         grid = figure.add_gridspec(
             3, 2, width_ratios=(3, 1), left=0.02, right=0.98, top=0.80, bottom=0.06,
-            wspace=0.05, hspace=0.36,
+            wspace=0.05, hspace=0.42,
         )  # fmt: skip
         _draw_looks(figure.add_subplot(grid[:, 0]), sight)
         _draw_share(figure.add_subplot(grid[0, 1]), sight)

@@ -13,7 +13,7 @@ class SaidWord:
     """A word of the answer.
 
     Attributes:
-        text: the word.
+        text: word, as it was said.
         looks: number of times that a head's largest weight fell on each image token, over the
             word's tokens and the visual heads, int64 ``[image tokens]``.
         elsewhere: number of times that it fell on something else than the picture.
@@ -41,7 +41,7 @@ class Sight:
         words: words of the answer, in its order.
         heads: visual heads that were watched, (layer, query head), best first.
         group: query heads of a KV head.
-        blocks: KV blocks that the prompt holds.
+        blocks: numbers of KV blocks that the prompt holds.
     """
 
     kept: KeptPicture
