@@ -16,8 +16,8 @@ def head_capacities(
     group.
 
     Args:
-        scores: visual scores ``[L, Hq]``, not negative, not all zero.
-        num_kv_heads: ``Hkv``; divides ``Hq``.
+        scores: visual scores, ``[L, Hq]``, not negative, not all zero.
+        num_kv_heads: KV heads of a layer, ``Hkv``; divides ``Hq``.
         budget: tokens per KV head on average, the window included.
         window: last prompt tokens that every head keeps, in tokens.
         rho: share of the base budget that is spread evenly, 0 to 1.

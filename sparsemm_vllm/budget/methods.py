@@ -27,9 +27,9 @@ class Budget:
     Args:
         scores: visual scores ``[L, Hq]``, not negative, not all zero; only `sparsemm` tells heads
             apart by them, the others need their shape.
-        num_kv_heads: ``Hkv``; divides ``Hq``.
-        tokens: `B`, tokens per KV head on average, the window included.
-        window: `W`, last prompt tokens that every head keeps, in tokens.
+        num_kv_heads: KV heads of a layer, ``Hkv``; divides ``Hq``.
+        tokens: tokens per KV head on average, `B`, the window included.
+        window: last prompt tokens that every head keeps, `W`.
         rho: share of the budget that is spread evenly, 0 to 1.
 
     Raises:
@@ -84,8 +84,8 @@ def pyramidkv(budget: Budget, beta: int = 20) -> torch.Tensor:
     one does not.
 
     Args:
-        budget: what to share out.
-        beta: how much less than the average the last layer keeps, at least 1.
+        budget: budget to share out.
+        beta: divisor, at least 1: the last layer keeps the average divided by it.
 
     Raises:
         ValueError: for a beta below 1.
@@ -100,9 +100,9 @@ def shorten_pyramid(capacities: torch.Tensor, base: int, older: int) -> torch.Te
     """A pyramid for a prompt that its first layer might keep whole: then the last keeps more.
 
     Args:
-        capacities: int ``[L, Hkv]`` from `pyramidkv`.
+        capacities: tokens of each head from `pyramidkv`, int ``[L, Hkv]``.
         base: tokens per head besides the window, on average.
-        older: ``n - W``.
+        older: prompt tokens before the window, ``n - W``.
 
     Returns:
         int32 ``[L, Hkv]`` of at most `older`, if `base` is not more.
@@ -181,14 +181,17 @@ class Method:
     """What a method does of its own.
 
     Attributes:
-        capacities: of all heads, int32 ``[L, Hkv]``, from the budget; not capped by the prompt.
-        shorten: capacities for a prompt, from these, the base budget and ``n - W``. None if they
-            are the same for every prompt.
-        split: instead of a layer's capacities, its heads' from the scores of a prompt; arguments
-            and result of `adakv_split`. None if `n` alone tells how many tokens a head keeps.
-        split_total: most tokens that `split` gives a layer, from its heads and the base budget.
-        token_scores: instead of the window's attention; arguments and result of `random_scores`.
-            None if the attention scores the tokens.
+        capacities: function from the budget to the tokens of all heads, int32 ``[L, Hkv]``; not
+            capped by the prompt.
+        shorten: function from these, the base budget and ``n - W`` to the capacities for a prompt.
+            None if they are the same for every prompt.
+        split: function that shares a layer's tokens among its heads by the scores of a prompt, with
+            the arguments and the result of `adakv_split`. None if `n` alone tells how many tokens
+            a head keeps.
+        split_total: function from a layer's heads and the base budget to the most tokens that
+            `split` gives it.
+        token_scores: function that scores tokens, with the arguments and the result of
+            `random_scores`. None if the attention of the window scores them.
         prunes: whether any prompt is pruned.
     """
 

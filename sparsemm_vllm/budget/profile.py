@@ -29,23 +29,23 @@ class HeadProfile(BaseModel):
     """Visual scores ``[L][Hq]`` of one model.
 
     Attributes:
-        schema_version: of this file format.
-        model_id: the model the scores were measured on.
-        num_layers: `L`.
-        num_query_heads: `Hq`.
-        num_kv_heads: `Hkv`.
+        schema_version: version of this file format.
+        model_id: name of the model that the scores were measured on.
+        num_layers: layers of the model, `L`.
+        num_query_heads: query heads of a layer, `Hq`.
+        num_kv_heads: KV heads of a layer, `Hkv`.
         config_hash: SHA-256 of the model's configuration, hexadecimal.
-        mode: what the model answered with: the true answer (`forced`), its own (`free`), or
-            the cost of pruning each head (`causal`).
+        mode: way of measuring: the model reads the true answer (`forced`), gives its own
+            (`free`), or pays for the pruning of each head (`causal`).
         data: name of the data set.
         data_hash: SHA-256 of the data set, hexadecimal.
         samples: pictures that the scores are means of.
-        seed: of the choice of samples.
+        seed: seed of the choice of samples.
         split_half: Spearman rank correlation of the scores of two halves of the samples.
-        tool_version: of this package.
-        vllm_version: of the vLLM that ran the model.
+        tool_version: version of this package.
+        vllm_version: version of the vLLM that ran the model.
         created: date and time, ISO 8601.
-        provenance: what else there is to say about how the scores were measured.
+        provenance: facts on how the scores were measured, by name.
         scores: hits per sample and head, not negative; SparseMM (ICCV 2025), section 3.
     """
 
@@ -134,7 +134,7 @@ class HeadProfile(BaseModel):
         """Refuse a model of another configuration; profiles that do not know theirs go with any.
 
         Args:
-            config_hash: of the model; see `config_hash.config_hash`.
+            config_hash: hash of the model's configuration; see `config_hash.config_hash`.
 
         Raises:
             ProfileError: naming both.

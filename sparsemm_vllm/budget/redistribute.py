@@ -17,8 +17,8 @@ def redistribute(capacities: torch.Tensor, prompt_tokens: int, window: int) -> t
 
     Args:
         capacities: tokens of each head, int ``[L, Hkv]`` below ``2**31``, not capped by the prompt.
-        prompt_tokens: `n`.
-        window: `W`.
+        prompt_tokens: length of the prompt, `n`, in tokens.
+        window: observation window, `W`, in tokens.
 
     Returns:
         int32 ``[L, Hkv]`` of at most ``n - W``; the total is that of `capacities`, or all tokens

@@ -33,10 +33,10 @@ class RequestSettings(BaseModel):
     """The keys that begin with `sparsemm`.
 
     Attributes:
-        sparsemm: 0 keeps the prompt whole.
+        sparsemm: whether to prune the prompt, 0 or 1.
         sparsemm_budget: tokens per KV head on average, window included, in place of the server's.
-        sparsemm_record: see `AttentionRecorder`; of engines that record attention.
-        sparsemm_knockout: see `Knockouts`; of engines that record attention.
+        sparsemm_record: queries to record, of engines that can; see `AttentionRecorder`.
+        sparsemm_knockout: head to silence, of engines that record attention; see `Knockouts`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -60,7 +60,7 @@ class RequestLimits:
     """What a server lets requests ask for.
 
     Attributes:
-        window: of the server, in tokens.
+        window: observation window of the server, in tokens.
         largest_budget: tokens per KV head on average, window included.
         prunes: whether the server's method prunes anything.
         recorded: queries whose attention its workers can record; 0 if they record none.
@@ -98,8 +98,8 @@ def check_request(extra_args: dict[str, Any], limits: RequestLimits) -> RequestS
     """What a request asks for; other plugins' keys are left alone.
 
     Args:
-        extra_args: of a request's sampling parameters.
-        limits: of the server.
+        extra_args: field of that name in a request's sampling parameters.
+        limits: limits of the server.
 
     Raises:
         RequestError: one line that names the key and says what it may be.
@@ -147,8 +147,8 @@ class Accepted:
     """What a request gets, on scheduler and workers alike.
 
     Attributes:
-        settings: of the request, or the server's own if it asked for what cannot be.
-        problem: what was wrong, if anything.
+        settings: settings of the request; the server's own if it asked for what cannot be.
+        problem: sentence on what was wrong; none if nothing was.
         left_dense: whether the scheduler leaves the prompt whole.
     """
 
@@ -183,8 +183,8 @@ def accept(extra_args: dict[str, Any] | None, limits: RequestLimits) -> Accepted
     """What a request gets that maybe no front end has checked. Never fails.
 
     Args:
-        extra_args: of the request's sampling parameters, as they came from the client.
-        limits: of the server.
+        extra_args: field of that name in the sampling parameters, as it came from the client.
+        limits: limits of the server.
     """
     if not asks_for_us(extra_args):
         return Accepted()
@@ -199,8 +199,8 @@ def received(extra_args: dict[str, Any] | None, limits: RequestLimits) -> Accept
     """What a request gets, on a worker: as the scheduler sent it.
 
     Args:
-        extra_args: of the request's sampling parameters, from `Accepted.send`.
-        limits: of the server.
+        extra_args: field of that name in the sampling parameters, from `Accepted.send`.
+        limits: limits of the server.
     """
     if extra_args and LEFT_DENSE in extra_args:
         rest = {key: value for key, value in extra_args.items() if key != LEFT_DENSE}
