@@ -10,13 +10,16 @@ Knows nothing of vLLM.
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from sparsemm_vllm.budget.methods import METHODS, Budget, Method
 from sparsemm_vllm.budget.redistribute import redistribute
+
+if TYPE_CHECKING:  # the benchmarks of kernels run where there is no pydantic
+    from sparsemm_vllm.budget.settings import Settings
 
 GRID = 64  # prompt lengths looked at for the most blocks that any needs
 KEPT_BYTES = 2**22  # bytes of kept tokens that are remembered, over all budgets
@@ -117,6 +120,32 @@ class CacheLayout:
             scores=tuple(map(tuple, scores.tolist())),
             rho=rho,
             **options,
+        )
+
+    @classmethod
+    def from_settings(
+        cls, settings: "Settings", scores: torch.Tensor, num_kv_heads: int, **placement: Any
+    ) -> "CacheLayout":
+        """The layout of a server with these settings.
+
+        Args:
+            settings: settings of the server; their profile is not looked at.
+            scores: visual scores of the pruned layers, ``[L, Hq]``.
+            num_kv_heads: KV heads of a layer, ``Hkv``; divides ``Hq``.
+            placement: arguments of `CacheLayout` that say how heads are spread over ranks.
+        """
+        return cls.from_scores(
+            scores,
+            num_kv_heads,
+            settings.budget,
+            settings.window,
+            settings.rho,
+            settings.method,
+            redistribute=settings.redistribute,
+            pool_kernel=settings.pool_kernel,
+            min_prompt_tokens=settings.min_prompt_tokens,
+            largest_budget=settings.largest_budget,
+            **placement,
         )
 
     @cached_property

@@ -17,10 +17,11 @@ from pydantic import (
     model_validator,
 )
 
+from sparsemm_vllm.errors import UserError
 from sparsemm_vllm.files import write_whole
 
 
-class ProfileError(ValueError):
+class ProfileError(UserError):
     """A profile that is missing, malformed, or made for another model."""
 
 

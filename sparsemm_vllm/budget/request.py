@@ -16,6 +16,7 @@ from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.budget.methods import METHODS
 from sparsemm_vllm.budget.profile import first_error
 from sparsemm_vllm.budget.settings import Settings
+from sparsemm_vllm.errors import UserError
 from sparsemm_vllm.names import BUDGET, KNOCKOUT, LEFT_DENSE, PRUNE, RECORD
 
 PREFIX = "sparsemm"
@@ -24,7 +25,7 @@ SHOWN = 100  # characters of a client's key or id that we repeat
 _Count = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class RequestError(ValueError):
+class RequestError(UserError):
     """A request asks for something that does not exist, or that it cannot have."""
 
 

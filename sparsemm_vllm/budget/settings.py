@@ -14,12 +14,13 @@ from pydantic import (
 
 from sparsemm_vllm.budget.methods import METHODS
 from sparsemm_vllm.budget.profile import HeadProfile, first_error, load_profile
+from sparsemm_vllm.errors import UserError
 from sparsemm_vllm.names import KEY
 
 AUTO, NO_PROFILE = "auto", "none"
 
 
-class SettingsError(ValueError):
+class SettingsError(UserError):
     """A setting that does not exist or has a value it cannot have."""
 
 
@@ -127,6 +128,15 @@ class Settings(BaseModel):
             raise SettingsError(
                 f"--additional-config: '{KEY}' must be an object of settings, got {values!r}"
             )
+        return cls.from_values(values)
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> "Settings":
+        """Settings from values of JSON types, by name; the others keep their defaults.
+
+        Raises:
+            SettingsError: naming the setting, what is wrong and, for an unknown one, the nearest.
+        """
         for key in values:
             if key in cls.model_fields:
                 continue
@@ -139,6 +149,10 @@ class Settings(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             raise SettingsError(f"{KEY} setting {first_error(error)}") from None
+
+    def as_values(self) -> dict[str, Any]:
+        """The values that were given, as JSON types: `from_values` makes the same settings."""
+        return self.model_dump(mode="json", include=self.model_fields_set)
 
     def with_profile_loaded(self) -> "Settings":
         """The same settings with a profile that was named replaced by its contents.

@@ -5,10 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from sparsemm_vllm.data.pictures import Sample
+from sparsemm_vllm.errors import UserError
 
 
-class DataError(ValueError):
-    """Data cannot be read or holds nothing to measure; one line says which, and what to do."""
+class DataError(UserError):
+    """Data that cannot be read or holds nothing to measure; one line: which, and what to do."""
 
 
 @dataclass(frozen=True)
