@@ -5,7 +5,7 @@ import torch
 from common import DEVICE, GPU, timed
 
 from sparsemm_vllm.triton_kernels import torch_ops
-from sparsemm_vllm.triton_kernels.batch import HeadPages
+from sparsemm_vllm.triton_kernels.batch import HeadPages, Rows
 from sparsemm_vllm.triton_kernels.correct_slots import correct_slots
 
 P, N, C = 16, 64, 4
@@ -33,6 +33,7 @@ def bench_correct_slots(benchmark, op, R, chunk):
     positions = torch.full((T,), n, dtype=torch.int64, device=DEVICE)
     table = torch.ones(R, 4 * N, dtype=torch.int32, device=DEVICE)
     requests = torch.arange(R, device=DEVICE)
-    args = (slots, positions, table, query_start, seq_lens, requests, pages, P, chunk)
+    rows = Rows(table, query_start, seq_lens, requests)
+    args = (slots, positions, rows, pages, P, chunk)
     decoded = R if chunk == 1 else R - 1
     timed(benchmark, lambda: op(*args), bytes=decoded * (16 + 4) + R * 40, flop=0)

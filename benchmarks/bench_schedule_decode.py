@@ -7,7 +7,8 @@ import torch
 from common import DEVICE, GPU, timed
 
 from sparsemm_vllm.triton_kernels import torch_ops
-from sparsemm_vllm.triton_kernels.batch import DecodeBatch, DecodeBuffers, HeadPages
+from sparsemm_vllm.triton_kernels.batch import HeadPages, Rows
+from sparsemm_vllm.triton_kernels.decode_batch import DecodeBatch, DecodeBuffers
 from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
 
 P, WINDOW, D = 16, 32, 128
@@ -28,10 +29,11 @@ def bench_schedule_decode(benchmark: Any, case: tuple[int, ...]) -> None:
     starts = torch.arange(R + 1, dtype=torch.int32, device=DEVICE)
     seq_lens = torch.full((R,), 8200, dtype=torch.int32, device=DEVICE)
     requests = torch.arange(R, device=DEVICE)
+    rows = Rows(starts.view(-1, 1), starts, seq_lens, requests)  # no block table is read
     op = schedule_decode if GPU else torch_ops.schedule_decode
 
     def run() -> None:
-        op(batch, pages, WINDOW, P, starts, seq_lens, requests)
+        op(batch, pages, WINDOW, P, rows)
 
     # Lengths and first pages in; both, and the running sum, out.
     timed(benchmark, run, bytes=R * L * Hkv * 4 * 5)

@@ -7,7 +7,8 @@ import torch
 from common import DEVICE, GPU, timed
 
 from sparsemm_vllm.triton_kernels import torch_ops
-from sparsemm_vllm.triton_kernels.batch import DecodeBatch, DecodeBuffers, HeadPages
+from sparsemm_vllm.triton_kernels.batch import HeadPages, Rows
+from sparsemm_vllm.triton_kernels.decode_batch import DecodeBatch, DecodeBuffers
 from sparsemm_vllm.triton_kernels.sparse_decode import sparse_decode
 
 P, WINDOW, D = 16, 32, 128
@@ -55,9 +56,9 @@ class Step:
         self.pages.first_pages[:] = (pages.cumsum(0) - pages).int().to(DEVICE)
         buffers = DecodeBuffers.allocate(R, 1, Hkv, D, dtype, PROGRAMS, DEVICE)
         self.batch = DecodeBatch.of(buffers, 0, R, 1, G)
-        self.starts = torch.arange(R + 1, dtype=torch.int32, device=DEVICE)
-        self.seq_lens = torch.full((R,), n + 1, dtype=torch.int32, device=DEVICE)
-        self.requests = torch.arange(R, device=DEVICE)
+        starts = torch.arange(R + 1, dtype=torch.int32, device=DEVICE)
+        seq_lens = torch.full((R,), n + 1, dtype=torch.int32, device=DEVICE)
+        self.rows = Rows(self.table, starts, seq_lens, torch.arange(R, device=DEVICE))
         self.schedule(torch_ops.schedule_decode)
         tokens = R * (int(lengths.sum()) + Hkv * (WINDOW + 1 if budget else n + 1))
         self.model = {
@@ -67,7 +68,7 @@ class Step:
 
     def schedule(self, op: Any) -> None:
         """Write the schedule."""
-        op(self.batch, self.pages, WINDOW, P, self.starts, self.seq_lens, self.requests)
+        op(self.batch, self.pages, WINDOW, P, self.rows)
 
 
 @pytest.mark.parametrize("budget", [256, 1024, None] if GPU else [64, None])  # None: not pruned

@@ -5,7 +5,8 @@ import torch
 from common import DEVICE, GPU, timed
 
 from sparsemm_vllm.triton_kernels import torch_ops
-from sparsemm_vllm.triton_kernels.batch import QueryTiles, decode_queries, decode_rows
+from sparsemm_vllm.triton_kernels.batch import QueryTiles
+from sparsemm_vllm.triton_kernels.tile_sizes import decode_queries, decode_rows
 from sparsemm_vllm.triton_kernels.top_keys import top_keys
 
 D, P = 128, 16

@@ -59,23 +59,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from sparsemm_vllm.triton_kernels.batch import (
-    DecodeBatch,
-    DecodeBuffers,
-    HeadPages,
-    Prompts,
-    PruneWorkspace,
-    QueryTiles,
-    decode_queries,
-    decode_rows,
-)
+from sparsemm_vllm.triton_kernels.batch import HeadPages, Prompts, PruneWorkspace, QueryTiles, Rows
 from sparsemm_vllm.triton_kernels.compact_kv import compact_kv
 from sparsemm_vllm.triton_kernels.correct_slots import correct_slots
+from sparsemm_vllm.triton_kernels.decode_batch import DecodeBatch, DecodeBuffers
 from sparsemm_vllm.triton_kernels.list_pages import list_pages
 from sparsemm_vllm.triton_kernels.occupancy import Multiprocessor
 from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
 from sparsemm_vllm.triton_kernels.select_tokens import select_tokens
 from sparsemm_vllm.triton_kernels.sparse_decode import sparse_decode
+from sparsemm_vllm.triton_kernels.tile_sizes import decode_queries, decode_rows
 from sparsemm_vllm.triton_kernels.top_keys import top_keys
 from sparsemm_vllm.triton_kernels.window_scores import window_scores
 
@@ -202,7 +195,7 @@ def launch(case: Case) -> None:
     pages = HeadPages.empty(max_requests, L, Hkv, cpu, max_pages=20 * L * Hkv * lists_pages)
     query_start = torch.zeros(requests + 1, dtype=torch.int32)
     seq_lens = torch.zeros(requests, dtype=torch.int32)
-    running = torch.zeros(requests, dtype=torch.int32)
+    rows = Rows(table, query_start, seq_lens, torch.zeros(requests, dtype=torch.int32))
     prompts = Prompts.pack([(i, i, (i + 1) * n, n) for i in range(requests)], 1025, cpu)
     workspace = PruneWorkspace.allocate(requests * (n + 16), Hkv * G, Hkv, window, cpu)
     buffers = DecodeBuffers.allocate(requests * Q * G, L, Hkv, D, dtype, 132, cpu)
@@ -219,13 +212,11 @@ def launch(case: Case) -> None:
     elif case.op == "correct_slots":
         slots = torch.empty(tokens, dtype=torch.int64)
         positions = torch.empty(tokens, dtype=torch.int64)
-        correct_slots(
-            slots, positions, table, query_start, seq_lens, running, pages, P, max_query_len=Q
-        )
+        correct_slots(slots, positions, rows, pages, P, max_query_len=Q)
     elif case.op == "list_pages":
         list_pages(cache, table, prompts, pages)
     elif case.op == "schedule_decode":
-        schedule_decode(batch, pages, window, P, query_start, seq_lens, running)
+        schedule_decode(batch, pages, window, P, rows)
     elif case.op == "top_keys":
         block_q = decode_queries(Q, G, decode_rows(D, dtype))
         tiles = QueryTiles.pack([(i, i * n, Q, n, i * Q) for i in range(requests)], block_q, cpu)

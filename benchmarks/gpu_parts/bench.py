@@ -19,16 +19,9 @@ from sass import DecodeParts, Part
 from gpu_parts.device import Context, Device
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.triton_kernels import triton_ops
-from sparsemm_vllm.triton_kernels.batch import (
-    SETUP_TILES,
-    DecodeBatch,
-    DecodeBuffers,
-    DecodeOptions,
-    HeadPages,
-    Prompts,
-    PruneWorkspace,
-    padded_queries,
-)
+from sparsemm_vllm.triton_kernels.batch import HeadPages, Prompts, PruneWorkspace, Rows
+from sparsemm_vllm.triton_kernels.decode_batch import SETUP_TILES, DecodeBatch, DecodeBuffers
+from sparsemm_vllm.triton_kernels.tile_sizes import DecodeOptions, padded_queries
 
 NEEDS = 15
 P, W, KERNEL_SIZE = 16, 32, 5
@@ -225,11 +218,10 @@ class Decode:
         self.output = torch.empty_like(self.query)
         self.start = torch.arange(batch + 1, dtype=torch.int32, device=device.torch)
         self.seq_lens = torch.full((batch,), n + 1, dtype=torch.int32, device=device.torch)
-        requests = self.start[:batch]
 
         if options is not None and options.lists_pages and C:
             pages = self.list_pages(pages, C)
-        self.pages, self.requests = pages, requests
+        self.pages = pages
         most = MOST_PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors
         sizes = batch * Hq, L, Hkv, D, cache_dtype, most, device.torch, dtype
         units = pages.page_units
@@ -257,8 +249,8 @@ class Decode:
 
     def schedule(self) -> None:
         """As a step does it once."""
-        args = W, P, self.start, self.seq_lens, self.requests
-        triton_ops.schedule_decode(self.rows, self.pages, *args)
+        given = Rows(self.table, self.start, self.seq_lens, self.start[: self.batch])
+        triton_ops.schedule_decode(self.rows, self.pages, W, P, given)
 
     def layer(self, layer: int) -> Any:
         """Attention of one layer; Triton's compiled kernel."""
