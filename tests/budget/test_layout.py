@@ -65,31 +65,14 @@ def simulate(layout, n, block_size, kept=None):
     return max(1, *needs)
 
 
-SPREADS = [
-    {},
-    {"tensor_parallel": 2},
-    {"tensor_parallel": 4},
-    {"stages": ((0, 2), (2, 4))},
-    {"stages": ((0, 1), (1, 4))},  # as when layers do not divide evenly
-    {"stages": ((0, 3), (3, 4)), "tensor_parallel": 2},
-]
 # W + base is the first pruned prompt; then page edges of the prompt and of the kept part.
 PROMPTS = [10, 11, 15, 16, 17, 19, 20, 21, 31, 32, 33, 36, 37, 64, 100, 164, 165, 1000]
 
 
-@pytest.mark.parametrize("block_size", [1, 16, 32])
-@pytest.mark.parametrize("spread", SPREADS)
-@pytest.mark.parametrize("n", PROMPTS)
-def test_compact_blocks_as_placed(n, spread, block_size):
-    layout = make_layout(**spread)
-    assert layout.is_pruned(n)
-    assert layout.compact_blocks(n, block_size) == simulate(layout, n, block_size)
-
-
+# At and beside the edges of pages, and more than any prompt here has.
+one_head = st.one_of(st.integers(0, 200), st.sampled_from([0, 1, 15, 16, 17, 31, 32, 33, 5000]))
 capacity_tables = st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 4, 8])).flatmap(
-    lambda shape: st.tuples(
-        *[st.tuples(*[st.integers(0, 200)] * shape[1]) for _ in range(shape[0])]
-    )
+    lambda shape: st.tuples(*[st.tuples(*[one_head] * shape[1]) for _ in range(shape[0])])
 )
 
 
