@@ -13,9 +13,11 @@ OTHER_TRITON := .cache/triton-3.6.0
 PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder  # the tests of a file share engines
 
 # Of a release that is not the default one, what CI runs: scheduler, blocks, the real engine.
-REDUCED := $(patsubst %,tests/test_%.py,signatures contract patches canary cpu_runner scheduling \
-	kv_cache kv_histories scheduler_steps simulation prune engine engine_requests poison \
-	poison_engine sampling)
+REDUCED := tests/engine/vllm_api tests/engine/test_patches.py tests/engine/cpu \
+	$(patsubst %,tests/engine/scheduler/test_%.py,scheduling kv_cache kv_histories \
+	scheduler_steps simulation) tests/engine/attention/test_prune.py \
+	tests/engine/worker/test_poison.py tests/commands/test_canary.py \
+	$(patsubst %,tests/end_to_end/test_%.py,engine engine_requests poison_engine sampling)
 
 .PHONY: demo test reduced record lint slow
 
@@ -33,7 +35,7 @@ reduced: $(INSTALLED)
 record: lint $(OTHER_TRITON)
 	@mkdir -p .cache
 	-$(BIN)/pytest $(PROCESSES) -m "not slow" --junitxml=.cache/tests$(SUFFIX).xml \
-		--ignore=tests/test_compatibility.py  # which looks at what is written here
+		--ignore=tests/project/test_compatibility.py  # which looks at what is written here
 	$(BIN)/python benchmarks/compatibility.py record --tests .cache/tests$(SUFFIX).xml
 	$(BIN)/python benchmarks/compatibility.py table
 

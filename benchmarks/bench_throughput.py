@@ -4,7 +4,6 @@ The bundled model on the CPU, a 7B model with random weights on a GPU. The whole
 by the scripts beside this file.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
@@ -12,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.append(str(Path(__file__).parent))
-
 import serving
 from decode_latency import SMALL, Plan, Rivals
 from speed.command import prepare

@@ -22,11 +22,8 @@ from typing import Annotated, Any
 
 import typer
 from packaging.version import Version
-from rich.console import Console
-
-sys.path.append(str(Path(__file__).parent))
-
 from report import RESULTS, ROOT, with_tables
+from rich.console import Console
 
 RECORDS = RESULTS / "compatibility"
 PAGE = ROOT / "docs" / "compatibility.md"

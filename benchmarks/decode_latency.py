@@ -21,16 +21,12 @@ vLLM only.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 from statistics import median
 from typing import Any
-
-sys.path.append(str(Path(__file__).parent))
 
 from speed.command import finish, make_parser, measure_cells, prepare
 from speed.engines import Engine, Timing, random_prompts

@@ -36,9 +36,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-sys.path.append(str(Path(__file__).parent))
-
 from sass import DecodeParts, Part
 
 COSTS = Path(__file__).parent / "results" / "decode-costs.json"

@@ -12,13 +12,9 @@ decode_latency.py. Needs vLLM only.
 
 from __future__ import annotations
 
-import sys
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
-
-sys.path.append(str(Path(__file__).parent))
 
 from speed.command import finish, make_parser, measure_cells, prepare
 from speed.engines import Engine, random_prompts

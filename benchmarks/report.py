@@ -14,20 +14,16 @@ pictures beside them. `readme` writes the tables between the README's markers an
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
 import typer
-from rich.console import Console
-
-sys.path.append(str(Path(__file__).parent))
-
 from gpu_report import archive, plots, summary
 from gpu_report.plots import COLOURS
 from gpu_report.readme import readme_table
+from rich.console import Console
 from speed.variants import by_size, split
 
 ROOT = Path(__file__).parents[1]

@@ -34,8 +34,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parent))
-
 import httpx
 import models
 from gpu_parts.records import ROOT

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sparsemm_vllm import environment
+from support.paths import GOLDEN
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: more threads only wait for each other
@@ -61,7 +62,7 @@ def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny LLaVA with random weights; some files have models of their own."""
-    from tiny import make_llava
+    from support.tiny import make_llava
 
     return make_llava(tmp_path_factory.mktemp("model") / "llava")
 
@@ -69,12 +70,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def published() -> tuple[torch.Tensor, Any]:
     """The published head scores of LLaVA-NeXT-Vicuna-7B ``[32, 32]``, and budgets made of them."""
-    golden = Path(__file__).parents[1].parent / "shared" / "golden"
-    if not golden.is_dir():
+    if not GOLDEN.is_dir():
         pytest.skip("golden data is not beside this checkout")
-    by_head = json.loads((golden / "llava-next-vicuna-7b.head_scores.json").read_text())
+    by_head = json.loads((GOLDEN / "llava-next-vicuna-7b.head_scores.json").read_text())
     scores = np.zeros((32, 32))
     for name, values in by_head.items():
         layer, head = map(int, name.split("-"))
         scores[layer, head] = np.mean(values)
-    return torch.from_numpy(scores), np.load(golden / "head_budgets.npz")
+    return torch.from_numpy(scores), np.load(GOLDEN / "head_budgets.npz")

@@ -1,7 +1,6 @@
 """Time of the kernels beside the time that their bytes take at the measured bandwidth."""
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from functools import partial
@@ -13,15 +12,11 @@ import numpy as np
 import torch
 import triton
 from decode_model import COSTS, MODELS, Attention, Costs, predict, program_cycles, read_costs
+from kernel_cases import head_pages, relative_error
 from models.head_scores import concentrated_scores
 from sass import DecodeParts, Part
 
 from gpu_parts.device import Context, Device
-from gpu_parts.records import ROOT
-
-sys.path.append(str(ROOT / "tests"))
-from kernel_cases import head_pages, relative_error
-
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.triton_kernels import triton_ops
 from sparsemm_vllm.triton_kernels.batch import (

@@ -13,8 +13,6 @@ import torch
 from torch.autograd import DeviceType
 from triton.runtime.interpreter import GridExecutor
 
-from gpu_parts.records import ROOT
-
 Function = Callable[[], Any]
 
 # What the GPU machine need not have; a dry run does without, to prove it.
@@ -170,7 +168,6 @@ def imitate_gpu_machine() -> None:
     for name in ABSENT:
         sys.modules[name] = None  # type: ignore[assignment]  # importing it fails
 
-    sys.path.append(str(ROOT / "tests"))
     from kernel_cases import repair_bfloat16_products
 
     repair_bfloat16_products()

@@ -1,21 +1,16 @@
 """Every launcher against its torch twin, over types, sizes, layouts; decoding in a CUDA graph."""
 
 import itertools
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-
-from gpu_parts.device import Context, Device
-from gpu_parts.records import ROOT
-
-sys.path.append(str(ROOT / "tests"))
 from kernel_cases import FP8, TOLERANCE, Paged, bits, head_pages, relative_error
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gpu_parts.device import Context, Device
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
 from sparsemm_vllm.triton_kernels.batch import (
     DecodeBatch,

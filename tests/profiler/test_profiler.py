@@ -1,0 +1,415 @@
+"""A profile run without an engine: hits, reliability, interruption, and what its user reads."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoConfig, LlamaConfig, LlavaConfig
+from typer.testing import CliRunner
+
+from sparsemm_vllm.budget.config_hash import config_hash
+from sparsemm_vllm.budget.profile import load_profile
+from sparsemm_vllm.cli import app
+from sparsemm_vllm.commands import profile as command
+from sparsemm_vllm.data import load_samples
+from sparsemm_vllm.profiler import ProfilerError, profile_model, run
+from sparsemm_vllm.profiler.attention import Request, Scores, word_hits
+from sparsemm_vllm.profiler.partial import Partial, Run
+from sparsemm_vllm.profiler.reliability import ranks, samples_missing, spearman, split_half
+from sparsemm_vllm.profiler.worker import gather_attention
+from support.tiny import skewed_profile
+
+RUN = Run("tiny", "hash", "forced", "ocr", "data", samples=5, seed=3)
+
+
+# Hits
+
+
+def test_a_head_that_looks_into_the_word_scores_its_share() -> None:
+    patches = np.array([-1, 0, 1, 2, 3, -1])  # four image tokens, text before and behind
+    inside = {0: np.array([1, 1, 0, 0], bool), 1: np.array([0, 0, 0, 1], bool)}
+    keys = np.array([[[1, 3, 0], [2, 4, 5], [4, 4, 1], [1, 1, 1]]])  # [1, tokens, 3]
+    hits = word_hits(keys, [0, 0, 1, None], patches, inside)
+    np.testing.assert_allclose(hits, [[1 / 2 + 1 / 2 + 1, 1, 0]])
+
+
+def test_what_was_not_recorded_or_lies_behind_the_prompt_is_no_hit() -> None:
+    patches, inside = np.array([-1, 0, 1]), {0: np.array([1, 1], bool)}
+    keys = np.array([[[-1, 3, 99, 2]]])
+    np.testing.assert_allclose(word_hits(keys, [0], patches, inside), [[0, 0, 0, 0.5]])
+
+
+def test_a_word_that_the_model_does_not_see_scores_nothing() -> None:
+    patches, inside = np.array([0, 1]), {0: np.zeros(2, bool)}
+    assert word_hits(np.zeros((1, 1, 2), int), [0], patches, inside).tolist() == [[0, 0]]
+
+
+class Ranks:
+    """Two pipeline stages of two tensor-parallel ranks, the third of five layers left out."""
+
+    def __init__(self, keys: np.ndarray) -> None:
+        self.keys = keys
+
+    def collective_rpc(self, method: str, args: tuple[int]) -> list[Any]:
+        assert method == "read_attention"
+        (rows,) = args
+        own = [
+            (layers, first, self.keys[layers, :rows, first : first + 3])
+            for layers in ([0, 1], [3, 4])
+            for first in (0, 3)
+        ]
+        return [[layers, first, 3, part.tobytes()] for layers, first, part in own]
+
+
+def test_ranks_are_put_together() -> None:
+    keys = np.random.default_rng(0).integers(0, 99, (5, 9, 6), dtype=np.int32)
+    found = gather_attention(Ranks(keys), 7, 5, 6)
+    expected = keys[:, :7].copy()
+    expected[2] = -1
+    np.testing.assert_array_equal(found, expected)
+
+
+# Reliability
+
+
+def test_ranks_of_equal_values_are_their_mean() -> None:
+    assert ranks(np.array([3.0, 1.0, 3.0, 2.0, 1.0])).tolist() == [4.5, 1.5, 4.5, 3, 1.5]
+
+
+def test_spearman() -> None:
+    a = np.arange(5.0)
+    assert spearman(a, a**3) == pytest.approx(1)
+    assert spearman(a, -a) == pytest.approx(-1)
+    # 1 - 6 * sum of squared differences of ranks / (n (n^2 - 1)), by hand.
+    assert spearman(a, np.array([1.0, 0, 2, 4, 3])) == pytest.approx(1 - 6 * 4 / 120)
+    assert spearman(a, np.zeros(5)) is None
+
+
+def test_missing_samples_bring_the_correlation_that_was_promised() -> None:
+    """Heads with true scores and noise in each sample: measured, not computed."""
+    rng = np.random.default_rng(1)
+    true = rng.normal(0, 1, (20, 30))
+
+    def halves(samples: int) -> float:
+        correlation = split_half(true + rng.normal(0, 6, (samples, 20, 30)))
+        assert correlation is not None
+        return correlation
+
+    few = 60
+    before = float(np.mean([halves(few) for _ in range(8)]))
+    missing = samples_missing(few, before)
+    assert before < 0.8
+    assert missing is not None
+    after = float(np.mean([halves(few + missing) for _ in range(4)]))
+    assert after == pytest.approx(0.9, abs=0.03)
+
+
+def test_nothing_is_missing_or_nothing_helps() -> None:
+    assert samples_missing(100, 0.95) == 0
+    assert samples_missing(100, 0.0) is None
+    assert samples_missing(100, -0.2) is None
+    assert split_half(np.ones((1, 2, 3))) is None
+
+
+# Interruption
+
+
+def scores(count: int, seed: int = 0) -> Scores:
+    rng = np.random.default_rng(seed)
+    return Scores(rng.random((count, 2, 4), dtype=np.float32), rng.integers(1, 9, count))
+
+
+def test_what_is_done_is_kept(tmp_path: Path) -> None:
+    partial = Partial(tmp_path / "p.partial", RUN)
+    assert partial.load() is None
+    partial.save(scores(3))
+    partial.save(scores(4))
+    found = partial.load()
+    assert found is not None
+    np.testing.assert_array_equal(found.hits, scores(4).hits)
+    np.testing.assert_array_equal(found.tokens, scores(4).tokens)
+    assert [path.name for path in tmp_path.iterdir()] == ["p.partial"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("model_id", "other"), ("config_hash", "x"), ("mode", "free"), ("data_hash", "y"),
+     ("samples", 6), ("seed", 4)],
+)  # fmt: skip
+def test_another_run_is_not_continued(tmp_path: Path, name: str, value: Any) -> None:
+    Partial(tmp_path / "p", RUN).save(scores(3))
+    other = Partial(tmp_path / "p", dataclasses.replace(RUN, **{name: value}))
+    with pytest.raises(ProfilerError, match=f"its {name} is {getattr(RUN, name)!r}, this one's"):
+        other.load()
+
+
+def test_a_file_that_is_no_partial_run(tmp_path: Path) -> None:
+    (tmp_path / "p").write_text("{}")
+    with pytest.raises(ProfilerError, match=r"cannot be read.*delete it"):
+        Partial(tmp_path / "p", RUN).load()
+
+
+class Scorer:
+    """Stands in for `AttentionScorer`: scores that depend on the sample alone."""
+
+    method = "of a test"
+    shape = (2, 4, 2)
+    batches: list[list[int]] = []  # noqa: RUF012
+    rows = 10
+    fails_at: int | None = None
+
+    def __init__(self, llm: Any, mode: Any) -> None:
+        type(self).batches = []
+
+    def request(self, sample: Any) -> Request:
+        return Request(sample, self.rows, 1)
+
+    def score(self, requests: list[Request]) -> Scores:
+        numbers = [int(request.sample) for request in requests]
+        if self.fails_at in numbers:
+            raise KeyboardInterrupt
+        self.batches.append(numbers)
+        parts = [scores(1, seed=number) for number in numbers]
+        return Scores(
+            np.concatenate([p.hits for p in parts]), np.concatenate([p.tokens for p in parts])
+        )
+
+
+class Model:
+    """Stands in for `vllm.LLM`."""
+
+    class llm_engine:  # noqa: N801
+        class model_config:  # noqa: N801
+            dtype = "torch.float32"
+
+
+@dataclasses.dataclass
+class Samples:
+    samples: list[int]
+    name: str = "ocr"
+    hash: str = "data"
+
+
+@pytest.fixture
+def scorer(monkeypatch: pytest.MonkeyPatch) -> type[Scorer]:
+    monkeypatch.setattr(run, "AttentionScorer", Scorer)
+    monkeypatch.setattr(run, "BATCH", 2)
+    monkeypatch.setattr(Scorer, "fails_at", None)
+    return Scorer
+
+
+def measure(partial: Partial | None = None, done: Scores | None = None) -> tuple[Any, list[int]]:
+    seen: list[int] = []
+    profile = run.profile_engine(Model, Samples(list(range(5))), RUN, partial, done, seen.append)
+    return profile.model_copy(update={"created": None}), seen
+
+
+def test_a_continued_run_gives_what_an_uninterrupted_one_does(
+    scorer: type[Scorer], tmp_path: Path
+) -> None:
+    whole, seen = measure()
+    assert scorer.batches == [[0, 1], [2, 3], [4]]
+    assert seen == [0, 2, 4, 5]
+    partial = Partial(tmp_path / "p", RUN)
+    scorer.fails_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        measure(partial)
+    scorer.fails_at = None
+    again, seen = measure(partial, partial.load())
+    assert scorer.batches == [[2, 3], [4]], "the first batch was done"
+    assert again == whole
+    assert seen[-1] == 5
+    expected = np.mean([scores(1, seed=i).hits[0] for i in range(5)], axis=0)
+    np.testing.assert_allclose(np.array(whole.scores), expected, atol=1e-6)
+
+
+def test_batches_fit_into_the_workers_buffer(
+    scorer: type[Scorer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "ROWS", 10)
+    measure()
+    assert scorer.batches == [[i] for i in range(5)]
+    monkeypatch.setattr(run, "ROWS", 9)
+    with pytest.raises(ProfilerError, match="sample 1 records 10 tokens of its answer, 9 at most"):
+        measure()
+
+
+@pytest.mark.parametrize(
+    ("hits", "tokens", "message"),
+    [(0, 0, "no token of an answer belongs to a word"), (0, 3, "no head looked at the word")],
+)
+def test_no_profile_of_zeros(
+    scorer: type[Scorer], monkeypatch: pytest.MonkeyPatch, hits: int, tokens: int, message: str
+) -> None:
+    def score(self: Scorer, requests: list[Request]) -> Scores:
+        count = len(requests)
+        return Scores(np.full((count, 2, 4), hits, np.float32), np.full(count, tokens))
+
+    monkeypatch.setattr(Scorer, "score", score)
+    with pytest.raises(ProfilerError, match=message):
+        measure()
+
+
+# The model's configuration
+
+
+def llava_config(**text: Any) -> LlavaConfig:
+    return LlavaConfig(text_config=LlamaConfig(**{"hidden_size": 64, **text}))
+
+
+def test_config_hash_is_the_architectures(tmp_path: Path) -> None:
+    config = llava_config()
+    config.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw |= {"_name_or_path": "/elsewhere", "transformers_version": "4.0.0", "torch_dtype": "half"}
+    raw["text_config"] |= {"max_position_embeddings": 77, "use_cache": False}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert config_hash(AutoConfig.from_pretrained(tmp_path)) == config_hash(config)
+    for text in ({"hidden_size": 128}, {"num_key_value_heads": 4}, {"vocab_size": 100}):
+        assert config_hash(llava_config(**text)) != config_hash(config)
+    assert config_hash(LlamaConfig()) != config_hash(config)
+
+
+# The command
+
+
+def invoke(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, ["profile", *map(str, arguments)])
+
+
+def fails(result: Any) -> str:
+    """The one line that it says."""
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("sparsemm profile: ")
+    return line
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What `profile_model` was called with; it answers with a fixed profile."""
+    seen: dict[str, Any] = {"split_half": 0.97}
+
+    def profile(model: str, samples: Any, mode: str, **options: Any) -> Any:
+        seen.update(options, model=model, samples=samples, mode=mode)
+        options["on_progress"](len(samples.samples))
+        if "raises" in seen:
+            options["partial"].write_text("half of it")
+            raise seen["raises"]
+        update = {
+            "split_half": seen["split_half"],
+            "samples": len(samples.samples),
+            "provenance": {"tokens": 99},
+        }
+        return skewed_profile().model_copy(update=update)
+
+    monkeypatch.setattr(command, "profile_model", profile)
+    return seen
+
+
+def test_a_profile_is_written(measured: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    arguments = ["tiny", "--out", out, "--samples", 3, "--seed", 5, "--mode", "free"]
+    done = invoke(*arguments, "--max-model-len", "2k", "--dtype", "float32")
+    assert done.exit_code == 0, done.output
+    assert "saved" in done.output
+    assert "warning" not in done.output
+    assert load_profile(str(out)).samples == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
+    assert (measured["model"], measured["mode"], measured["seed"]) == ("tiny", "free", 5)
+    assert measured["samples"].hash == load_samples("ocr", 3, 5).hash
+    assert (measured["max_model_len"], measured["dtype"]) == (2000, "float32")
+    assert "tensor_parallel_size" not in measured, "defaults are vLLM's"
+
+
+@pytest.mark.parametrize(
+    ("correlation", "warning"),
+    [
+        (0.6, "correlate with 0.60 only; 10 more samples would bring it to 0.9"),
+        (-0.1, "they are noise"),
+        (None, "too few samples"),
+    ],
+)
+def test_unreliable_scores(
+    measured: dict[str, Any], tmp_path: Path, correlation: float | None, warning: str
+) -> None:
+    measured["split_half"] = correlation
+    done = invoke("tiny", "--out", tmp_path / "p.json", "--samples", 2)
+    assert done.exit_code == 0
+    assert warning in done.output
+
+
+def test_interruption_keeps_what_is_done(measured: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    measured["raises"] = KeyboardInterrupt()
+    done = invoke("tiny", "--out", out, "--samples", 2)
+    assert done.exit_code == 130
+    assert f"--resume continues from {out}.partial" in done.output
+    assert not out.exists()
+
+
+def test_an_older_profile_stays(measured: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    out.write_text("precious")
+    assert "--force replaces it" in fails(invoke("tiny", "--out", out, "--samples", 1))
+    measured["raises"] = ProfilerError("all scores are zero")
+    line = fails(invoke("tiny", "--out", out, "--samples", 1, "--force"))
+    assert line.endswith("all scores are zero")
+    assert out.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "/no/such/folder"], "/no/such/folder"),
+        (["--tensor-parallel-sizes", "2"], "unrecognized arguments: --tensor-parallel-sizes"),
+        (["--dtype", "float3"], "--dtype"),
+        (["--seed", "-1"], "seed"),
+    ],
+)
+def test_bad_options(
+    measured: dict[str, Any], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    assert message in fails(invoke("tiny", "--out", tmp_path / "p.json", *arguments))
+
+
+@pytest.mark.parametrize("out", ["", "missing/p.json"])
+def test_places_that_cannot_be_written(tmp_path: Path, out: str) -> None:
+    fails(invoke("tiny", "--out", tmp_path / out))
+
+
+def test_models_that_cannot_be_profiled(tmp_path: Path) -> None:
+    samples = load_samples("ocr", 1, 0)
+    with pytest.raises(ProfilerError, match=r"^model 'nobody/nothing': [^\n]*$"):
+        profile_model("nobody/nothing", samples)
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ProfilerError, match="takes no pictures"):
+        profile_model(str(tmp_path), samples)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw |= {"model_type": "idefics3", "vision_config": {}, "text_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ProfilerError, match=r"'idefics3', whose image tokens.*known: llava,"):
+        profile_model(str(tmp_path), samples)
+
+
+def test_other_bad_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    samples = load_samples("ocr", 1, 0)
+    with pytest.raises(ProfilerError, match="unknown mode 'casual'; known: forced, free"):
+        profile_model("tiny", samples, "casual")
+    with pytest.raises(ProfilerError, match="there are no samples"):
+        profile_model("tiny", dataclasses.replace(samples, samples=[]))
+    with pytest.raises(ProfilerError, match="--attention-backend is set by the profiler"):
+        profile_model("sparsemm-reader", samples, attention_backend="FLASH_ATTN")
+
+
+def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
+    from sparsemm_vllm.reader import reader_folder
+
+    for file in reader_folder().iterdir():
+        if file.name not in ("chat_template.jinja", "model.safetensors"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ProfilerError, match="has no chat template"):
+        profile_model(str(tmp_path), load_samples("ocr", 1, 0))
