@@ -34,7 +34,6 @@ Columns:
   from beginning a head to its first tile.
 """
 
-import argparse
 import functools
 import gzip
 import itertools
@@ -54,11 +53,13 @@ from unittest import mock
 
 import torch
 import triton
+from common import aligned, make_parser, with_paths
 from sass import decode_parts, hot_loop
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from sparsemm_vllm.files import write_whole
 from sparsemm_vllm.triton_kernels.batch import (
     DecodeBatch,
     DecodeBuffers,
@@ -118,16 +119,16 @@ class Case:
     """A configuration; what its kernel does not depend on is None.
 
     Attributes:
-        op: the launcher.
+        op: name of the launcher.
         arch: compute capability, as in ``sm_90``.
-        dtype: of the cache, see `DTYPES`.
+        dtype: type of the cache, see `DTYPES`.
         D: head size.
         P: page size in tokens.
         G: query heads per KV head.
-        Q: most queries of a decode row.
+        Q: largest number of queries of a decode row.
         n: prompt tokens.
-        single: one layer-1 launch for one request and one KV head. Triton compiles arguments that
-            are 1 as constants, which is a kernel of its own.
+        single: whether it is a launch of layer 1 for one request and one KV head. Triton compiles
+            arguments that are 1 as constants, which is a kernel of its own.
         variant: field of `DecodeOptions` that is switched on, "pdl" or "lists_pages".
     """
 
@@ -324,9 +325,7 @@ def disassemble(cubin: Path) -> str:
         tool = triton.knobs.nvidia.cuobjdump.path
         command = [tool, "-res-usage", "-sass", str(cubin)]
         text = subprocess.run(command, capture_output=True, check=True).stdout
-        part = listing.with_suffix(f".{os.getpid()}")
-        part.write_bytes(gzip.compress(text, 1))
-        part.replace(listing)
+        write_whole(listing, gzip.compress(text, 1))
     return gzip.decompress(listing.read_bytes()).decode()
 
 
@@ -430,11 +429,8 @@ def with_triton(folder: Path, *arguments: str) -> subprocess.CompletedProcess[st
             f"{folder} holds no triton package: "
             f"pip install --no-deps --target {folder} triton==VERSION"
         )
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, __file__, *arguments]
-    return subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
-    )
+    return subprocess.run(command, env=with_paths(folder), stdout=subprocess.PIPE, text=True)
 
 
 def decode_costs() -> Row:
@@ -461,14 +457,11 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         values = (row.get(column) for column in columns)
         lines.append(["-" if value is None else str(value) for value in values])
-    size = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, size)).rstrip() for line in lines)
+    return aligned(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON array")
     parser.add_argument("--full", action="store_true", help="every supported configuration")
     targets = [f"sm_{arch}" for arch in SHARED_BYTES]

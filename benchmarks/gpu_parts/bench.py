@@ -523,31 +523,3 @@ def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
         for model in sizes.models
     }
     return found | steps | traces | prunes
-
-
-def summary(results: dict[str, Any]) -> list[str]:
-    """A line for each case."""
-    return [f"{name:44} {_line(result)}" for name, result in results.items()]
-
-
-def _line(r: dict[str, Any]) -> str:
-    if "bytes_per_second" in r:
-        return f"{r['bytes_per_second'] / 1e9:8.0f} GB/s"
-    if "flop_per_second" in r:
-        return f"{r['flop_per_second'] / 1e12:8.1f} TFLOP/s"
-    if "layers" in r:
-        times = sorted(each["us"] for each in r["layers"])
-        middle = times[len(times) // 2]
-        return f"{r['us_per_layer']:8.1f} us/layer, {times[0]:.1f}, {middle:.1f}, {times[-1]:.1f}"
-    if "ratio" in r:
-        line = f"{r['us']:8.1f} us/layer ({r['us_20']:.1f}..{r['us_80']:.1f})"
-        line += f", {r['kept_bytes'] / 1e6:.1f} MB, {r['ratio']:.2f}x their read"
-        line += f", model {r['model_us']:.1f}" if r["model_us"] else ""
-        line += f", balance {r['balance']:.2f}, {r['most_items']} items"
-        if "times_flash" in r:
-            line += f", {r['times_flash']:.2f}x FlashAttention"
-            line += f", OUTPUTS DIFFER by {r['error']:.1e}" * r["differs"]
-        return line
-    parts = (f"{op} {r[op]['us'] / 1e3:.2f}" for op in ("scores", "select", "compact"))
-    line = f"{r['all']['us'] / 1e3:8.2f} ms ({', '.join(parts)})"
-    return f"{line}, {100 * r['share_of_prefill']:.2f} % of the prefill"

@@ -11,7 +11,6 @@ from gpu_parts.modes import (
     MODES,
     REQUESTS,
     compare,
-    describe_comparison,
     prompts,
     run_engine,
     settings,
@@ -116,26 +115,3 @@ def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
         "budget over prompt": partial(equal, context),
         "pruned fp8": partial(pruned, context, "fp8"),
     }
-
-
-def summary(results: dict[str, Any]) -> list[str]:
-    """A line for each engine, with its throughput over the dense ones'."""
-    lines = []
-    speeds = {
-        name: r["rounds"][-1]["tokens_per_second"]
-        for name, r in results.items()
-        if "tokens_per_second" in r["rounds"][-1] and "compared" not in r
-    }
-    for name, r in results.items():
-        last = r["rounds"][-1]
-        line = f"{name:20} started in {r['start_seconds']:.0f} s, {'/'.join(r['backend'])}"
-        if "compared" in r:
-            line += f", {describe_comparison(r)}"
-        elif name in speeds:
-            line += f", decode {speeds[name]:.1f} tokens/s ({last['step_ms']:.2f} ms)"
-            line += f", {last['most_blocks']} blocks at most"
-            others = (other for other in ("dense", "dense fp8") if other in speeds)
-            if "dense" not in name:
-                line += "".join(f", {speeds[name] / speeds[x]:.2f}x {x}" for x in others)
-        lines.append(line)
-    return lines

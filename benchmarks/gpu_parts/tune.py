@@ -92,13 +92,3 @@ def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
         for variant in (DRY_VARIANTS if dry else VARIANTS)
         for step in (DRY_STEPS if dry else STEPS)
     }
-
-
-def summary(results: dict[str, Any]) -> list[str]:
-    """Each step's variants, the fastest first."""
-    order = sorted(results, key=lambda name: -results[name]["bytes_per_second"])
-    return [
-        f"{name:84} {results[name]['bytes_per_second'] / 1e9:8.1f} GB/s,"
-        f" {results[name]['programs']} programs"
-        for name in sorted(order, key=lambda name: name.partition(":")[0])
-    ]

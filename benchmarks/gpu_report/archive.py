@@ -18,6 +18,8 @@ from typing import Any
 
 from speed.results import results_folder
 
+from sparsemm_vllm.files import write_json
+
 # Folders of the machine in an error's text, before what says something elsewhere too.
 FOLDERS = re.compile(r"/(?:[\w.+-]+/)*(?=(?:site-packages|bundle|vllm_dist_\w+)\b)")
 
@@ -204,7 +206,7 @@ def keep(runs: list[Run], root: Path, dry: bool) -> dict[Path, dict[str, dict[st
             parts[part]["notes"] = list(dict.fromkeys([*parts[part]["notes"], *run.notes]))
         folder.mkdir(parents=True, exist_ok=True)
         for part, record in parts.items():
-            (folder / f"{part}.json").write_text(json.dumps(record, indent=1) + "\n")
+            write_json(folder / f"{part}.json", record)
         kept[folder] = parts
     return kept
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from common import markdown
 from speed.variants import DENSE
 
 from gpu_report.rows import (
@@ -17,6 +18,7 @@ from gpu_report.rows import (
     pairs,
     rates,
 )
+from sparsemm_vllm.files import write_whole
 
 NAME = "summary.md"
 FACTS = ("driver", "cuda", "torch", "triton", "vllm", "transformers", "cores")
@@ -28,9 +30,9 @@ KNOWN = ("pair", "bench", "tune", "modes", "kernels", "methods", "ncu")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table; without rows, nothing."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *lines, ""] if lines else []
+    """A Markdown table and an empty line; without rows, nothing."""
+    lines = markdown(head, rows)
+    return [*lines, ""] if lines else []
 
 
 def number(value: float | None, digits: int = 1, unit: str = "") -> str:
@@ -41,7 +43,7 @@ def number(value: float | None, digits: int = 1, unit: str = "") -> str:
 def write(folder: Path, parts: Parts, pictures: dict[str, Path]) -> Path:
     """Write the summary of a folder and return its file."""
     file = folder / NAME
-    file.write_text("\n".join(summary(parts, folder.name, pictures)).rstrip() + "\n")
+    write_whole(file, "\n".join(summary(parts, folder.name, pictures)).rstrip() + "\n")
     return file
 
 
@@ -60,17 +62,33 @@ def summary(parts: Parts, day: str, pictures: dict[str, Path]) -> list[str]:
         day: day of the measurements.
         pictures: files in the same folder by name.
     """
-    shown = {name: [f"![{name}]({file.name})", ""] for name, file in pictures.items()}
-    others = [part for part in parts if part not in KNOWN]
-    parts = {part: parts[part] for part in (*KNOWN, *others) if part in parts}
     return [
         f"# {title(parts, day)}",
         "",
         "Written by `python benchmarks/report.py gpu` from the records in this folder.",
         "",
-        *machines(parts),
-        *overview(parts),
-        *problems(parts),
+        *machines(_in_order(parts)),
+        *overview(_in_order(parts)),
+        *problems(_in_order(parts)),
+        *sections(_in_order(parts), pictures),
+    ]
+
+
+def _in_order(parts: Parts) -> Parts:
+    """The same records; parts that say most come first, those that are not known here last."""
+    return {part: parts[part] for part in (*KNOWN, *parts) if part in parts}
+
+
+def sections(parts: Parts, pictures: dict[str, Path] | None = None) -> list[str]:
+    """Lines of the figures: a table or two for each part, what says most first.
+
+    Args:
+        parts: records by part; of each its ``cases`` are looked at.
+        pictures: files in the same folder by name.
+    """
+    shown = {name: [f"![{name}]({file.name})", ""] for name, file in (pictures or {}).items()}
+    others = [part for part in parts if part not in KNOWN]
+    return [
         *_section("Whole decode steps (pair)", [*_steps(parts), *shown.get("steps", [])]),
         *_section(
             "Attention of one layer in a decode step (bench)",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpu_suite import TIME_IS_OVER
+import common
 from models import FOLDER
 
 from sparsemm_vllm.environment import has_gpu, quieten_vllm, use_cpu
@@ -20,9 +20,7 @@ LONGEST = 65_536  # tokens of prompt and answer
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """Options of all of them."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.make_parser(description)
     parser.add_argument(
         "--model",
         help="of benchmarks/models; else the bundled one (without a GPU it is shrunk, and shows "
@@ -86,4 +84,4 @@ def finish(results: Results, table: str, done: bool) -> None:
     """Print what there is, and end with the status that tells whether it is all."""
     print(table)
     print(f"{results.file}: {'all cells' if done else 'cells are left; run it again'}")
-    raise SystemExit(0 if done else TIME_IS_OVER)
+    raise SystemExit(0 if done else common.TIME_IS_OVER)

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from sparsemm_vllm.files import write_whole
+
 SEED = 0
 SPECK = 14  # pixels: a patch of most vision models
 QUESTION = "Question {:04d}: what can be seen in the picture?"
@@ -138,5 +140,5 @@ def write_requests(folder: Path, scenario: Scenario, load: Load) -> Path:
         text = {"type": "text", "text": QUESTION.format(number)}
         lines.append(json.dumps({"content": [*parts, text]}))
     file = folder / "requests.jsonl"
-    file.write_text("\n".join(lines) + "\n")
+    write_whole(file, "\n".join(lines) + "\n")
     return file
