@@ -46,6 +46,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -255,30 +256,32 @@ class Gpu:
         return torch.device("cpu")
 
 
-def compiled_kernels(
-    function: Callable[[], None], arch: int
-) -> list[tuple[JITFunction, Any, dict[str, Any]]]:
-    """Kernels that `function` launches, which are compiled and do not run.
+@contextmanager
+def compiling(arch: int) -> Iterator[list[tuple[JITFunction, Any, dict[str, Any]]]]:
+    """While it lasts, launches end after compiling.
 
-    Returns:
-        Of each launch the function, Triton's compiled kernel, and the arguments given by name.
+    Gives a list that fills: of each launch the function, Triton's compiled kernel, and the
+    arguments that were given by name.
     """
     found = []
-    jit_run = JITFunction.run
+    run = JITFunction.run
 
-    def compile_only(self: JITFunction, *args: Any, **kwargs: Any) -> None:
-        found.append((self, jit_run(self, *args, **kwargs | {"warmup": True}), kwargs))
+    def compile_only(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        kernel = run(self, *args, **kwargs | {"warmup": True})
+        found.append((self, kernel, kwargs))
+        return kernel
 
     driver.set_active(Gpu(arch))
     with mock.patch.object(JITFunction, "run", compile_only):
-        function()
-    return found
+        yield found
 
 
 def compiled(function: Callable[[], None], arch: int) -> list[Row]:
     """Rows of the kernels that `function` launches, which are compiled and do not run."""
     rows = []
-    for jit, kernel, given in compiled_kernels(function, arch):
+    with compiling(arch) as found:
+        function()
+    for jit, kernel, given in found:
         name = f"{jit.__module__.rpartition('.')[2]}.{jit.__name__}"
         tile = given["BLOCK_N"] if jit.__name__ == "_sparse_decode" else None
         rows.append({"kernel": name, "hash": kernel.hash} | inspect(kernel, arch, tile))
@@ -438,7 +441,9 @@ def decode_costs() -> Row:
     found = {}
     for dtype, G in itertools.product(("bf16", "fp8"), (1, 7)):
         case = Case("sparse_decode", 90, dtype, 128, 16, G, 1)
-        ((_, kernel, given),) = compiled_kernels(functools.partial(launch, case), 90)
+        with compiling(90) as compiled_kernels:
+            launch(case)
+        ((_, kernel, given),) = compiled_kernels
         row = inspect(kernel, 90, given["BLOCK_N"])
         found[f"{dtype} G={G}"] = {
             "parts": asdict(decode_parts(listing(kernel))),

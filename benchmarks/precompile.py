@@ -255,7 +255,8 @@ def compile_share(library: str, share: str, pattern: str) -> dict[str, int]:
     import re
 
     import triton
-    from precompiled_launches import cases, compiling
+    from kernel_report import compiling
+    from precompiled_launches import cases
     from triton.runtime import cache
 
     key = cache.triton_key()

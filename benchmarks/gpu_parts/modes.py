@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from common import HERE, with_paths
+from timed_cases import Model, W, head_scores
 
-from gpu_parts.bench import Model, W, head_scores
 from gpu_parts.device import Context
 
 NEEDS = 40

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from common import HERE, with_paths
+from timed_cases import Decode, Step, head_scores
 
-from gpu_parts.bench import DRY_STEPS, STEPS, Decode, Step, head_scores, sizes_of
+from gpu_parts.bench import DRY_STEPS, STEPS, sizes_of
 from gpu_parts.device import Context, Device, imitate_gpu_machine
 
 NEEDS = 8

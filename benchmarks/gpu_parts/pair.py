@@ -4,7 +4,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from gpu_parts.bench import TINY, VICUNA, Model, W
+from timed_cases import TINY, VICUNA, Model, W
+
 from gpu_parts.device import Context
 from gpu_parts.modes import (
     GATES,

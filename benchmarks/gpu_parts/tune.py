@@ -6,9 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from timed_cases import QWEN, TINY, VICUNA, Step, head_scores
 from triton.runtime.errors import OutOfResources
 
-from gpu_parts.bench import DRY, QWEN, TINY, VICUNA, Decode, Step, head_scores, sizes_of
+from gpu_parts.bench import DRY, Predicted, sizes_of
 from gpu_parts.device import Context
 from sparsemm_vllm.triton_kernels.batch import DecodeOptions, decode_options
 
@@ -68,7 +69,7 @@ def measure(context: Context, step: Step, variant: Variant) -> dict[str, Any]:
     device = context.device
     scores, dtype = head_scores(step.model, context.scores), sizes_of(context).dtype
     try:
-        setup = Decode(device, step, scores, dtype, variant.options, variant.programs_each)
+        setup = Predicted(device, step, scores, dtype, variant.options, variant.programs_each)
         setup.layer(0)
     except OutOfResources as error:
         return {"bytes_per_second": 0.0, "balance": 0.0, "programs": 0, "skipped": str(error)}

@@ -388,7 +388,7 @@ def test_the_model_predicts_what_it_knows(monkeypatch: pytest.MonkeyPatch) -> No
     scores = bench.head_scores(model, None)
     device = Device.__new__(Device)
     device.dry, device.torch = True, torch.device("cpu")
-    setup = bench.Decode(device, step, scores, torch.bfloat16)
+    setup = bench.Predicted(device, step, scores, torch.bfloat16)
     assert setup.model_us(1e12) is None, "nobody has compiled it for two heads of a KV head"
     costs = bench.Costs(bench.DecodeParts(*[bench.Part(10, 100)] * 6), 128, 4, 2)
     known = {bench.triton.__version__: {"bf16 G=2": costs, "fp8 G=2": costs}}
