@@ -1,5 +1,6 @@
 """From vLLM's configuration to our settings and cache layout, in any process."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -7,12 +8,58 @@ from vllm.distributed.utils import get_pp_indices
 
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.budget.profile import HeadProfile
+from sparsemm_vllm.budget.request import RequestLimits
 from sparsemm_vllm.budget.settings import NO_PROFILE, Settings
 from sparsemm_vllm.names import NAME
+
+_MADE = "_sparsemm_serving"  # of a `VllmConfig`: what it was made of, and `Serving`
 
 
 class UnsupportedError(ValueError):
     """A configuration that SPARSEMM cannot serve; the message says what and why."""
+
+
+def uses_sparsemm(vllm_config: VllmConfig) -> bool:
+    """Whether any layer's backend is SPARSEMM."""
+    attention = vllm_config.attention_config
+    backends = [attention.backend, *attention.backend_per_kind.values()]
+    return any(backend is not None and backend.name == NAME for backend in backends)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What a server does, the same in all of its processes.
+
+    Attributes:
+        settings: settings of the server, with the head profile's contents.
+        layout: cache layout of the whole model.
+        limits: what requests may ask for.
+    """
+
+    settings: Settings
+    layout: CacheLayout
+    limits: RequestLimits
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> "Serving":
+        """What a configuration says that `prepare_config` has checked. Made once of each.
+
+        Raises:
+            ProfileError: for a profile of another architecture.
+            UnsupportedError: if the heads do not divide among the ranks.
+        """
+        additional_config = vllm_config.additional_config
+        made_of, serving = getattr(vllm_config, _MADE, (None, None))
+        if serving is None or made_of is not additional_config:
+            settings = Settings.from_additional_config(additional_config)
+            layout = build_layout(vllm_config, settings)
+            serving = cls(settings, layout, RequestLimits.of(settings))
+            serving.remember(vllm_config)
+        return serving
+
+    def remember(self, vllm_config: VllmConfig) -> None:
+        """Let `of` find this, as long as the configuration keeps its settings."""
+        setattr(vllm_config, _MADE, (vllm_config.additional_config, self))
 
 
 def heads_per_kv_head(model_config: Any) -> int:
@@ -71,10 +118,3 @@ def build_layout(vllm_config: VllmConfig, settings: Settings) -> CacheLayout:
         )
     except ValueError as error:
         raise UnsupportedError(f"SPARSEMM: {error}") from None
-
-
-def uses_sparsemm(vllm_config: VllmConfig) -> bool:
-    """Whether any layer's backend is SPARSEMM."""
-    attention = vllm_config.attention_config
-    backends = [attention.backend, *attention.backend_per_kind.values()]
-    return any(backend is not None and backend.name == NAME for backend in backends)

@@ -5,9 +5,8 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from sparsemm_vllm.budget.request import RequestError, RequestLimits, asks_for_us, check_request
-from sparsemm_vllm.budget.settings import Settings
-from sparsemm_vllm.engine.config import uses_sparsemm
+from sparsemm_vllm.budget.request import RequestError, asks_for_us, check_request
+from sparsemm_vllm.engine.config import Serving, uses_sparsemm
 from sparsemm_vllm.engine.frontend.metrics import SparseMMStatLogger
 from sparsemm_vllm.engine.sampling_limits import too_long
 from sparsemm_vllm.engine.scheduler.chunks import prefix_hit_limit, shape_chunk
@@ -27,8 +26,6 @@ from sparsemm_vllm.engine.vllm_api.signatures import argument
 from sparsemm_vllm.engine.vllm_api.versions import bounded_lookup
 from sparsemm_vllm.engine.worker.model_state import SparseMMModelState, sparse_model_state
 from sparsemm_vllm.names import PRUNE_SECONDS
-
-LIMITS = "_sparsemm_limits"  # of a front end's `InputProcessor`
 
 
 def _layer_spec(original: Function) -> Function:
@@ -83,12 +80,6 @@ def _chunk_end(original: Function) -> Function:
 
 
 def _request_check(original: Function) -> Function:
-    def limits_of(processor: Any) -> RequestLimits:
-        if not hasattr(processor, LIMITS):  # a head profile among the settings takes a millisecond
-            settings = Settings.from_additional_config(processor.vllm_config.additional_config)
-            setattr(processor, LIMITS, RequestLimits.of(settings))
-        return getattr(processor, LIMITS)
-
     is_resumable = argument(original, "resumable")
 
     def process_inputs(
@@ -104,7 +95,7 @@ def _request_check(original: Function) -> Function:
         extra_args = getattr(params, "extra_args", None) or {}  # pooling: vLLM refuses it
         if asks_for_us(extra_args):
             try:
-                check_request(extra_args, limits_of(self))
+                check_request(extra_args, Serving.of(self.vllm_config).limits)
             except RequestError as error:  # HTTP 400: of other errors vLLM makes a 500
                 raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
         request = original(self, request_id, prompt, params, *args, **kwargs)

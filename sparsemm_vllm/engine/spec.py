@@ -1,4 +1,4 @@
-"""The KV cache spec of a layer, in the worker that built it."""
+"""The KV cache spec of the pruned layers: made in the workers, read by the scheduler."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +11,57 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_a
 
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.budget.request import RequestLimits
-from sparsemm_vllm.budget.settings import Settings
-from sparsemm_vllm.engine.config import UnsupportedError, build_layout, pruned_layers, uses_sparsemm
+from sparsemm_vllm.engine.config import Serving, UnsupportedError, pruned_layers, uses_sparsemm
+from sparsemm_vllm.engine.vllm_api.compatibility import require_installed
 from sparsemm_vllm.names import NAME
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseMMSpec(FullAttentionSpec):
+    """Full attention whose prompts are pruned: equal for all pruned layers of all ranks.
+
+    None exists in a process where SPARSEMM is not installed: vLLM would take the manager of dense
+    attention for it there, without a word.
+
+    Args:
+        layout: the server's budgets.
+        prune_when_free_below: see `Settings`.
+        limits: what requests may ask for; only what the layout lets them if not given.
+    """
+
+    layout: CacheLayout
+    prune_when_free_below: float | None = None
+    limits: RequestLimits | None = None
+
+    def __post_init__(self) -> None:
+        require_installed()
+        super().__post_init__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        require_installed()
+        self.__dict__.update(state)
+
+    @classmethod
+    def merge(cls, specs: list["SparseMMSpec"]) -> "SparseMMSpec":
+        """The spec of a group: that of its layers, which must be equal."""
+        assert all(spec == specs[0] for spec in specs), "SPARSEMM layers must have equal specs"
+        return specs[0]
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        """Whether all layers can share one group."""
+        return all(spec == self for spec in kv_cache_specs.values())
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        """Entries of a block table row: both copies of a prompt of up to that length."""
+        compact = self.layout.most_compact_blocks(max_len, self.block_size)
+        return cdiv(max_len, self.block_size) + compact
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> int:
+        """Bytes that suffice for one request of up to the longest length at its peak."""
+        longest = vllm_config.model_config.max_model_len
+        compact = self.layout.most_compact_blocks(longest, self.block_size)
+        dense = super().max_memory_usage_bytes(vllm_config, *args, **kwargs)
+        return dense + compact * self.page_size_bytes
 
 
 def sparse_spec(
@@ -27,13 +75,13 @@ def sparse_spec(
     if type(spec) is not FullAttentionSpec or not uses_sparsemm(vllm_config):
         return spec
     _check_layer(layer, spec, vllm_config)
-    settings = Settings.from_additional_config(vllm_config.additional_config)
+    serving = Serving.of(vllm_config)
     return replace_as(
         spec,
         SparseMMSpec,
-        layout=build_layout(vllm_config, settings),
-        prune_when_free_below=settings.prune_when_free_below,
-        limits=RequestLimits.of(settings),
+        layout=serving.layout,
+        prune_when_free_below=serving.settings.prune_when_free_below,
+        limits=serving.limits,
     )
 
 
@@ -74,40 +122,3 @@ def _check_layer(layer: Any, spec: FullAttentionSpec, vllm_config: VllmConfig) -
             f"SPARSEMM: layers {', '.join(sharing)} share the KV cache of {name}; each would keep "
             "other tokens"
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SparseMMSpec(FullAttentionSpec):
-    """Full attention whose prompts are pruned: equal for all pruned layers of all ranks.
-
-    Args:
-        layout: the server's budgets.
-        prune_when_free_below: see `Settings`.
-        limits: what requests may ask for; only what the layout lets them if not given.
-    """
-
-    layout: CacheLayout
-    prune_when_free_below: float | None = None
-    limits: RequestLimits | None = None
-
-    @classmethod
-    def merge(cls, specs: list["SparseMMSpec"]) -> "SparseMMSpec":
-        """The spec of a group: that of its layers, which must be equal."""
-        assert all(spec == specs[0] for spec in specs), "SPARSEMM layers must have equal specs"
-        return specs[0]
-
-    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
-        """Whether all layers can share one group."""
-        return all(spec == self for spec in kv_cache_specs.values())
-
-    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
-        """Entries of a block table row: both copies of a prompt of up to that length."""
-        compact = self.layout.most_compact_blocks(max_len, self.block_size)
-        return cdiv(max_len, self.block_size) + compact
-
-    def max_memory_usage_bytes(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> int:
-        """Bytes that suffice for one request of up to the longest length at its peak."""
-        longest = vllm_config.model_config.max_model_len
-        compact = self.layout.most_compact_blocks(longest, self.block_size)
-        dense = super().max_memory_usage_bytes(vllm_config, *args, **kwargs)
-        return dense + compact * self.page_size_bytes

@@ -27,7 +27,11 @@ from sparsemm_vllm.budget.request import (
 )
 from sparsemm_vllm.budget.settings import Settings
 from sparsemm_vllm.engine import patches
+<<<<<<< HEAD:tests/test_request_settings.py
+from sparsemm_vllm.engine.config import Serving
+=======
 from support import tiny
+>>>>>>> 7099fe9:tests/budget/test_request_settings.py
 
 W = 8
 SERVER = RequestLimits.of(Settings(budget=40, window=W))
@@ -112,6 +116,13 @@ def test_only_our_keys_are_looked_at():
     assert asks_for_us({"other": 1, "SPARSEMM_x": 2})
 
 
+def served(attention):
+    """A configuration of vLLM's, as far as the front end looks at it."""
+    config = SimpleNamespace(attention_config=attention, additional_config={})
+    Serving(Settings(), LAYOUT, RequestLimits.of(Settings())).remember(config)
+    return config
+
+
 @pytest.mark.parametrize(("backend", "refused"), [("SPARSEMM", True), (None, False)])
 def test_the_front_end_refuses_before_the_engine_sees_it(backend, refused):
     seen = []
@@ -123,7 +134,7 @@ def test_the_front_end_refuses_before_the_engine_sees_it(backend, refused):
     attention = SimpleNamespace(
         backend=backend and SimpleNamespace(name=backend), backend_per_kind={}
     )
-    config = SimpleNamespace(attention_config=attention, additional_config={})
+    config = served(attention)
     params = SamplingParams(extra_args={"sparsemm_budget": 1})
     arguments = SimpleNamespace(vllm_config=config), "id", "prompt", params
     if refused:
@@ -142,9 +153,7 @@ def test_the_front_end_refuses_lists_that_no_worker_has_room_for():
         return SimpleNamespace(sampling_params=params)
 
     attention = SimpleNamespace(backend=SimpleNamespace(name="SPARSEMM"), backend_per_kind={})
-    processor = SimpleNamespace(
-        vllm_config=SimpleNamespace(attention_config=attention, additional_config={})
-    )
+    processor = SimpleNamespace(vllm_config=served(attention))
     process = patches._request_check(process_inputs)
     with pytest.raises(VLLMValidationError, match="bad_words, in tokens: 2,000, at most 1,024"):
         process(processor, "id", "prompt", SamplingParams())

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ from sparsemm_vllm.commands.check.judge import TOLERANCES, Reference, References
 from sparsemm_vllm.commands.check.model import KV_HEADS, make_llava, skewed_profile
 from sparsemm_vllm.commands.check.parent import END, CheckRun, run_check
 from sparsemm_vllm.commands.check.results import Line, Results, Row
-from sparsemm_vllm.engine import patches
 from sparsemm_vllm.engine.scheduler.manager import SparseMMManager
 from sparsemm_vllm.environment import has_gpu
 
@@ -104,7 +104,7 @@ def test_all_rows_ok(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"], "no log, no model"
     document = json.loads(record.read_text())
     assert document["passed"] is True
-    assert document["versions"]["vllm"] == patches.version("vllm")
+    assert document["versions"]["vllm"] == version("vllm")
     assert document["versions"].keys() == {*parent.PACKAGES, "python"}
     assert [Row.model_validate(row) for row in document["rows"]] == rows
     assert document["device"]
@@ -329,10 +329,12 @@ def test_this_vllm_passes(tmp_path: Path) -> None:
 
 
 UNWRAPPED = """
-from sparsemm_vllm import patches
-from sparsemm_vllm.check_run import child
-patches.WRAPPED = tuple(w for w in patches.WRAPPED if "get_computed_blocks" not in w.symbol)
-patches.version = {"vllm": "0.99.0"}.__getitem__
+from sparsemm_vllm.engine import patches
+from sparsemm_vllm.engine.vllm_api import compatibility, hooks
+from sparsemm_vllm.commands.check import child
+del patches.WRAPPERS[hooks.COMPUTED_BLOCKS]
+compatibility.IN_EVERY_PROCESS = tuple(patches.WRAPPERS)
+compatibility.version = {"vllm": "0.99.0"}.__getitem__
 child.main()
 """
 

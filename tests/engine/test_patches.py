@@ -21,17 +21,20 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from sparsemm_vllm import plugin
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.engine import patches
-from sparsemm_vllm.engine.patches import WRAPPED, install, problems
+from sparsemm_vllm.engine.cpu import model_runner
+from sparsemm_vllm.engine.frontend.asked import asks_for_us
 from sparsemm_vllm.engine.scheduler.manager import SparseMMManager
 from sparsemm_vllm.engine.spec import SparseMMSpec
-from sparsemm_vllm.engine.vllm_api import contract
-from sparsemm_vllm.engine.vllm_api.hooks import IncompatibleError
+from sparsemm_vllm.engine.vllm_api import compatibility, contract
+from sparsemm_vllm.engine.vllm_api.compatibility import IncompatibleError, problems
+from sparsemm_vllm.engine.vllm_api.hooks import ENGINE_CONFIG, HOOKS, IN_EVERY_PROCESS
+from sparsemm_vllm.plugin import install
 
 MANAGER = "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager"
 
 
-def current(wrap):
-    holder, name = contract.resolve(wrap.symbol)
+def current(hook):
+    holder, name = contract.resolve(hook.symbol)
     return getattr(holder, name)
 
 
@@ -44,14 +47,14 @@ def original(function):
 @pytest.fixture
 def uninstalled(monkeypatch):
     """vLLM as it comes; what was installed before is back afterwards."""
-    for wrap in WRAPPED:
-        holder, name = contract.resolve(wrap.symbol)
+    for hook in IN_EVERY_PROCESS:
+        holder, name = contract.resolve(hook.symbol)
         monkeypatch.setattr(holder, name, original(getattr(holder, name)))
-    assert not any(wrap.is_installed() for wrap in WRAPPED)
+    assert not any(hook.is_installed() for hook in IN_EVERY_PROCESS)
 
 
 def installed_version(monkeypatch, number):
-    monkeypatch.setattr(patches, "version", {"vllm": number}.__getitem__)
+    monkeypatch.setattr(compatibility, "version", {"vllm": number}.__getitem__)
 
 
 def test_this_vllm_is_one_we_know():
@@ -152,28 +155,39 @@ def test_install_refuses_with_everything_that_moved(monkeypatch, uninstalled):
     assert "pop_blocks_for_free" in message
     assert "_reserve_prefill_lookahead no longer takes num_computed_tokens" in message
     assert "\n" not in message
-    assert not any(wrap.is_installed() for wrap in WRAPPED), "nothing is installed by halves"
+    assert not any(hook.is_installed() for hook in IN_EVERY_PROCESS), (
+        "nothing is installed by halves"
+    )
 
 
 def test_install_wraps_everything_once(uninstalled):
-    before = [current(wrap) for wrap in WRAPPED]
+    before = [current(hook) for hook in IN_EVERY_PROCESS]
     install()
-    wrapped = [current(wrap) for wrap in WRAPPED]
-    assert all(wrap.is_installed() for wrap in WRAPPED)
+    wrapped = [current(hook) for hook in IN_EVERY_PROCESS]
+    assert all(hook.is_installed() for hook in IN_EVERY_PROCESS)
     assert [w.__wrapped__ for w in wrapped] == before
     install()
-    assert [current(wrap) for wrap in WRAPPED] == wrapped
+    assert [current(hook) for hook in IN_EVERY_PROCESS] == wrapped
     assert KVCacheSpecRegistry.get_manager_class(make_spec()) is SparseMMManager
 
 
 def test_a_wrapper_keeps_the_name_of_what_it_wraps():
     install()
-    for wrap in WRAPPED:
-        assert current(wrap).__name__ == original(current(wrap)).__name__
+    for hook in IN_EVERY_PROCESS:
+        assert current(hook).__name__ == original(current(hook)).__name__
 
 
-def test_every_wrapper_says_why():
-    assert all(len(wrap.reason) > 20 for wrap in WRAPPED)
+def test_every_hook_says_why_and_until_when():
+    assert all(len(hook.reason) > 20 and len(hook.until) > 20 for hook in HOOKS)
+
+
+def test_the_wrappers_are_those_that_the_hooks_name():
+    """The record of vLLM's signatures is compared with our source by these names."""
+    put = patches.WRAPPERS | patches.WORKER_WRAPPERS | model_runner.TWINS
+    put[ENGINE_CONFIG] = plugin._prepare_if_asked
+    assert {hook: hook.wrapper for hook in HOOKS} == {
+        hook: f"{wrapper.__module__}:{wrapper.__name__}" for hook, wrapper in put.items()
+    }
 
 
 def make_spec():
@@ -193,18 +207,18 @@ def make_manager():
     )
 
 
-@pytest.mark.parametrize("missing", range(len(WRAPPED)))
+@pytest.mark.parametrize("missing", range(len(IN_EVERY_PROCESS)))
 def test_a_manager_refuses_to_run_half_installed(monkeypatch, missing):
     install()
     make_manager()
-    holder, name = contract.resolve(WRAPPED[missing].symbol)
+    holder, name = contract.resolve(IN_EVERY_PROCESS[missing].symbol)
     monkeypatch.setattr(holder, name, original(getattr(holder, name)))
     with pytest.raises(IncompatibleError) as error:
         make_manager()
     message = str(error.value)
-    assert WRAPPED[missing].symbol in message
-    assert all(w.symbol not in message for i, w in enumerate(WRAPPED) if i != missing)
-    assert "patches.install()" in message
+    assert IN_EVERY_PROCESS[missing].symbol in message
+    assert all(w.symbol not in message for i, w in enumerate(IN_EVERY_PROCESS) if i != missing)
+    assert "plugin.install()" in message
 
 
 def test_streaming_input_is_refused(monkeypatch):
@@ -253,7 +267,7 @@ def test_the_backend_is_pickled_by_a_function_that_registers_it(uninstalled):
     pickled = pickle.dumps(member)
     assert b"backend_member" in pickled
     assert pickle.loads(pickled) is member
-    assert all(wrap.is_installed() for wrap in WRAPPED), "that process runs the scheduler"
+    assert all(hook.is_installed() for hook in IN_EVERY_PROCESS), "that process runs the scheduler"
 
 
 @pytest.mark.parametrize("name", ["FLASH_ATTN", "TRITON_ATTN"])
@@ -279,7 +293,7 @@ def test_other_backends_are_pickled_as_before(name):
 def test_nothing_is_installed_unless_asked_for(backend, configured, per_kind, asked):
     attention = SimpleNamespace(backend=configured, backend_per_kind=per_kind)
     arguments = SimpleNamespace(attention_backend=backend, attention_config=attention)
-    assert plugin._asks_for_us(arguments) is asked
+    assert asks_for_us(arguments) is asked
 
 
 def test_an_engine_without_us_is_left_alone(uninstalled):
@@ -287,6 +301,6 @@ def test_an_engine_without_us_is_left_alone(uninstalled):
     arguments = SimpleNamespace(
         attention_backend=None, attention_config=attention, additional_config={}
     )
-    create = plugin._install_if_asked(lambda self, *args: (self, args))
+    create = plugin._prepare_if_asked(lambda self, *args: (self, args))
     assert create(arguments, 1, 2) == (arguments, (1, 2))
-    assert not any(wrap.is_installed() for wrap in WRAPPED)
+    assert not any(hook.is_installed() for hook in IN_EVERY_PROCESS)

@@ -85,8 +85,9 @@ def test_llm_without_a_gpu_names_the_call() -> None:
 def test_unsupported_vllm_works_without_sparsemm(installed: str) -> None:
     code = (
         "import sys\n"
-        "from sparsemm_vllm import patches, plugin\n"
-        f"patches.version = lambda name: {installed!r}\n"
+        "from sparsemm_vllm import plugin\n"
+        "from sparsemm_vllm.engine.vllm_api import compatibility\n"
+        f"compatibility.version = lambda name: {installed!r}\n"
         "sys.argv = ['vllm', 'serve', '/models/SPARSEMM', *sys.argv[1:]]\n"
         "plugin.register()\n"
         "from vllm.v1.attention.backends.registry import AttentionBackendEnum\n"
@@ -106,10 +107,10 @@ def test_use_cpu_too_late() -> None:
 
 
 def _what_arrives(pickled: bytes, queue: "multiprocessing.Queue[tuple[str, str, bool]]") -> None:
-    from sparsemm_vllm.engine import patches
+    from sparsemm_vllm.engine.vllm_api.compatibility import require_installed
 
     backend = pickle.loads(pickled)
-    patches.require_installed()
+    require_installed()
     queue.put((backend.name, backend.get_class().get_name(), hasattr(backend, "value")))
 
 

@@ -36,10 +36,9 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds, ModelRunne
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from sparsemm_vllm.budget.layout import CacheLayout
-from sparsemm_vllm.budget.request import RequestLimits, received
-from sparsemm_vllm.budget.settings import Settings
+from sparsemm_vllm.budget.request import received
 from sparsemm_vllm.engine import patches
-from sparsemm_vllm.engine.config import build_layout, pruned_layers
+from sparsemm_vllm.engine.config import Serving, pruned_layers
 from sparsemm_vllm.engine.scheduler.manager import SparseMMManager
 from sparsemm_vllm.engine.scheduler.stats import Outcome
 from sparsemm_vllm.engine.spec import SparseMMSpec
@@ -192,12 +191,9 @@ def layer_specs(config: Any, share: float | None) -> dict[str, Any]:
         "head_size": tiny.HEAD_SIZE,
         "dtype": torch.float32,
     }
-    settings = Settings.from_additional_config(config.additional_config)
+    serving = Serving.of(config)
     pruned = SparseMMSpec(
-        **shape,
-        layout=build_layout(config, settings),
-        prune_when_free_below=share,
-        limits=RequestLimits.of(settings),
+        **shape, layout=serving.layout, prune_when_free_below=share, limits=serving.limits
     )
     sliding = SlidingWindowSpec(**shape, sliding_window=SLIDING)
     full = pruned_layers(config.model_config)

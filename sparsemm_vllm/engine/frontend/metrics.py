@@ -21,7 +21,7 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from sparsemm_vllm.budget.profile import HeadProfile
-from sparsemm_vllm.budget.settings import Settings
+from sparsemm_vllm.engine.config import Serving
 from sparsemm_vllm.engine.scheduler.stats import Outcome, RequestRecord
 from sparsemm_vllm.files import write_whole
 from sparsemm_vllm.names import OTHERS, OURS
@@ -169,7 +169,7 @@ def _told_by_others(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def config_labels(vllm_config: VllmConfig) -> dict[str, str]:
     """The settings that an operator tells servers apart by."""
-    settings = Settings.from_additional_config(vllm_config.additional_config)
+    settings = Serving.of(vllm_config).settings
     profile = settings.profile
     return {
         "method": settings.method,

@@ -16,8 +16,7 @@ from starlette.datastructures import State
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from sparsemm_vllm.budget.plan import tokens_per_head
-from sparsemm_vllm.budget.settings import Settings
-from sparsemm_vllm.engine.config import build_layout, uses_sparsemm
+from sparsemm_vllm.engine.config import Serving, uses_sparsemm
 from sparsemm_vllm.engine.frontend.metrics import PREFIX, SparseMMStatLogger, config_labels
 from sparsemm_vllm.engine.scheduler.stats import REMEMBERED
 from sparsemm_vllm.environment import metrics_folder
@@ -78,7 +77,7 @@ class PageStats:
         config = logger.vllm_config
         assert uses_sparsemm(config)
         logger.share_recent(metrics_folder())
-        layout = build_layout(config, Settings.from_additional_config(config.additional_config))
+        layout = Serving.of(config).layout
         self._fixed = {
             "model": config.model_config.served_model_name,
             "settings": config_labels(config),

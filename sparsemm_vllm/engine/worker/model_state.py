@@ -18,9 +18,8 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, is_quantized_kv_cache
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from sparsemm_vllm.budget.layout import CacheLayout
-from sparsemm_vllm.budget.request import RequestLimits, received
-from sparsemm_vllm.budget.settings import Settings
-from sparsemm_vllm.engine.config import UnsupportedError, build_layout, pruned_layers
+from sparsemm_vllm.budget.request import received
+from sparsemm_vllm.engine.config import Serving, UnsupportedError, pruned_layers
 from sparsemm_vllm.engine.spec import SparseMMSpec
 from sparsemm_vllm.engine.worker.probes.kept import KeptRecorder
 from sparsemm_vllm.engine.worker.probes.masked_heads import mask_layers
@@ -52,13 +51,13 @@ class SparseMMModelState(DefaultModelState):
         **kwargs: Any,
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device, *args, **kwargs)
+        self._serving = Serving.of(vllm_config)
         self._state = _allocate_state(
             vllm_config, self.max_num_reqs, max(self.max_model_len, self.max_num_tokens), device
         )
         self._group = 0
         self._block_tables: Any = None
-        settings = Settings.from_additional_config(vllm_config.additional_config)
-        self._limits = RequestLimits.of(settings)
+        settings = self._serving.settings
         self._poisons = settings.poison_freed
         if settings.mask_heads:
             layers = get_layers_from_vllm_config(vllm_config, Attention)
@@ -109,7 +108,7 @@ class SparseMMModelState(DefaultModelState):
             logger.info(
                 describe_serving(
                     self.vllm_config,
-                    self._state.layout,
+                    self._serving,
                     kv_cache_config.num_blocks,
                     group.kv_cache_spec.block_size,
                     group.kv_cache_spec.page_size_bytes,
@@ -136,7 +135,7 @@ class SparseMMModelState(DefaultModelState):
         """Enter a request that starts, or resumes after preemption."""
         super().add_request(req_index, new_req_data, *args, **kwargs)
         state, n, params = self._state, new_req_data.prompt_len, new_req_data.sampling_params
-        accepted = received(params.extra_args, self._limits)
+        accepted = received(params.extra_args, self._serving.limits)
         layout = accepted.layout(state.layout)
         seed = request_seed(new_req_data) if layout.rules.token_scores else 0
         state.add(req_index, n, new_req_data.req_id, seed, layout)
@@ -287,8 +286,8 @@ def _allocate_state(
     """The rank's state, before vLLM measures the memory that is left for the KV cache."""
     model, cache_config = vllm_config.model_config, vllm_config.cache_config
     parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
-    settings = Settings.from_additional_config(vllm_config.additional_config)
-    layout = build_layout(vllm_config, settings)
+    serving = Serving.of(vllm_config)
+    settings, layout = serving.settings, serving.layout
     own = layout.slice_of(get_pp_group().rank_in_group, get_tp_group().rank_in_group)
     heads = Heads(
         own[0].stop - own[0].start,

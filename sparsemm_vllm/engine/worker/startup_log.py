@@ -10,6 +10,7 @@ from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.budget.plan import printable, readable_bytes, requests_at_once
 from sparsemm_vllm.budget.profile import HeadProfile
 from sparsemm_vllm.budget.settings import Settings
+from sparsemm_vllm.engine.config import Serving
 from sparsemm_vllm.environment import uses_rust_front_end
 
 TYPICAL = 3072  # prompt tokens: a picture for LLaVA-NeXT, and a question
@@ -17,7 +18,7 @@ TYPICAL = 3072  # prompt tokens: a picture for LLaVA-NeXT, and a question
 
 def describe_serving(
     vllm_config: Any,
-    layout: CacheLayout,
+    serving: Serving,
     num_blocks: int,
     block_size: int,
     layer_block_bytes: int,
@@ -26,12 +27,12 @@ def describe_serving(
 
     Args:
         vllm_config: vLLM's.
-        layout: budgets of the whole model.
+        serving: settings and layout of the server.
         num_blocks: of the KV cache, vLLM's empty one among them.
         block_size: tokens in a block of the layers to prune; vLLM may give other layers another.
         layer_block_bytes: of a block in one layer of one rank.
     """
-    settings = Settings.from_additional_config(vllm_config.additional_config)
+    settings, layout = serving.settings, serving.layout
     longest = vllm_config.model_config.max_model_len
     block_bytes = layer_block_bytes * len(layout.capacities) * layout.tensor_parallel
     sentences = [

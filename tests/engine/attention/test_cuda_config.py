@@ -61,7 +61,7 @@ def schedules(monkeypatch: pytest.MonkeyPatch) -> Schedules:
     made = Schedules()
     monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda *_, **__: 3)
     monkeypatch.setattr(flash_attn, "get_scheduler_metadata", made, raising=False)
-    monkeypatch.setattr(cuda_backend.patches, "require_installed", lambda: None)
+    monkeypatch.setattr(cuda_backend, "require_installed", lambda: None)
     return made
 
 

@@ -11,7 +11,7 @@ from kernel_cases import DEVICE, bits
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.budget.methods import METHODS
 from sparsemm_vllm.budget.random_scores import random_scores
-from sparsemm_vllm.engine.attention.forward import split_layer
+from sparsemm_vllm.engine.attention.forward import prune, split_layer
 from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
 from sparsemm_vllm.engine.worker.step import plan_step
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
@@ -79,7 +79,7 @@ class Rank:
         self.kept = {}
         for layer in range(self.L):
             state.workspace.positions.fill_(2**30)
-            state.prune(layer, tokens, table, prompts, D**-0.5, None)
+            prune(state, layer, tokens, table, prompts, D**-0.5, None)
             lengths = state.pages.lengths[INDEX, layer].tolist()
             for head, length in enumerate(lengths):
                 positions = state.workspace.positions[head, :length].long().cpu()

@@ -17,6 +17,10 @@ from prometheus_client import REGISTRY
 from vllm.v1.metrics import loggers
 from vllm.v1.metrics.stats import SchedulerStats
 
+from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.request import RequestLimits
+from sparsemm_vllm.budget.settings import Settings
+from sparsemm_vllm.engine.config import Serving
 from sparsemm_vllm.engine.frontend import metrics
 from sparsemm_vllm.engine.frontend.metrics import SparseMMStatLogger, take
 from sparsemm_vllm.engine.scheduler.stats import Outcome, RequestRecord
@@ -52,9 +56,15 @@ def test_what_is_carried_arrives_and_leaves_no_trace() -> None:
     assert take(None) is None
 
 
+LAYOUT = CacheLayout(((3, 98), (0, 16)), window=8, base=16)
+LIMITS = RequestLimits(8, 48)
+
+
 def config() -> Any:
     model = SimpleNamespace(served_model_name="some model")
-    return SimpleNamespace(model_config=model, additional_config={"sparsemm": {"profile": "none"}})
+    served = SimpleNamespace(model_config=model, additional_config={})
+    Serving(Settings(profile="none"), LAYOUT, LIMITS).remember(served)
+    return served
 
 
 def carried(**values: Any) -> SchedulerStats:

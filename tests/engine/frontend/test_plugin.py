@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sparsemm_vllm.engine.frontend.asked import _asks_for_us, named_in
+from sparsemm_vllm.engine.frontend.asked import asks_for_us, named_in
 
 ASKED = [
     ["--attention-backend", "SPARSEMM"],
@@ -56,7 +56,7 @@ def vllm_takes_it_for_us(arguments: list[str]) -> bool:
 
     parser = FlexibleArgumentParser()
     EngineArgs.add_cli_args(parser)
-    return _asks_for_us(EngineArgs.from_cli_args(parser.parse_args(arguments)))
+    return asks_for_us(EngineArgs.from_cli_args(parser.parse_args(arguments)))
 
 
 @pytest.mark.parametrize("options", [*ASKED, *NOT_ASKED], ids=" ".join)

@@ -241,14 +241,20 @@ LAYERS = {
 }
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+BACKENDS = {
+    "cpu": "sparsemm_vllm.engine.cpu.attention",
+    "cuda": "sparsemm_vllm.engine.attention.cuda",
+}
+
+
+@pytest.fixture(params=list(BACKENDS))
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """SPARSEMM on this platform; of GPUs an H100, where FlashAttention 3 and 4 can do most."""
     from vllm.v1.attention.backends import flash_attn
 
     monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda *_, **__: 3)
     monkeypatch.setattr(flash_attn, "is_fa_version_supported", lambda *_: True)
-    module = importlib.import_module(f"sparsemm_vllm.{request.param}_backend")
+    module = importlib.import_module(BACKENDS[request.param])
     return module.SparseMMBackend
 
 

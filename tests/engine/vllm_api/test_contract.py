@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -17,9 +18,10 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
+from sparsemm_vllm import plugin
 from sparsemm_vllm.cli import app
-from sparsemm_vllm.engine import patches
-from sparsemm_vllm.engine.vllm_api import contract, sources
+from sparsemm_vllm.engine.vllm_api import compatibility, contract, sources
+from sparsemm_vllm.engine.vllm_api.compatibility import IncompatibleError
 from sparsemm_vllm.engine.vllm_api.contract import (
     NO_SIGNATURE,
     OVERRIDES,
@@ -28,7 +30,7 @@ from sparsemm_vllm.engine.vllm_api.contract import (
     nearest,
     recorded,
 )
-from sparsemm_vllm.engine.vllm_api.hooks import Wrap
+from sparsemm_vllm.engine.vllm_api.hooks import HOOKS, IN_EVERY_PROCESS, IN_WORKERS, Hook
 from sparsemm_vllm.engine.vllm_api.signatures import from_text
 from support.paths import ROOT
 
@@ -39,23 +41,23 @@ RELEASES = [known.vllm for known in recorded()]
 
 def here() -> Contract:
     """The record of the installed release."""
-    return nearest(patches.version("vllm"))
+    return nearest(version("vllm"))
 
 
 def found(**options: Any) -> dict[str, contract.Difference]:
-    return {d.symbol: d for d in compare(here(), patches.every_wrap(), **options)}
+    return {d.symbol: d for d in compare(here(), HOOKS, **options)}
 
 
 def test_this_vllm_is_as_recorded() -> None:
-    assert here().vllm == patches.version("vllm"), "of a new release, record it first"
-    assert compare(here(), patches.every_wrap()) == []
+    assert here().vllm == version("vllm"), "of a new release, record it first"
+    assert compare(here(), HOOKS) == []
 
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_ours_take_every_call_of_every_release(release: str) -> None:
     """Whichever vLLM is installed: by position and by name, and all that we read is there."""
     (known,) = (c for c in recorded() if c.vllm == release)
-    used = contract.uses(patches.every_wrap())
+    used = contract.uses(HOOKS)
     broken = {
         symbol: used[symbol].breaks(None, from_text(text))
         for symbol, text in known.signatures.items()
@@ -82,7 +84,7 @@ def test_a_record_for_a_folder_that_does_not_exist(tmp_path: Path) -> None:
 
 
 def test_supported_versions_are_those_with_a_record() -> None:
-    lowest, above = patches.SUPPORTED
+    lowest, above = compatibility.SUPPORTED
     supported = SpecifierSet(f">={lowest},<{above}")
     assert RELEASES[0].rpartition(".")[0] == lowest
     assert int(RELEASES[-1].split(".")[1]) + 1 == int(above.partition(".")[2])
@@ -120,7 +122,7 @@ def narrow(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_computed_blocks
 
 
-NARROW = Wrap(LOOKUP, "as it was", narrow)
+NARROW = Hook(LOOKUP, f"{__name__}:narrow", "as it was", "never")
 
 
 def plant(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,16 +148,16 @@ def test_an_added_positional_parameter_breaks_a_narrow_wrapper(
 ) -> None:
     plant(monkeypatch)
     (difference,) = (d for d in compare(here(), [NARROW]) if d.symbol == LOOKUP)
-    assert "test_contract.narrow does not take planted by position" in difference.breaks
-    assert "test_contract.narrow does not take planted by name" in difference.breaks
+    assert f"{__name__}.narrow does not take planted by position" in difference.breaks
+    assert f"{__name__}.narrow does not take planted by name" in difference.breaks
 
 
 def test_install_refuses_where_a_wrapper_would_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
-    rest = [wrap for wrap in patches.every_wrap() if wrap.symbol != LOOKUP]
-    monkeypatch.setattr(patches, "every_wrap", lambda: [*rest, NARROW])
-    with pytest.raises(patches.IncompatibleError) as error:
-        patches.install()
+    rest = [hook for hook in HOOKS if hook.symbol != LOOKUP]
+    monkeypatch.setattr(compatibility, "HOOKS", [*rest, NARROW])
+    with pytest.raises(IncompatibleError) as error:
+        plugin.install()
     assert "does not take planted by position" in str(error.value)
 
 
@@ -169,7 +171,7 @@ def test_what_breaks_nothing_is_a_warning(
     monkeypatch.setattr(
         init_logger("vllm.sparsemm"), "warning", lambda text, *a: warnings.append(text % a)
     )
-    assert patches.problems() == []
+    assert compatibility.problems() == []
     (warning,) = warnings
     assert "takes the new parameter planted=None" in warning
     assert "sparsemm check --run" in warning
@@ -271,9 +273,9 @@ def test_an_argument_that_ours_reads_is_gone(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_only_loaded_modules_are_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
     known = Contract("0.33.0", {"vllm.no_such_module:f": "a", LOOKUP: "self"})
-    gone = compare(known, patches.every_wrap())
+    gone = compare(known, HOOKS)
     assert {d.symbol for d in gone if "is new" not in str(d)} == {*known.signatures}
-    (loaded,) = compare(known, patches.every_wrap(), loaded_only=True)
+    (loaded,) = compare(known, HOOKS, loaded_only=True)
     assert loaded.symbol == LOOKUP
 
 
@@ -345,10 +347,9 @@ def test_whatever_stands_around_a_function_of_vllms_passes_everything_on() -> No
     But for attention itself, which must not ignore what it does not know.
     """
     around = {}
-    for wrap in (*patches.WRAPPED, *patches.WRAPPED_IN_WORKERS):
-        name = wrap.symbol.replace(":", ".").rpartition(".")[2]
-        factory = wrap.wrapper
-        around[name], _ = sources.wrapper(factory.__module__, factory.__name__, name)
+    for hook in (*IN_EVERY_PROCESS, *IN_WORKERS):
+        name = hook.symbol.replace(":", ".").rpartition(".")[2]
+        around[name], _ = sources.wrapper(hook.wrapper, name)
     for ours in OVERRIDES:
         methods = sources.methods(ours)
         for name, _ in sources.super_calls(ours):
@@ -377,9 +378,9 @@ def passes_on(node: ast.AST, name: str) -> bool:
 
 def test_nothing_of_what_is_passed_on_is_left_out() -> None:
     checked = []
-    for wrap in (*patches.WRAPPED, *patches.WRAPPED_IN_WORKERS):
-        factory = sources._definition(wrap.wrapper.__module__, wrap.wrapper.__name__)
-        checked.append((wrap.symbol, passes_on(factory, "")))
+    for hook in (*IN_EVERY_PROCESS, *IN_WORKERS):
+        factory = sources._definition(*hook.wrapper.split(":"))
+        checked.append((hook.symbol, passes_on(factory, "")))
     for ours in OVERRIDES:
         called = {name for name, _ in sources.super_calls(ours)} - {"forward"}
         for node in sources._class(ours).body:

@@ -10,16 +10,19 @@ from vllm.v1.attention.backends.flash_attn_diffkv import FlashAttentionDiffKVBac
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.engine import patches
 from sparsemm_vllm.engine import spec as layer_spec
 from sparsemm_vllm.engine.attention.cuda import SparseMMBackend
 from sparsemm_vllm.engine.config import UnsupportedError
 from sparsemm_vllm.engine.spec import SparseMMSpec
 from sparsemm_vllm.engine.worker import model_state
+from sparsemm_vllm.plugin import install
 from support.tiny import KV_HEADS, LAYERS, skewed_profile
 
 P, D = 16, 32
 LAYOUT = CacheLayout.from_scores(skewed_profile().tensor(), KV_HEADS, 40, 8)
 SHAPE = {"block_size": P, "num_kv_heads": KV_HEADS, "head_size": D, "dtype": torch.float32}
+install()
 SPEC = SparseMMSpec(**SHAPE, layout=LAYOUT)
 
 
@@ -170,7 +173,9 @@ def test_models_with_a_state_of_their_own(monkeypatch: pytest.MonkeyPatch) -> No
     class OtherState:
         pass
 
-    monkeypatch.setattr(model_state, "uses_sparsemm", lambda config: config == "ours")
-    assert model_state.sparse_model_state(OtherState, "theirs") is OtherState  # type: ignore[arg-type]
+    choose = patches._model_state(lambda config: OtherState)
+    monkeypatch.setattr(patches, "uses_sparsemm", lambda config: config == "ours")
+    monkeypatch.setattr(patches, "install_in_worker", lambda: None)
+    assert choose("theirs") is OtherState
     with pytest.raises(UnsupportedError, match="this model needs OtherState"):
-        model_state.sparse_model_state(OtherState, "ours")  # type: ignore[arg-type]
+        choose("ours")

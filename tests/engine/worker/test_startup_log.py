@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.request import RequestLimits
 from sparsemm_vllm.budget.settings import Settings
+from sparsemm_vllm.engine.config import Serving
 from sparsemm_vllm.engine.worker import model_state
 from sparsemm_vllm.engine.worker.startup_log import describe_profile, describe_serving
 from support.engines import HELLO, Engine, ask, settings
@@ -28,11 +30,16 @@ def config(longest: int, layers: int = 2, eager: bool = False, **values: Any) ->
     )
 
 
+def describe(config: Any, num_blocks: int) -> str:
+    """The paragraph of a server with blocks of 16 tokens and 1,000 bytes."""
+    settings = Settings.from_additional_config(config.additional_config)
+    serving = Serving(settings, LAYOUT, RequestLimits.of(settings))
+    return describe_serving(config, serving, num_blocks, block_size=16, layer_block_bytes=1000)
+
+
 def test_bytes_and_requests() -> None:
     # Rank 0 of 2 has 7 + 0 pages in 2 layers: 4 blocks. 200 tokens fill 13 blocks, 12 are freed.
-    text = describe_serving(
-        config(200), LAYOUT, num_blocks=101, block_size=16, layer_block_bytes=1000
-    )
+    text = describe(config(200), num_blocks=101)
     assert text == (
         "SPARSEMM: method sparsemm, no head profile (every head has the same budget), budget 37 "
         "tokens per KV head, window 8. A prompt of 200 tokens (max_model_len) holds 20 kB in 5 "
@@ -42,12 +49,12 @@ def test_bytes_and_requests() -> None:
 
 
 def test_a_typical_prompt_and_the_longest() -> None:
-    text = describe_serving(config(8000), LAYOUT, 1001, 16, 1000)
+    text = describe(config(8000), 1001)
     assert text.index("A prompt of 3,072 tokens holds") < text.index("8,000 tokens (max_model_len)")
 
 
 def test_what_is_off_and_why() -> None:
-    plain = describe_serving(config(200), LAYOUT, 101, 16, 1000)
+    plain = describe(config(200), 101)
     off = {
         "min_prompt_tokens": 99,
         "mask_heads": [[0, 1]],
@@ -56,7 +63,7 @@ def test_what_is_off_and_why() -> None:
     }
     made = config(200, 6, True, prune_when_free_below=0.25, **off)
     made.cache_config.enable_prefix_caching = True
-    text = describe_serving(made, LAYOUT, 101, 16, 1000)
+    text = describe(made, 101)
     for note in (
         "4 of 6 layers stay dense: they see a window or a chunk.",
         "Prompts of less than 99 tokens stay dense: min_prompt_tokens.",
@@ -74,7 +81,7 @@ def test_what_is_off_and_why() -> None:
 def test_what_the_rust_front_end_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, told in (("1", True), ("0", False)):
         monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", value)
-        text = describe_serving(config(200), LAYOUT, 101, 16, 1000)
+        text = describe(config(200), 101)
         assert ("answers HTTP 400. /metrics has no sparsemm: metrics" in text) == told
 
 
@@ -110,8 +117,9 @@ def test_the_engine_says_it_once_and_means_it(
 
     (answer,) = engine.generate(ask(HELLO, 1), max_tokens=3, watch=watch)
     n = answer.prompt_tokens
+    vllm_config = engine.llm.llm_engine.vllm_config
     paragraph = describe_serving(
-        engine.llm.llm_engine.vllm_config, engine.layout, engine.pool.num_gpu_blocks,
+        vllm_config, Serving.of(vllm_config), engine.pool.num_gpu_blocks,
         engine.manager.block_size, engine.manager.kv_cache_spec.page_size_bytes,
     )  # fmt: skip
     assert text == paragraph
