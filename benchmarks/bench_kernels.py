@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from decode_model import QWEN, VICUNA
 from gpu_parts.bench import DRY_STEPS, STEPS
 from gpu_parts.device import Device
-from timed_cases import QWEN, TINY, VICUNA, Decode, Model, P, Prune, Step, head_scores
+from timed_cases import TINY, Decode, Model, P, Prune, Step, head_scores
 
 from sparsemm_vllm.environment import has_gpu
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops

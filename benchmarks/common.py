@@ -1,7 +1,5 @@
 """What the benchmarks share. Needs the standard library only: a GPU machine may have no more."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import hashlib

@@ -9,8 +9,6 @@ device in ``benchmarks/results/compatibility/``. FILE is JUnit XML, which `make 
 write. What GPUs ran is read from ``benchmarks/results/<device>/<date>/``.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -24,15 +24,13 @@ is the kernel that had a second one to combine parts, and a schedule that balanc
 GPU suite prints this model's prediction beside each measurement.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from common import HERE, RESULTS, aligned, make_parser, markdown
@@ -96,7 +94,7 @@ class Costs:
     parts_each: int = 16
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> Costs:
+    def of(cls, values: dict[str, Any]) -> Self:
         """What `asdict` made."""
         parts = {name: Part(**part) for name, part in values["parts"].items()}
         return cls(**values | {"parts": DecodeParts(**parts)})
@@ -232,13 +230,14 @@ def predict(
 
 @dataclass(frozen=True)
 class Attention:
-    """A model's attention: layers, query heads, KV heads, head size."""
+    """A model's attention: layers, query heads, KV heads, head size; and its parameters."""
 
     name: str
     L: int
     Hq: int
     Hkv: int
     D: int
+    parameters: float = 0.0
 
     @property
     def G(self) -> int:  # noqa: N802
@@ -246,7 +245,10 @@ class Attention:
         return self.Hq // self.Hkv
 
 
-MODELS = (Attention("vicuna-7b", 32, 32, 32, 128), Attention("qwen2-vl-7b", 28, 28, 4, 128))
+MODELS = VICUNA, QWEN = (
+    Attention("vicuna-7b", 32, 32, 32, 128, 6.7e9),
+    Attention("qwen2-vl-7b", 28, 28, 4, 128, 7.6e9),
+)
 
 
 def layer_tokens(model: Attention, n: int, batch: int, budget: int | None) -> np.ndarray:

@@ -25,8 +25,6 @@ Needs torch and triton; `modes` and `pair` need vLLM too, on the path. The packa
 installed, nor typer, rich, matplotlib, hypothesis and pytest. Logs of engines lie in ``engines/``.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import json
@@ -80,7 +78,7 @@ def package_tree(folder: Path) -> Path:
     return folder
 
 
-def record_of(args: argparse.Namespace, part: str) -> Record:
+def record_of(args: argparse.Namespace, part: str) -> "Record":
     """What a part has found out so far."""
     from gpu_parts.records import Record  # needs the package, whose copy `main` puts on the path
 
@@ -135,7 +133,7 @@ class CaseRunner:
 
     def __init__(
         self,
-        record: Record,
+        record: "Record",
         context: Any,
         cases: dict[str, Callable[[], dict[str, Any]]],
         needs: float,

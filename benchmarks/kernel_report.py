@@ -44,7 +44,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -55,12 +55,13 @@ from unittest import mock
 import torch
 import triton
 from common import aligned, make_parser, with_paths
-from sass import decode_parts, hot_loop
+from sass import Instruction, decode_parts, hot_loop, instructions, loops
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from sparsemm_vllm.files import write_whole
+from sparsemm_vllm.triton_kernels import triton_ops
 from sparsemm_vllm.triton_kernels.batch import (
     DecodeBatch,
     DecodeBuffers,
@@ -71,26 +72,7 @@ from sparsemm_vllm.triton_kernels.batch import (
     decode_queries,
     decode_rows,
 )
-from sparsemm_vllm.triton_kernels.compact_kv import compact_kv
-from sparsemm_vllm.triton_kernels.correct_slots import correct_slots
-from sparsemm_vllm.triton_kernels.list_pages import list_pages
 from sparsemm_vllm.triton_kernels.occupancy import Multiprocessor
-from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
-from sparsemm_vllm.triton_kernels.select_tokens import select_tokens
-from sparsemm_vllm.triton_kernels.sparse_decode import sparse_decode
-from sparsemm_vllm.triton_kernels.top_keys import top_keys
-from sparsemm_vllm.triton_kernels.window_scores import window_scores
-
-OPS = (
-    "window_scores",
-    "select_tokens",
-    "compact_kv",
-    "correct_slots",
-    "list_pages",
-    "schedule_decode",
-    "sparse_decode",
-    "top_keys",
-)
 
 # Shared memory that a program may have, and what the programs of a multiprocessor share. Source:
 # CUDA C++ programming guide, technical specifications per compute capability; of the former the
@@ -212,29 +194,23 @@ def launch(case: Case) -> None:
     if case.variant is not None:
         batch = replace(batch, options=replace(batch.options, **{case.variant: True}))
 
-    if case.op == "window_scores":
-        window_scores(query, cache[layer], table, prompts, workspace, window, 5, 0.1, scale)
-    elif case.op == "select_tokens":
-        select_tokens(prompts, workspace, pages.lengths[:, layer], window)
-    elif case.op == "compact_kv":
-        compact_kv(cache, layer, table, prompts, workspace, pages)
-    elif case.op == "correct_slots":
-        slots = torch.empty(tokens, dtype=torch.int64)
-        positions = torch.empty(tokens, dtype=torch.int64)
-        correct_slots(
-            slots, positions, table, query_start, seq_lens, running, pages, P, max_query_len=Q
-        )
-    elif case.op == "list_pages":
-        list_pages(cache, table, prompts, pages)
-    elif case.op == "schedule_decode":
-        schedule_decode(batch, pages, window, P, query_start, seq_lens, running)
-    elif case.op == "top_keys":
-        block_q = decode_queries(Q, G, decode_rows(D, dtype))
-        tiles = QueryTiles.pack([(i, i * n, Q, n, i * Q) for i in range(requests)], block_q, cpu)
-        top_keys(query, cache[layer], table, tiles, torch.empty(tokens, Hkv * G, dtype=torch.int32))
-    else:
-        output = torch.empty_like(query)
-        sparse_decode(query, cache, layer, table, batch, output, 0.1, scale, scale)
+    slots = torch.empty(tokens, dtype=torch.int64)
+    rows = query_start, seq_lens, running
+    block_q = decode_queries(Q, G, decode_rows(D, dtype))
+    tiles = QueryTiles.pack([(i, i * n, Q, n, i * Q) for i in range(requests)], block_q, cpu)
+    keys = torch.empty(tokens, Hkv * G, dtype=torch.int32)
+    output = torch.empty_like(query)
+    arguments: dict[str, tuple[Any, ...]] = {
+        "window_scores": (query, cache[layer], table, prompts, workspace, window, 5, 0.1, scale),
+        "select_tokens": (prompts, workspace, pages.lengths[:, layer], window),
+        "compact_kv": (cache, layer, table, prompts, workspace, pages),
+        "correct_slots": (slots, slots.clone(), table, *rows, pages, P, Q),
+        "list_pages": (cache, table, prompts, pages),
+        "schedule_decode": (batch, pages, window, P, *rows),
+        "sparse_decode": (query, cache, layer, table, batch, output, 0.1, scale, scale),
+        "top_keys": (query, cache[layer], table, tiles, keys),
+    }
+    getattr(triton_ops, case.op)(*arguments[case.op])
 
 
 class Gpu:
@@ -335,35 +311,30 @@ def disassemble(cubin: Path) -> str:
 LOADS = ("LD", "LDG", "LDGSTS")
 STORES = ("ST", "STG")
 WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
-INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/ +(?:@\S+ +)?([A-Z][\w.]*) *([^;]*);")
 
 
 def widths(sass: str) -> Row:
     """Widths of the accesses to global memory, in bits."""
-    loads, stores, loops = [], [0], []
-    for address, code, operands in INSTRUCTION.findall(sass):
-        at = int(address, 16)
-        name, *modifiers = code.split(".")
-        bits = min((WIDTHS[part] for part in modifiers if part in WIDTHS), default=32)
-        if name in LOADS:
-            loads.append((at, bits))
-        elif name in STORES:
-            stores.append(bits)
-        elif name == "BRA" and (goal := re.search(r"0x([0-9a-f]+) *$", operands)):
-            loops.append((int(goal[1], 16), at))
-    looped = [(at, bits) for at, bits in loads if any(start <= at <= end for start, end in loops)]
+    code = instructions(sass)
+    loads = {x.address: width(x) for x in code if x.opcode in LOADS}
+    inside = [at for at in loads if any(start <= at <= end for start, end in loops(code))]
     return {
-        "widest_load": max((bits for _, bits in loads), default=0),
-        "widest_store": max(stores),
-        "wide_loads": wide_share(loads),
-        "wide_loop_loads": wide_share(looped),
+        "widest_load": max(loads.values(), default=0),
+        "widest_store": max((width(x) for x in code if x.opcode in STORES), default=0),
+        "wide_loads": wide_share(loads.values()),
+        "wide_loop_loads": wide_share([loads[at] for at in inside]),
     }
 
 
-def wide_share(loads: list[tuple[int, int]]) -> float | None:
+def width(access: Instruction) -> int:
+    """Bits that an access to memory moves for one thread."""
+    return min((WIDTHS[x] for x in access.mnemonic.split(".") if x in WIDTHS), default=32)
+
+
+def wide_share(loads: Collection[int]) -> float | None:
     """Share of the bits that loads of 128 bits and more load."""
-    total = sum(bits for _, bits in loads)
-    return round(sum(bits for _, bits in loads if bits >= 128) / total, 3) if total else None
+    total = sum(loads)
+    return round(sum(bits for bits in loads if bits >= 128) / total, 3) if total else None
 
 
 def rows_of(case: Case) -> list[Row]:
@@ -471,7 +442,7 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="every supported configuration")
     targets = [f"sm_{arch}" for arch in SHARED_BYTES]
     parser.add_argument("--target", choices=targets, help="this target only")
-    parser.add_argument("--kernel", choices=OPS, help="this launcher's kernels only")
+    parser.add_argument("--kernel", choices=triton_ops.__all__, help="this launcher's kernels only")
     parser.add_argument("--triton", type=Path, help="folder with another version's package")
     parser.add_argument("--decode-costs", action="store_true", help="for decode_model.py only")
     options = parser.parse_args()

@@ -6,8 +6,6 @@ For the models of benchmarks/models, with their synthetic head profiles, blocks 
 functions that vLLM's scheduler counts with. Ideal is what the kept tokens would take without pages.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

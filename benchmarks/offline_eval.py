@@ -10,8 +10,6 @@ The prompt is computed densely; then a mask per KV head stands for what a pruned
 Scores, selection and budgets are the plugin's own reference functions.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated, Any

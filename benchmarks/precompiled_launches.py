@@ -15,9 +15,10 @@ from unittest import mock
 
 import timed_cases
 import torch
+from decode_model import VICUNA
 from gpu_parts import bench, kernels, modes, pair, tune
 from gpu_parts.device import Context, Device, Function
-from timed_cases import VICUNA, Model, P
+from timed_cases import Model, P
 
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.engine.worker import warm_up as serving
@@ -87,10 +88,7 @@ def without_memory(
     device: Device, model: Model, blocks: int, layout: str, dtype: torch.dtype
 ) -> torch.Tensor:
     """The shape and the strides of `timed_cases.make_cache`'s cache."""
-    head_major = layout == "LBHNC"
-    inner = (model.Hkv, P) if head_major else (P, model.Hkv)
-    cache = torch.empty(model.L, blocks, *inner, 2 * model.D, dtype=dtype, device="meta")
-    return cache if head_major else cache.transpose(2, 3)
+    return timed_cases.empty_cache(model, blocks, layout, dtype, torch.device("meta"))
 
 
 def checked(run: Run) -> None:

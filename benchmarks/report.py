@@ -11,8 +11,6 @@ tars or folders, earlier runs first: it puts the records into
 pictures beside them. `readme` writes the tables between the README's markers anew.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

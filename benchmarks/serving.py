@@ -21,8 +21,6 @@ command ends and says what is left: exit status 3; 1 if a load failed, which los
 Needs what vLLM needs, and no network.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil

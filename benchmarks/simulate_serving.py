@@ -12,8 +12,6 @@ published scores of LLaVA-NeXT have: the top 5 % of the heads hold 55 % of the m
 77 %.
 """
 
-from __future__ import annotations
-
 import json
 from importlib.metadata import version
 from pathlib import Path

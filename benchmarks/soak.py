@@ -9,8 +9,6 @@ question's answer never changes, and that KV blocks and memory are free again at
 line is JSON; the exit status is 1 if anything was wrong.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random

@@ -4,18 +4,20 @@
 """
 
 import json
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from decode_model import MODELS, Attention
+from decode_model import Attention as Model
 from gpu_parts.device import Device
 from kernel_cases import head_pages
 from models.head_scores import concentrated_scores
 
 from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.profile import load_profile
+from sparsemm_vllm.commands.import_scores import import_scores
 from sparsemm_vllm.triton_kernels import triton_ops
 from sparsemm_vllm.triton_kernels.batch import (
     DecodeBatch,
@@ -32,17 +34,6 @@ P, W, KERNEL_SIZE = 16, 32, 5
 MOST_PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
-@dataclass(frozen=True)
-class Model(Attention):
-    """Attention of a model, and how many parameters it has."""
-
-    parameters: float
-
-
-VICUNA, QWEN = (
-    Model(*astuple(attention), parameters)
-    for attention, parameters in zip(MODELS, (6.7e9, 7.6e9), strict=True)
-)
 TINY = Model("tiny", 3, 8, 4, 32, 1e6)
 
 
@@ -86,32 +77,32 @@ def head_scores(model: Model, path: Path | None) -> torch.Tensor:
     Made up, they are as concentrated as the published ones of LLaVA-NeXT-Vicuna-7B.
     """
     if path is not None:
-        found = json.loads(path.read_text())
-        if "scores" in found:  # our profiles
-            scores = torch.tensor(found["scores"], dtype=torch.float64)
-        else:  # the published form: lists of hits by "layer-head"
-            flat = [sum(hits) / len(hits) for hits in found.values()]
-            scores = torch.zeros(len(flat), dtype=torch.float64)
-            layers = 1 + max(int(key.split("-")[0]) for key in found)
-            for key, score in zip(found, flat, strict=True):
-                layer, head = map(int, key.split("-"))
-                scores[layer * (len(flat) // layers) + head] = score
-            scores = scores.reshape(layers, -1)
+        ours = "scores" in json.loads(path.read_text())
+        profile = load_profile(str(path)) if ours else import_scores(path, model.name)
+        scores = profile.tensor()
         if scores.shape == (model.L, model.Hq):
             return scores
     return concentrated_scores(model.L, model.Hq, seed=7)
+
+
+def empty_cache(
+    model: Model, blocks: int, layout: str, dtype: torch.dtype, place: torch.device
+) -> torch.Tensor:
+    """A cache whose values are not set, ``[L, B, Hkv, P, 2 * D]``."""
+    head_major = layout == "LBHNC"
+    inner = (model.Hkv, P) if head_major else (P, model.Hkv)
+    cache = torch.empty(model.L, blocks, *inner, 2 * model.D, dtype=dtype, device=place)
+    return cache if head_major else cache.transpose(2, 3)
 
 
 def make_cache(
     device: Device, model: Model, blocks: int, layout: str, dtype: torch.dtype
 ) -> torch.Tensor:
     """A cache of random values, ``[L, B, Hkv, P, 2 * D]``."""
-    head_major = layout == "LBHNC"
-    inner = (model.Hkv, P) if head_major else (P, model.Hkv)
-    cache = torch.empty(model.L, blocks, *inner, 2 * model.D, dtype=dtype, device=device.torch)
+    cache = empty_cache(model, blocks, layout, dtype, device.torch)
     for layer in cache:  # e4m3 numbers are not drawn, but rounded; a layer at a time has room
         layer.copy_(torch.randn(layer.shape, device=device.torch))
-    return cache if head_major else cache.transpose(2, 3)
+    return cache
 
 
 class Decode:

@@ -14,8 +14,6 @@ without bfloat16; compiling takes some minutes before the first step of each kin
 Sizes: L layers, H heads (query and KV), D head size, P image tokens, T row length, B rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,17 +29,14 @@ from rich.progress import track
 from tiny_vlm.answers import Reader
 from tiny_vlm.commands import (
     Every,
-    First,
     Folder,
-    Pictures,
     Resume,
     Rows,
     Seed,
     State,
     Threads,
+    add_commands,
     console,
-    export_state,
-    print_marks,
     save_scores,
 )
 from tiny_vlm.glyphs import PATCH
@@ -209,34 +204,10 @@ def train(
     run(InstrumentTrainer(settings), state, resume, every, console)
 
 
-@app.command()
-def export(
-    state: Annotated[Path, typer.Option(help="Saved training state.")] = STATE,
-    out: Folder = INSTRUMENT.folder,
-) -> None:
-    """Write the checkpoint (float16) from the saved state, and check that it loads."""
-    export_state(instrument_config(), CHAT_WITH_SYSTEM, state, out)
+add_commands(app, INSTRUMENT, STATE, instrument_config(), CHAT_WITH_SYSTEM, (torch.float32,))
 
 
-# Accuracy and visual-head scores.
-
-
-@app.command(name="eval")
-def evaluate(
-    model: Folder = INSTRUMENT.folder,
-    samples: Pictures = 300,
-    first: First = 1000,
-    context: Annotated[bool, typer.Option(help="Ask after a system message.")] = True,
-    threads: Threads = 1,
-) -> None:
-    """Greedy generation on held-out pictures: exact words and character errors, in percent."""
-    torch.set_num_threads(threads)
-    reader = Reader(model, torch.float32)
-    for task in TASKS:
-        asked = INSTRUMENT.held_out(first, samples, task)
-        answers = reader.answer(asked.samples, asked.contexts if context else None)
-        about = {"task": task, "pictures": samples, "first": first, "context": context}
-        print_marks(asked.answers, answers, **about)
+# Visual-head scores.
 
 
 @app.command()

@@ -17,13 +17,10 @@ an hour and a half:
 Sizes: L layers, Hq query heads, Hkv KV heads, D head size, P image tokens, T row length, B rows.
 """
 
-from __future__ import annotations
-
 import string
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -32,21 +29,7 @@ import torch
 import typer
 from common import ROOT
 from offline.subjects import SUBJECTS
-from tiny_vlm.answers import Reader
-from tiny_vlm.commands import (
-    Every,
-    First,
-    Folder,
-    Pictures,
-    Resume,
-    Rows,
-    Seed,
-    State,
-    Threads,
-    console,
-    export_state,
-    print_marks,
-)
+from tiny_vlm.commands import Every, Resume, Rows, Seed, State, Threads, add_commands, console
 from tiny_vlm.llava import CHAT, image_tokens, llava_config
 from tiny_vlm.losses import Weights, picture_loss
 from tiny_vlm.rows import Batch, Branch, Row, branch, branch_sight, pack_row
@@ -185,46 +168,7 @@ def train(
     run(ReaderTrainer(asked, device), state, resume, every, console)
 
 
-@app.command()
-def export(
-    state: Annotated[Path, typer.Option(help="Saved training state.")] = STATE,
-    out: Folder = READER.folder,
-) -> None:
-    """Write the checkpoint (float16) from the saved state, and check that it loads."""
-    export_state(reader_config(), CHAT, state, out)
-
-
-# Accuracy.
-
-
-@app.command(name="eval")
-def evaluate(
-    model: Folder = READER.folder,
-    samples: Pictures = 300,
-    first: First = 1000,
-    filler: Annotated[int, typer.Option(help="Characters of text before the question.")] = 0,
-    threads: Threads = 1,
-) -> None:
-    """Greedy generation on held-out pictures: exact words and character errors, in percent.
-
-    The seeds below 1,000 were looked at while the reader was developed: they are left out.
-    """
-    torch.set_num_threads(threads)
-    for dtype in (torch.float32, torch.bfloat16):
-        reader = Reader(model, dtype)
-        for task in ("read", "query"):
-            asked = READER.held_out(first, samples, task)
-            answers = reader.answer(asked.samples, filler=filler_text(filler))
-            about = {"task": task, "dtype": str(dtype).removeprefix("torch.")}
-            about |= {"pictures": samples, "first": first, "filler": filler}
-            print_marks(asked.answers, answers, **about)
-
-
-def filler_text(length: int) -> str:
-    """Unrelated prose of ``length`` characters, ended by a newline; empty for 0."""
-    prose = "The quick brown fox jumps over the lazy dog, then it rests for a while. "
-    return (prose * (length // len(prose) + 1))[: length - 1] + "\n" if length else ""
-
+add_commands(app, READER, STATE, reader_config(), CHAT, (torch.float32, torch.bfloat16))
 
 if __name__ == "__main__":
     app()

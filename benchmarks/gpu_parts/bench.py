@@ -9,10 +9,10 @@ import decode_model
 import numpy as np
 import torch
 import triton
-from decode_model import COSTS, Costs, predict, program_cycles, read_costs
+from decode_model import COSTS, QWEN, VICUNA, Costs, predict, program_cycles, read_costs
 from kernel_cases import relative_error
 from sass import DecodeParts, Part
-from timed_cases import QWEN, TINY, VICUNA, Decode, Model, P, Prune, Step, head_scores
+from timed_cases import TINY, Decode, Model, P, Prune, Step, head_scores
 
 from gpu_parts.device import Context, Device
 from sparsemm_vllm.triton_kernels.batch import SETUP_TILES

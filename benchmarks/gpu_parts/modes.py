@@ -37,10 +37,8 @@ MODES: dict[str, dict[str, Any]] = {
     "both": {"compilation_config": {"mode": 3, "cudagraph_mode": "FULL_AND_PIECEWISE"}},
 }
 GRAPHS = {
-    "eager": "NONE",
-    "full": "FULL_DECODE_ONLY",
-    "piecewise": "PIECEWISE",
-    "both": "FULL_AND_PIECEWISE",
+    mode: options.get("compilation_config", {}).get("cudagraph_mode", "NONE")
+    for mode, options in MODES.items()
 }
 
 

@@ -6,7 +6,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from timed_cases import QWEN, TINY, VICUNA, Step, head_scores
+from decode_model import QWEN, VICUNA
+from timed_cases import TINY, Step, head_scores
 from triton.runtime.errors import OutOfResources
 
 from gpu_parts.bench import DRY, Predicted, sizes_of

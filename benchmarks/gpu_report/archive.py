@@ -5,8 +5,6 @@ was not finished). Runs of one day add up: a later run's case takes the place of
 what failed stays on the list.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import tarfile

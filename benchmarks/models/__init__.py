@@ -5,8 +5,6 @@ written from the published numbers: nothing is downloaded, and nothing here is o
 with real weights.
 """
 
-from __future__ import annotations
-
 from importlib.metadata import version
 from pathlib import Path
 

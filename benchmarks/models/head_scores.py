@@ -1,7 +1,5 @@
 """Synthetic head profiles, as concentrated as the published ones."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -6,8 +6,6 @@ at 4,096 positions: for longer prompts give vLLM the ``hf_overrides``
 ``{"text_config": {"max_position_embeddings": tokens}}``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -7,8 +7,6 @@ differences only.
 Sizes: N prompts, n columns (the longest prompt), t new tokens a prompt; L, Hq, Hkv, D, W as ever.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +119,7 @@ class OfflineModel:
                 answers[row] = answer
         return answers
 
-    def _answer(self, step: _Step, most: int) -> list[str]:
+    def _answer(self, step: "_Step", most: int) -> list[str]:
         end = self.reader.processor.tokenizer.eos_token_id
         self._step = step
         tokens = [step.logits.argmax(-1)]

@@ -1,7 +1,5 @@
 """The curves and the heads as PNG, from the JSON files."""
 
-from __future__ import annotations
-
 from io import BytesIO
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The models that are measured, and the questions they are asked."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 `vllm bench serve` knows no second turns with pictures, so these are asked here, one at a time.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import time

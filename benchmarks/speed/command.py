@@ -1,10 +1,10 @@
 """What the commands of speed benchmarks have in common; and where there is no GPU."""
 
-from __future__ import annotations
-
 import argparse
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from models import FOLDER
 from sparsemm_vllm.environment import has_gpu, quieten_vllm, use_cpu
 from speed.results import Deadline, Results
 from speed.subject import NARROW, Subject, full_size, reader, shrunk
+
+Cells = dict[str, Callable[[Any], dict[str, Any]]]
 
 LONGEST = 65_536  # tokens of prompt and answer
 
@@ -77,6 +79,28 @@ def measure_cells(
             return False
         results.save(name, cell())
         print(f"{name}: measured", flush=True)
+    return True
+
+
+def measure_groups(
+    results: Results, groups: Iterable[tuple[Callable[[], Any], Cells]], deadline: Deadline
+) -> bool:
+    """Measure what is missing, a group of engines after the other; whether nothing is left.
+
+    Args:
+        results: file that cells are added to.
+        groups: functions that open engines, and their cells: functions of what was opened, by name.
+        deadline: end of the time.
+    """
+    for open_engines, cells in groups:
+        if cells.keys() <= results.cells.keys():
+            continue
+        if deadline.left <= 0:
+            return False
+        with closing(open_engines()) as engines:
+            ready = {name: partial(cell, engines) for name, cell in cells.items()}
+            if not measure_cells(results, ready, deadline):
+                return False
     return True
 
 

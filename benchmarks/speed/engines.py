@@ -4,8 +4,6 @@ What is timed is what a client of `vllm.LLM` sees: with a GPU the engine runs in
 own, with asynchronous scheduling and CUDA graphs, as vLLM does unless told otherwise.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A load on a server, by vLLM's own client, and what the server's metrics say meanwhile."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import multiprocessing
@@ -13,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import httpx
 
@@ -58,7 +56,7 @@ class Bench:
         self._process.start()
         theirs.close()  # so that its end is seen when it dies
 
-    def __enter__(self) -> Bench:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -127,7 +125,7 @@ class Watch:
         self._error: Exception | None = None
         self._client = httpx.Client(timeout=60)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Self:
         self._before = self._read()
         self._thread.start()
         return self

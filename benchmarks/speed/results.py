@@ -1,12 +1,10 @@
 """Where results go: ``benchmarks/results/<device>/<date>/<benchmark>.json``, resumable."""
 
-from __future__ import annotations
-
 import re
 import time
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from common import RESULTS, machine
 
@@ -57,7 +55,7 @@ class Results:
         self.data |= {"skipped": self.skipped, "cells": self.cells}
 
     @classmethod
-    def of(cls, benchmark: str, asked: dict[str, Any], cpu: bool, file: Path | None) -> Results:
+    def of(cls, benchmark: str, asked: dict[str, Any], cpu: bool, file: Path | None) -> Self:
         """Results in the file given, or in today's folder of this device."""
         if file is None:
             file = results_folder(machine(cpu)["device"]) / f"{benchmark}.json"

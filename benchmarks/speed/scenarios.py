@@ -5,8 +5,6 @@ nor base64 is measured. Each scenario draws its own, whichever server is asked, 
 share one, unless the scenario says that its requests do.
 """
 
-from __future__ import annotations
-
 import json
 import zlib
 from dataclasses import dataclass

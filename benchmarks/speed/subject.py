@@ -1,7 +1,5 @@
 """The model that is measured, and the bytes that a decode step cannot do without."""
 
-from __future__ import annotations
-
 import copy
 import time
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The family of the small models: a LLaVA with a CLIP vision tower and a Llama, one size each."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig

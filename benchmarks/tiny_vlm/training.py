@@ -1,7 +1,5 @@
 """A training run that can be stopped and resumed."""
 
-from __future__ import annotations
-
 import io
 import json
 import time
