@@ -18,7 +18,8 @@ from timed_cases import TINY, Decode, Model, P, Prune, Step, head_scores
 
 from sparsemm_vllm.environment import has_gpu
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
-from sparsemm_vllm.triton_kernels.batch import HeadPages, QueryTiles, decode_queries, decode_rows
+from sparsemm_vllm.triton_kernels.batch import HeadPages, QueryTiles, Rows
+from sparsemm_vllm.triton_kernels.tile_sizes import decode_queries, decode_rows
 
 GPU = has_gpu()
 DEVICE = Device(dry=not GPU)
@@ -120,8 +121,8 @@ def bench_correct_slots(benchmark: Any, ops: ModuleType, R: int, chunk: int) -> 
     pages.compact_blocks.fill_(4)
     slots = torch.zeros(int(queries.sum()), dtype=torch.int64, **place)
     table = torch.ones(R, 4 * n // P, dtype=torch.int32, **place)
-    rows = starts, seq_lens, torch.arange(R, **place)
-    args = slots, torch.full_like(slots, n), table, *rows, pages, P, chunk
+    rows = Rows(table, starts, seq_lens, torch.arange(R, **place))
+    args = slots, torch.full_like(slots, n), rows, pages, P, chunk
     moved = (R if chunk == 1 else R - 1) * (16 + 4) + R * 40
     timed(benchmark, lambda: ops.correct_slots(*args), bytes=moved)
 

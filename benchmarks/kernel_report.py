@@ -62,17 +62,10 @@ from triton.runtime.jit import JITFunction
 
 from sparsemm_vllm.files import write_whole
 from sparsemm_vllm.triton_kernels import triton_ops
-from sparsemm_vllm.triton_kernels.batch import (
-    DecodeBatch,
-    DecodeBuffers,
-    HeadPages,
-    Prompts,
-    PruneWorkspace,
-    QueryTiles,
-    decode_queries,
-    decode_rows,
-)
+from sparsemm_vllm.triton_kernels.batch import HeadPages, Prompts, PruneWorkspace, QueryTiles, Rows
+from sparsemm_vllm.triton_kernels.decode_batch import DecodeBatch, DecodeBuffers
 from sparsemm_vllm.triton_kernels.occupancy import Multiprocessor
+from sparsemm_vllm.triton_kernels.tile_sizes import decode_queries, decode_rows
 
 # Shared memory that a program may have, and what the programs of a multiprocessor share. Source:
 # CUDA C++ programming guide, technical specifications per compute capability; of the former the
@@ -186,7 +179,7 @@ def launch(case: Case) -> None:
     pages = HeadPages.empty(max_requests, L, Hkv, cpu, max_pages=20 * L * Hkv * lists_pages)
     query_start = torch.zeros(requests + 1, dtype=torch.int32)
     seq_lens = torch.zeros(requests, dtype=torch.int32)
-    running = torch.zeros(requests, dtype=torch.int32)
+    rows = Rows(table, query_start, seq_lens, torch.zeros(requests, dtype=torch.int32))
     prompts = Prompts.pack([(i, i, (i + 1) * n, n) for i in range(requests)], 1025, cpu)
     workspace = PruneWorkspace.allocate(requests * (n + 16), Hkv * G, Hkv, window, cpu)
     buffers = DecodeBuffers.allocate(requests * Q * G, L, Hkv, D, dtype, 132, cpu)
@@ -195,7 +188,6 @@ def launch(case: Case) -> None:
         batch = replace(batch, options=replace(batch.options, **{case.variant: True}))
 
     slots = torch.empty(tokens, dtype=torch.int64)
-    rows = query_start, seq_lens, running
     block_q = decode_queries(Q, G, decode_rows(D, dtype))
     tiles = QueryTiles.pack([(i, i * n, Q, n, i * Q) for i in range(requests)], block_q, cpu)
     keys = torch.empty(tokens, Hkv * G, dtype=torch.int32)
@@ -204,9 +196,9 @@ def launch(case: Case) -> None:
         "window_scores": (query, cache[layer], table, prompts, workspace, window, 5, 0.1, scale),
         "select_tokens": (prompts, workspace, pages.lengths[:, layer], window),
         "compact_kv": (cache, layer, table, prompts, workspace, pages),
-        "correct_slots": (slots, slots.clone(), table, *rows, pages, P, Q),
+        "correct_slots": (slots, slots.clone(), rows, pages, P, Q),
         "list_pages": (cache, table, prompts, pages),
-        "schedule_decode": (batch, pages, window, P, *rows),
+        "schedule_decode": (batch, pages, window, P, rows),
         "sparse_decode": (query, cache, layer, table, batch, output, 0.1, scale, scale),
         "top_keys": (query, cache[layer], table, tiles, keys),
     }

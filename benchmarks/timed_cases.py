@@ -19,15 +19,9 @@ from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.budget.profile import load_profile
 from sparsemm_vllm.commands.import_scores import import_scores
 from sparsemm_vllm.triton_kernels import triton_ops
-from sparsemm_vllm.triton_kernels.batch import (
-    DecodeBatch,
-    DecodeBuffers,
-    DecodeOptions,
-    HeadPages,
-    Prompts,
-    PruneWorkspace,
-    padded_queries,
-)
+from sparsemm_vllm.triton_kernels.batch import HeadPages, Prompts, PruneWorkspace, Rows
+from sparsemm_vllm.triton_kernels.decode_batch import DecodeBatch, DecodeBuffers
+from sparsemm_vllm.triton_kernels.tile_sizes import DecodeOptions, padded_queries
 
 P, W, KERNEL_SIZE = 16, 32, 5
 # As sparsemm_vllm.engine.worker.model_state has it, which needs vLLM.
@@ -156,11 +150,10 @@ class Decode:
         self.output = torch.empty_like(self.query)
         self.start = torch.arange(batch + 1, dtype=torch.int32, device=device.torch)
         self.seq_lens = torch.full((batch,), n + 1, dtype=torch.int32, device=device.torch)
-        requests = self.start[:batch]
 
         if options is not None and options.lists_pages and C:
             pages = self.list_pages(pages, C)
-        self.pages, self.requests = pages, requests
+        self.pages = pages
         most = MOST_PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors
         sizes = batch * Hq, L, Hkv, D, cache_dtype, most, device.torch, dtype
         units = pages.page_units
@@ -188,8 +181,8 @@ class Decode:
 
     def schedule(self) -> None:
         """As a step does it once."""
-        args = W, P, self.start, self.seq_lens, self.requests
-        self.ops.schedule_decode(self.rows, self.pages, *args)
+        given = Rows(self.table, self.start, self.seq_lens, self.start[: self.batch])
+        self.ops.schedule_decode(self.rows, self.pages, W, P, given)
 
     def layer(self, layer: int) -> Any:
         """Attention of one layer; Triton's compiled kernel."""

@@ -9,18 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Rows of `Prompts.table`.
-BATCH_ROW, REQUEST, QUERY_END, TOKENS, OFFSET = range(5)
-
-# Columns of `DecodeBuffers.rows`.
-TILE_ROW, FIRST_QUERY, QUERIES, POSITION, TAIL_START, PROMPT_BLOCKS, COMPACT_BLOCKS, TAIL = range(8)
-
-# Column of `QueryTiles.table` behind the first four of these.
-TARGET = 4
-
-# Beginning and ending an item costs a decode program about as much as reading this many KV tiles:
-# see benchmarks/decode_model.py, which says from which figures.
-SETUP_TILES = 1
+from .tables import PROMPT_ROWS, TARGET_COLUMNS, Prompt
+from .tile_sizes import padded_queries
 
 OFFSET_ALIGNMENT = 16  # tokens: 16-byte loads of scores begin at multiples of it
 
@@ -39,6 +29,27 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a step's batch, on the device.
+
+    The first rows are requests. A batch that is padded for a CUDA graph has more rows behind them,
+    which have no queries and belong to no request.
+
+    Attributes:
+        block_table: block numbers of each row, int32 ``[R', max_blocks]``, rows contiguous.
+        query_start: first query of each row in the step's, and the end of the last, int32
+            ``[>= R' + 1]``.
+        seq_lens: tokens of each row after the step, int32 ``[>= R']``.
+        requests: index in `HeadPages` of each request, int32 or int64 ``[R]``, ``R <= R'``.
+    """
+
+    block_table: torch.Tensor
+    query_start: torch.Tensor
+    seq_lens: torch.Tensor
+    requests: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -118,18 +129,16 @@ class Prompts:
     """Prompts that this step completes and prunes, side by side in a `PruneWorkspace`.
 
     Attributes:
-        table: int32 ``[5, R]``: of each prompt its row in the block table, its index in
-            `HeadPages`, the end of its queries in the step's, `n`, and its first column in the
-            workspace.
-        max_tokens: the longest `n`.
-        max_kept: most tokens that a head keeps in its pages.
-        entries: the columns of the table, a prompt each, on the host.
+        table: numbers of each prompt, int32 ``[PROMPT_ROWS, R]``; `tables` names the rows.
+        max_tokens: tokens of the longest prompt.
+        max_kept: tokens that a head keeps in its pages, at most.
+        entries: columns of the table, a prompt each, on the host.
     """
 
     table: torch.Tensor
     max_tokens: int
     max_kept: int
-    entries: list[tuple[int, ...]]
+    entries: list[Prompt]
 
     @property
     def count(self) -> int:
@@ -148,12 +157,25 @@ class Prompts:
             device: where the kernels run.
         """
         placed, end = [], 0
-        for *place, n in rows:
-            placed.append((*place, n, end))
+        for batch_row, request, query_end, n in rows:
+            placed.append(Prompt(batch_row, request, query_end, n, end))
             end += columns(n)
         table = torch.tensor(placed, dtype=torch.int32).T.contiguous()
-        longest = max(row[3] for row in rows)
+        longest = max(prompt.tokens for prompt in placed)
         return cls(to_device(table, device), longest, max_kept, placed)
+
+    def check(self) -> None:
+        """Refuse a table of another shape, layout or type.
+
+        Raises:
+            ValueError: naming what is wanted.
+        """
+        table = self.table
+        right = table.dim() == 2 and len(table) == PROMPT_ROWS and table.dtype == torch.int32
+        if not right or not table.is_contiguous():
+            raise ValueError(
+                f"prompts.table {list(table.shape)} must be int32 [{PROMPT_ROWS}, R], contiguous"
+            )
 
 
 def columns(prompt_tokens: int) -> int:
@@ -201,293 +223,30 @@ class PruneWorkspace:
         """Columns: tokens of all prompts of one launch."""
         return self.scores.shape[1]
 
-
-def query_block(rows: int) -> int:
-    """Rows of a tile of queries: a power of two, 16 at least (tensor cores), 64 at most."""
-    return min(64, max(16, 1 << (rows - 1).bit_length()))
-
-
-def decode_tokens(D: int, dtype: torch.dtype) -> int:
-    """Tokens of a KV tile: as many as the registers of a program take in.
-
-    Args:
-        D: head size.
-        dtype: type of the cache.
-    """
-    D = 1 << (D - 1).bit_length()
-    if dtype == torch.float32:  # multiplied without tensor cores
-        return max(16, 2048 // D)
-    return 16 if D > 128 and dtype == torch.float8_e4m3fn else min(128, 8192 // D)
-
-
-@dataclass(frozen=True)
-class DecodeOptions:
-    """How the decode kernel is compiled.
-
-    Attributes:
-        block_n: tokens of a KV tile.
-        stages: pipeline stages of the loop over KV tiles.
-        num_warps: warps of a program.
-        maxnreg: registers of a thread at most.
-        pdl: programmatic dependent launch: programs begin while the kernel before still ends, and
-            wait for it where they read what it wrote. Compute capability 9.0 and up.
-        lists_pages: where head pages begin is computed once, when a prompt is pruned, and read in
-            every step (`HeadPages.page_units`).
-    """
-
-    block_n: int
-    stages: int
-    num_warps: int
-    maxnreg: int = 255
-    pdl: bool = False
-    lists_pages: bool = False
-
-
-def decode_options(
-    D: int, cache_dtype: torch.dtype, query_dtype: torch.dtype, block_m: int
-) -> DecodeOptions:
-    """The options that serving uses; `tune` of the GPU suite tries others.
-
-    Chosen by the cycles that `benchmarks/sass.py` reads from the machine code; on one H200 none of
-    nine other options was more than 2 % faster than these (`tune`, 2026-11-28). There `pdl` gained
-    0.6 and 1.7 %, `lists_pages` lost 1 %: both stay off.
-
-    A tile of 16 query rows leaves registers for twice the tokens of `decode_tokens`: what a tile
-    costs whatever its size (barriers, softmax statistics) is paid half as often. Two stages: keys
-    of the next tile are on their way while the values of this one are multiplied, and the other way
-    round; two programs of a multiprocessor have 64 KiB on the way (16 bits, `D` 128), and 4.3 TB/s
-    need 33 KiB. A third stage, for the block numbers, makes the beginning of an item longer than it
-    makes a tile shorter. Where a tile is smaller it is worth it.
-
-    Args:
-        D: head size.
-        cache_dtype: type of the cache.
-        query_dtype: type of the queries.
-        block_m: rows of a query tile, see `query_block`.
-    """
-    tokens = decode_tokens(D, cache_dtype)
-    if query_dtype == torch.float32:
-        return DecodeOptions(tokens, stages=2, num_warps=8)
-    if block_m > 16:
-        return DecodeOptions(min(64, tokens), stages=3, num_warps=8)
-    if D > 128 or cache_dtype == torch.float8_e4m3fn:  # converted, fp8 values need registers too
-        return DecodeOptions(tokens, stages=3, num_warps=4)
-    return DecodeOptions(min(128, 2 * tokens), stages=2, num_warps=4)
-
-
-def decode_rows(D: int, dtype: torch.dtype) -> int:
-    """Rows of a query tile at most: queries times query heads of a KV head.
-
-    Args:
-        D: head size.
-        dtype: of the cache.
-    """
-    return 64 // (1 + (D > 128)) // (1 + (dtype == torch.float32))
-
-
-def decode_queries(max_query_len: int, G: int, max_rows: int = 64) -> int:
-    """Queries of a decode tile: those of a row, as far as `max_rows` rows hold them for `G` heads.
-
-    Raises:
-        ValueError: if they do not hold a single one.
-    """
-    if max_rows < G:
-        raise ValueError(f"{G} query heads share a KV head; a tile has {max_rows} rows")
-    return min(query_block(max_query_len * G), max_rows) // G
-
-
-def padded_queries(G: int, window: int) -> int:
-    """Window queries of a KV head, all of its query heads', in whole tiles."""
-    block = query_block(G * window)
-    return -(-G * window // block) * block
-
-
-def _empty_schedule(
-    max_query_tiles: int, L: int, Hkv: int, max_programs: int, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """The tensors of `DecodeBuffers` that are a schedule's own; nothing is to be read."""
-    items = max_query_tiles * Hkv
-    shapes = {
-        "rows": (max_query_tiles, 8),
-        "items": (L, items, 2),
-        "first_tile": (L, items + 1),
-        "first_item": (L, max_programs),
-        "arrived": (items,),
-    }
-    return {
-        name: torch.zeros(shape, dtype=torch.int32, device=device) for name, shape in shapes.items()
-    }
-
-
-@dataclass(frozen=True)
-class DecodeBuffers:
-    """How decode attention is spread over the device, rewritten every step.
-
-    A *query tile* is up to `block_q` queries of one request; an *item* is a query tile and a KV
-    head, ``item = query_tile * Hkv + head``; its tokens are read in *KV tiles*. The work of an item
-    is its KV tiles and `SETUP_TILES` more, for what it costs to begin and to end it. Equal shares
-    of a layer's work go to the programs of a launch, whatever items they belong to.
-
-    Attributes:
-        rows: int32 ``[max_query_tiles, 8]``: of each query tile its row in the block table, its
-            first query in the step's, how many, the position of the first, the first position of
-            the tail, `N`, `C`, and the tokens of the tail that it sees.
-        items: tokens in the head pages of each item, and its first head page, int32
-            ``[L, max_items, 2]``; with `HeadPages.page_units` the latter's place in all of them.
-        first_tile: work of the items before each, and of all, int32 ``[L, max_items + 1]``.
-        first_item: item at which each program begins, int32 ``[L, max_programs]``.
-        arrived: programs that have finished their part of an item, int32 ``[max_items]``; zero
-            between two launches.
-        partial: unfinished outputs, of a program's first and last item, float32
-            ``[max_programs, 2, max_rows, D]``.
-        stats: maximum and sum of their softmax, float32 ``[max_programs, 2, max_rows, 2]``.
-        cache_dtype: type of the cache.
-        query_dtype: type of the queries.
-    """
-
-    rows: torch.Tensor
-    items: torch.Tensor
-    first_tile: torch.Tensor
-    first_item: torch.Tensor
-    arrived: torch.Tensor
-    partial: torch.Tensor
-    stats: torch.Tensor
-    cache_dtype: torch.dtype
-    query_dtype: torch.dtype
-
-    @classmethod
-    def allocate(
-        cls,
-        max_query_tiles: int,
-        L: int,
-        Hkv: int,
-        D: int,
-        cache_dtype: torch.dtype,
-        max_programs: int,
-        device: torch.device,
-        query_dtype: torch.dtype | None = None,
-    ) -> "DecodeBuffers":
-        """Buffers of a schedule in which nothing is to be read.
+    def check(self, prompts: Prompts, Hkv: int) -> None:
+        """Refuse prompts that do not fit, and scores of another shape, layout or type.
 
         Args:
-            max_query_tiles: query tiles of a batch.
-            L: layers.
-            Hkv: KV heads.
-            D: head size.
-            cache_dtype: type of the cache.
-            max_programs: programs of a launch at most.
-            device: where the kernels run.
-            query_dtype: type of the queries; the cache's if not given, bfloat16 beside fp8.
-        """
-        if query_dtype is None:
-            query_dtype = torch.bfloat16 if cache_dtype == torch.float8_e4m3fn else cache_dtype
-        max_rows = decode_rows(D, cache_dtype)
-        return cls(
-            **_empty_schedule(max_query_tiles, L, Hkv, max_programs, device),
-            partial=torch.empty(max_programs, 2, max_rows, D, device=device),
-            stats=torch.empty(max_programs, 2, max_rows, 2, device=device),
-            cache_dtype=cache_dtype,
-            query_dtype=query_dtype,
-        )
-
-    def for_tiles(self, max_query_tiles: int, Hkv: int) -> "DecodeBuffers":
-        """Buffers of another schedule, which shares the scratch memory with this one."""
-        L, device = self.items.shape[0], self.rows.device
-        return DecodeBuffers(
-            **_empty_schedule(max_query_tiles, L, Hkv, self.max_programs, device),
-            partial=self.partial,
-            stats=self.stats,
-            cache_dtype=self.cache_dtype,
-            query_dtype=self.query_dtype,
-        )
-
-    @property
-    def max_rows(self) -> int:
-        """Rows of a query tile at most."""
-        return self.partial.shape[2]
-
-    @property
-    def max_programs(self) -> int:
-        """Programs of a decode launch at most."""
-        return self.first_item.shape[1]
-
-
-@dataclass(frozen=True)
-class DecodeBatch:
-    """Rows of a step that `sparse_decode` computes.
-
-    Attributes:
-        buffers: their schedule.
-        first_row: the first of them in the batch.
-        rows: how many.
-        tiles_per_row: query tiles of a row.
-        block_q: queries of a tile.
-        block_m: rows of a query tile: its queries times the query heads of a KV head, padded.
-        programs: programs of a launch.
-        options: how the kernel is compiled.
-        page_units: see `HeadPages`.
-    """
-
-    buffers: DecodeBuffers
-    first_row: int
-    rows: int
-    tiles_per_row: int
-    block_q: int
-    block_m: int
-    programs: int
-    options: DecodeOptions
-    page_units: torch.Tensor | None = None
-
-    @property
-    def query_tiles(self) -> int:
-        """Query tiles in all."""
-        return self.rows * self.tiles_per_row
-
-    @classmethod
-    def of(
-        cls,
-        buffers: DecodeBuffers,
-        first_row: int,
-        rows: int,
-        max_query_len: int,
-        G: int,
-        programs: int | None = None,
-        options: DecodeOptions | None = None,
-        page_units: torch.Tensor | None = None,
-    ) -> "DecodeBatch":
-        """Rows of up to `max_query_len` queries each.
-
-        Args:
-            buffers: where the schedule is written.
-            first_row: the first of the rows in the step's batch.
-            rows: how many.
-            max_query_len: queries of a row at most.
-            G: query heads of a KV head.
-            programs: programs of a launch; as many as the buffers hold if not given.
-            options: how the kernel is compiled; `decode_options` if not given.
-            page_units: see `HeadPages`.
+            prompts: prompts of one launch.
+            Hkv: KV heads of the cache.
 
         Raises:
-            ValueError: if the buffers are too small, or `G` is too large.
+            ValueError: naming what is wanted.
         """
-        block_q = decode_queries(max_query_len, G, buffers.max_rows)
-        block_q = max(1, min(block_q, max_query_len))
-        block_m = query_block(block_q * G)
-        if options is None:
-            D = buffers.partial.shape[3]
-            options = decode_options(D, buffers.cache_dtype, buffers.query_dtype, block_m)
-        programs = programs or buffers.max_programs
-        tiles = -(-max_query_len // block_q)
-        batch = cls(
-            buffers, first_row, rows, tiles, block_q, block_m, programs, options, page_units
-        )
-        if batch.query_tiles > buffers.rows.shape[0]:
+        if prompts.count > self.MAX_PROMPTS:
+            raise ValueError(f"{prompts.count} prompts; at most {self.MAX_PROMPTS} at once")
+        for name, buffer in (("sums", self.sums), ("scores", self.scores)):
+            right = len(buffer) == Hkv and buffer.dtype == torch.float32
+            if not right or not buffer.is_contiguous():
+                raise ValueError(
+                    f"workspace.{name} {list(buffer.shape)} must be float32 [Hkv, capacity] with "
+                    f"Hkv {Hkv}, contiguous"
+                )
+        if columns(prompts.max_tokens) > self.capacity:
             raise ValueError(
-                f"{batch.query_tiles} query tiles, but the buffers hold {buffers.rows.shape[0]}"
+                f"a prompt of {prompts.max_tokens} tokens does not fit into {self.capacity} "
+                "workspace columns"
             )
-        if programs > buffers.max_programs:
-            raise ValueError(f"{programs} programs, but the buffers hold {buffers.max_programs}")
-        return batch
 
 
 @dataclass(frozen=True)
@@ -495,9 +254,7 @@ class QueryTiles:
     """Queries of a step whose attention is recorded, up to `block_q` of one request in a tile.
 
     Attributes:
-        table: int32 ``[tiles, 5]``: of each tile its row in the block table, its first query in the
-            step's, how many, the position of the first, and the row that records it; the others
-            follow.
+        table: numbers of each tile, int32 ``[tiles, TARGET_COLUMNS]``; `tables` names the columns.
         block_q: queries of a tile.
     """
 
@@ -525,5 +282,5 @@ class QueryTiles:
             for row, first, queries, position, target in spans
             for i in range(0, queries, block_q)
         ]
-        table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 5)
+        table = torch.tensor(rows, dtype=torch.int32).reshape(-1, TARGET_COLUMNS)
         return cls(to_device(table, device), block_q)

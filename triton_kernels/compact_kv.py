@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .batch import HeadPages, Prompts, PruneWorkspace
+from .tables import BATCH_ROW, OFFSET, REQUEST, TOKENS
 
 # Moved per kept token of a head: 2 * D elements read and as many written, 4 bytes of its position
 # and 4 of its block; no arithmetic but addresses.
@@ -134,7 +135,7 @@ def compact_kv(
     # Integers of the same size: no conversion touches a NaN.
     raw = cache.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[cache.element_size()])
     lengths, first_pages = pages.lengths[:, layer], pages.first_pages[:, layer]
-    row, request, _, tokens, offset = prompts.table.unbind()
+    table = prompts.table
     options = tiles(columns // 2, cache.element_size())
     grid = (triton.cdiv(prompts.max_kept, options["BLOCK_T"]), Hkv, prompts.count)
     _compact_kv_kernel[grid](
@@ -144,10 +145,10 @@ def compact_kv(
         positions,
         lengths,
         first_pages,
-        row,
-        request,
-        tokens,
-        offset,
+        table[BATCH_ROW],
+        table[REQUEST],
+        table[TOKENS],
+        table[OFFSET],
         *raw.stride()[:4],
         block_table.stride(0),
         positions.stride(0),

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .batch import HeadPages
+from .batch import HeadPages, Rows
 
 # Moved per token of a decode row: 16 bytes of position and slot, 4 of its block; per row about 40.
 # A launch of a few programs: its time is the launch's.
@@ -46,10 +46,7 @@ def _correct_slots_kernel(
 def correct_slots(
     slots: torch.Tensor,
     positions: torch.Tensor,
-    block_table: torch.Tensor,
-    query_start: torch.Tensor,
-    seq_lens: torch.Tensor,
-    requests: torch.Tensor,
+    rows: Rows,
     pages: HeadPages,
     page_size: int,
     max_query_len: int,
@@ -63,10 +60,7 @@ def correct_slots(
     Args:
         slots: cache slot of each token of the step, int64 ``[T]``, contiguous.
         positions: position of each token in its request, int64 ``[T]``, contiguous.
-        block_table: int32 ``[R', max_blocks]``, rows contiguous.
-        query_start: first token of each row, and the end of the last, int32 ``[R' + 1]``.
-        seq_lens: tokens of each row after the step, int32 ``[R']``.
-        requests: index in `pages` of each real row, int32 or int64 ``[R]``, ``R <= R'``.
+        rows: rows of the step's batch; those of requests are corrected.
         pages: prompt tokens and compact blocks of the requests.
         page_size: `P`, in tokens.
         max_query_len: bound of the tokens of a row.
@@ -74,12 +68,13 @@ def correct_slots(
     Raises:
         ValueError: for tensors of another shape, layout or type.
     """
+    block_table, R = rows.block_table, len(rows.requests)
     for name, tensor, kinds, size in (
         ("slots", slots, (torch.int64,), 0),
         ("positions", positions, (torch.int64,), 0),
-        ("query_start", query_start, (torch.int32,), len(requests) + 1),
-        ("seq_lens", seq_lens, (torch.int32,), len(requests)),
-        ("requests", requests, (torch.int32, torch.int64), 0),
+        ("query_start", rows.query_start, (torch.int32,), R + 1),
+        ("seq_lens", rows.seq_lens, (torch.int32,), R),
+        ("requests", rows.requests, (torch.int32, torch.int64), 0),
     ):
         if tensor.dtype not in kinds or tensor.ndim != 1 or not tensor.is_contiguous():
             raise ValueError(
@@ -93,13 +88,13 @@ def correct_slots(
             f"block_table is {block_table.dtype} {list(block_table.shape)}, "
             f"stride {block_table.stride()}; int32 [R', max_blocks] with contiguous rows wanted"
         )
-    _correct_slots_kernel[(len(requests), triton.cdiv(max_query_len, BLOCK))](
+    _correct_slots_kernel[(R, triton.cdiv(max_query_len, BLOCK))](
         slots,
         positions,
         block_table,
-        query_start,
-        seq_lens,
-        requests,
+        rows.query_start,
+        rows.seq_lens,
+        rows.requests,
         pages.prompt_tokens,
         pages.compact_blocks,
         block_table.stride(0),

@@ -4,8 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .batch import REQUEST, TOKENS, HeadPages, Prompts
-from .sparse_decode import cache_units
+from . import tables
+from .batch import HeadPages, Prompts
+from .cache import cache_units
 
 # Per head page 4 bytes read, 4 written: a launch of a few microseconds, once a prompt.
 BLOCK_PAGES = 1024
@@ -26,16 +27,17 @@ def _list_pages(
     L: tl.constexpr,
     Hkv: tl.constexpr,
     P: tl.constexpr,
-    REQUEST: tl.constexpr,
-    TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BATCH_ROW: tl.constexpr = tables.BATCH_ROW,
+    REQUEST: tl.constexpr = tables.REQUEST,
+    TOKENS: tl.constexpr = tables.TOKENS,
 ):
     prompt = tl.program_id(0)
     request = tl.load(prompts_ptr + REQUEST * stride_prompts + prompt).to(tl.int64)
     pages = tl.load(compact_blocks_ptr + request) * (L * Hkv)
     if tl.program_id(1) * BLOCK >= pages:
         return
-    row = tl.load(prompts_ptr + prompt).to(tl.int64)
+    row = tl.load(prompts_ptr + BATCH_ROW * stride_prompts + prompt).to(tl.int64)
     prompt_blocks = tl.cdiv(tl.load(prompts_ptr + TOKENS * stride_prompts + prompt), P)
     page = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = page < tl.minimum(pages, max_pages)
@@ -77,7 +79,5 @@ def list_pages(
         L=L,
         Hkv=Hkv,
         P=P,
-        REQUEST=REQUEST,
-        TOKENS=TOKENS,
         BLOCK=BLOCK_PAGES,
     )

@@ -4,7 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .batch import SETUP_TILES, DecodeBatch, HeadPages
+from . import tables
+from .batch import HeadPages, Rows
+from .decode_batch import SETUP_TILES, DecodeBatch
 
 # Items, and programs, that a layer's program counts at a time. One an own thread: the time of a
 # step's schedule is that of a few dependent loads for each block of items.
@@ -34,7 +36,7 @@ def _schedule_decode(
     compact_blocks_ptr,
     lengths_ptr,
     first_pages_ptr,
-    rows_ptr,
+    tiles_ptr,
     items_ptr,
     first_tile_ptr,
     first_item_ptr,
@@ -58,9 +60,21 @@ def _schedule_decode(
     BLOCK_N: tl.constexpr,
     BLOCK_ITEMS: tl.constexpr,
     BLOCK_PROGRAMS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr = tables.TILE_COLUMNS,
+    TILE_ROW: tl.constexpr = tables.TILE_ROW,
+    FIRST_QUERY: tl.constexpr = tables.FIRST_QUERY,
+    QUERIES: tl.constexpr = tables.QUERIES,
+    POSITION: tl.constexpr = tables.POSITION,
+    TAIL_START: tl.constexpr = tables.TAIL_START,
+    PROMPT_BLOCKS: tl.constexpr = tables.PROMPT_BLOCKS,
+    COMPACT_BLOCKS: tl.constexpr = tables.COMPACT_BLOCKS,
+    TAIL: tl.constexpr = tables.TAIL,
+    ITEM_COLUMNS: tl.constexpr = tables.ITEM_COLUMNS,
+    KEPT: tl.constexpr = tables.KEPT,
+    FIRST_PAGE: tl.constexpr = tables.FIRST_PAGE,
 ):
     layer = tl.program_id(0)
-    items_ptr += layer.to(tl.int64) * 2 * stride_items
+    items_ptr += layer.to(tl.int64) * ITEM_COLUMNS * stride_items
     first_tile_ptr += layer.to(tl.int64) * (stride_items + 1)
 
     # Each item's KV tiles, and its set-up, summed up.
@@ -96,20 +110,22 @@ def _schedule_decode(
 
         tl.store(first_tile_ptr + 1 + item, total + tl.cumsum(tiles), inside)
         total += tl.sum(tiles)
-        tl.store(items_ptr + 2 * item, kept, inside)
-        tl.store(items_ptr + 2 * item + 1, request.to(tl.int32) * max_pages + first_page, inside)
+        item_ptr = items_ptr + ITEM_COLUMNS * item
+        tl.store(item_ptr + KEPT, kept, inside)
+        tl.store(item_ptr + FIRST_PAGE, request.to(tl.int32) * max_pages + first_page, inside)
         # Zero already, unless a sleeping engine has lost its memory.
         tl.store(arrived_ptr + item, 0, inside & (layer == 0))
         once = inside & (layer == 0) & (head == 0)
-        out_ptr = rows_ptr + 8 * query_tile
-        tl.store(out_ptr, row, once)
-        tl.store(out_ptr + 1, start + skipped, once)
-        tl.store(out_ptr + 2, queries, once)
-        tl.store(out_ptr + 3, position, once)
-        tl.store(out_ptr + 4, tail_start, once)
-        tl.store(out_ptr + 5, tl.where(pruned, (n + page_size - 1) // page_size, 0), once)
-        tl.store(out_ptr + 6, tl.where(pruned, compact_blocks, 0), once)
-        tl.store(out_ptr + 7, tail, once)
+        tile_ptr = tiles_ptr + TILE_COLUMNS * query_tile
+        tl.store(tile_ptr + TILE_ROW, row, once)
+        tl.store(tile_ptr + FIRST_QUERY, start + skipped, once)
+        tl.store(tile_ptr + QUERIES, queries, once)
+        tl.store(tile_ptr + POSITION, position, once)
+        tl.store(tile_ptr + TAIL_START, tail_start, once)
+        prompt_blocks = tl.where(pruned, (n + page_size - 1) // page_size, 0)
+        tl.store(tile_ptr + PROMPT_BLOCKS, prompt_blocks, once)
+        tl.store(tile_ptr + COMPACT_BLOCKS, tl.where(pruned, compact_blocks, 0), once)
+        tl.store(tile_ptr + TAIL, tail, once)
 
     # Where each program begins: the last item with no more tiles before it than its own first one.
     tl.debug_barrier()
@@ -135,9 +151,7 @@ def schedule_decode(
     pages: HeadPages,
     window: int,
     page_size: int,
-    query_start: torch.Tensor,
-    seq_lens: torch.Tensor,
-    requests: torch.Tensor,
+    rows: Rows,
 ) -> None:
     """Write the schedule of one step's decode rows, for all layers, into the batch's buffers.
 
@@ -153,22 +167,19 @@ def schedule_decode(
         pages: head pages of all requests.
         window: `W`, in tokens.
         page_size: `P`, in tokens.
-        query_start: first query of each row of the batch and the end of the last, int32
-            ``[>= R + 1]``; padded rows have no queries.
-        seq_lens: tokens of each row after the step, int32 ``[>= R]``.
-        requests: index in `pages` of each row, of the real ones only, int32 or int64.
+        rows: rows of the step's batch; their block table is not read.
 
     Raises:
         ValueError: for tensors of another type, or pages of other heads than the buffers'.
     """
-    buffers = batch.buffers
+    buffers, query_start, seq_lens = batch.buffers, rows.query_start, rows.seq_lens
     L, Hkv = pages.lengths.shape[1:]
     if query_start.dtype != torch.int32 or seq_lens.dtype != torch.int32:
         raise ValueError("query_start and seq_lens must be int32")
-    if buffers.items.shape[:2] != (L, buffers.rows.shape[0] * Hkv):
+    if buffers.items.shape[:2] != (L, buffers.tiles.shape[0] * Hkv):
         raise ValueError(
             f"the buffers hold {list(buffers.items.shape[:2])} [L, items], not "
-            f"{[L, buffers.rows.shape[0] * Hkv]} as the pages' {L} layers and {Hkv} heads need"
+            f"{[L, buffers.tiles.shape[0] * Hkv]} as the pages' {L} layers and {Hkv} heads need"
         )
     last = batch.first_row + batch.rows
     if query_start.shape[0] <= last or seq_lens.shape[0] < last:
@@ -179,12 +190,12 @@ def schedule_decode(
     _schedule_decode[(L,)](
         query_start,
         seq_lens,
-        requests,
+        rows.requests,
         pages.prompt_tokens,
         pages.compact_blocks,
         pages.lengths,
         pages.first_pages,
-        buffers.rows,
+        buffers.tiles,
         buffers.items,
         buffers.first_tile,
         buffers.first_item,
@@ -194,7 +205,7 @@ def schedule_decode(
         buffers.max_programs,
         batch.first_row,
         batch.query_tiles * Hkv,
-        len(requests),
+        len(rows.requests),
         window,
         page_size,
         batch.tiles_per_row,

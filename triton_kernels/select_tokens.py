@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .batch import Prompts, PruneWorkspace
+from .tables import OFFSET, REQUEST, TOKENS
 
 # Moved per head: 4 * m bytes of scores, once if they fit one tile, else five times, all but the
 # first time from the L2 cache; 4 * k bytes of positions. About 20 integer operations a score and
@@ -131,14 +132,14 @@ def select_tokens(
             f"lengths are {lengths.dtype} {list(lengths.shape)}; "
             f"int32 [max_requests, Hkv = {Hkv}] wanted"
         )
-    _, request, _, tokens, offset = prompts.table.unbind()
+    table = prompts.table
     _select_tokens_kernel[(prompts.count, Hkv)](
         scores,
         positions,
         lengths,
-        request,
-        tokens,
-        offset,
+        table[REQUEST],
+        table[TOKENS],
+        table[OFFSET],
         scores.stride(0),
         positions.stride(0),
         *lengths.stride(),

@@ -23,7 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .batch import SETUP_TILES, DecodeBatch
+from . import tables
+from .cache import cache_units
+from .decode_batch import SETUP_TILES, DecodeBatch
 
 
 @triton.jit
@@ -87,7 +89,7 @@ def _sparse_decode(
     output_ptr,
     k_scale_ptr,
     v_scale_ptr,
-    rows_ptr,
+    tiles_ptr,
     items_ptr,
     first_tile_ptr,
     first_item_ptr,
@@ -128,9 +130,21 @@ def _sparse_decode(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr = tables.TILE_COLUMNS,
+    TILE_ROW: tl.constexpr = tables.TILE_ROW,
+    FIRST_QUERY: tl.constexpr = tables.FIRST_QUERY,
+    QUERIES: tl.constexpr = tables.QUERIES,
+    POSITION: tl.constexpr = tables.POSITION,
+    TAIL_START: tl.constexpr = tables.TAIL_START,
+    PROMPT_BLOCKS: tl.constexpr = tables.PROMPT_BLOCKS,
+    COMPACT_BLOCKS: tl.constexpr = tables.COMPACT_BLOCKS,
+    TAIL: tl.constexpr = tables.TAIL,
+    ITEM_COLUMNS: tl.constexpr = tables.ITEM_COLUMNS,
+    KEPT: tl.constexpr = tables.KEPT,
+    FIRST_PAGE: tl.constexpr = tables.FIRST_PAGE,
 ):
     program = tl.program_id(0)
-    items_ptr += layer.to(tl.int64) * 2 * stride_items
+    items_ptr += layer.to(tl.int64) * ITEM_COLUMNS * stride_items
     first_tile_ptr += layer.to(tl.int64) * (stride_items + 1)
     total = tl.load(first_tile_ptr + num_items)
     share = tl.cdiv(total, tl.num_programs(0))
@@ -151,17 +165,18 @@ def _sparse_decode(
     while tile < last:
         begin = tl.load(first_tile_ptr + item) + SETUP  # its first KV tile
         end = tl.load(first_tile_ptr + item + 1)
-        kept = tl.load(items_ptr + 2 * item)
-        first_page = tl.load(items_ptr + 2 * item + 1)
-        row_ptr = rows_ptr + 8 * (item // Hkv)
-        batch_row = tl.load(row_ptr).to(tl.int64)
-        first_query = tl.load(row_ptr + 1).to(tl.int64)
-        queries = tl.load(row_ptr + 2)
-        position = tl.load(row_ptr + 3)
-        tail_start = tl.load(row_ptr + 4)
-        prompt_blocks = tl.load(row_ptr + 5)
-        compact_blocks = tl.load(row_ptr + 6)
-        tokens = kept + tl.load(row_ptr + 7)
+        item_ptr = items_ptr + ITEM_COLUMNS * item
+        kept = tl.load(item_ptr + KEPT)
+        first_page = tl.load(item_ptr + FIRST_PAGE)
+        tile_ptr = tiles_ptr + TILE_COLUMNS * (item // Hkv)
+        batch_row = tl.load(tile_ptr + TILE_ROW).to(tl.int64)
+        first_query = tl.load(tile_ptr + FIRST_QUERY).to(tl.int64)
+        queries = tl.load(tile_ptr + QUERIES)
+        position = tl.load(tile_ptr + POSITION)
+        tail_start = tl.load(tile_ptr + TAIL_START)
+        prompt_blocks = tl.load(tile_ptr + PROMPT_BLOCKS)
+        compact_blocks = tl.load(tile_ptr + COMPACT_BLOCKS)
+        tokens = kept + tl.load(tile_ptr + TAIL)
         head = item % Hkv
 
         first = tl.maximum(tile, begin)
@@ -279,31 +294,6 @@ def _sparse_decode(
         item += 1
 
 
-def cache_units(cache: torch.Tensor) -> tuple[int, int, int, int]:
-    """Strides of the cache's layers, blocks, heads and tokens, in units of a token's elements.
-
-    Args:
-        cache: ``[L, B, Hkv, P, 2 * D]``.
-
-    Raises:
-        ValueError: if a token's keys and values do not lie side by side at a multiple of their
-            size, or if 32 bits do not hold the cache's units.
-    """
-    width = cache.shape[4]
-    *strides, last = cache.stride()
-    if last != 1 or any(stride % width for stride in strides):
-        raise ValueError(
-            f"strides {[*strides, last]} of a cache {list(cache.shape)} [L, B, Hkv, P, 2 * D]: "
-            f"each but the last must be a multiple of {width}, the last 1"
-        )
-    layer, block, head, token = (stride // width for stride in strides)
-    units = layer, block, head, token
-    most = sum((size - 1) * unit for size, unit in zip(cache.shape, units, strict=False))
-    if most >= 2**31:
-        raise ValueError(f"a cache of {most} tokens times heads: 32 bits do not hold them")
-    return units
-
-
 def sparse_decode(
     query: torch.Tensor,
     cache: torch.Tensor,
@@ -362,7 +352,7 @@ def sparse_decode(
         output,
         k_scale,
         v_scale,
-        buffers.rows,
+        buffers.tiles,
         buffers.items,
         buffers.first_tile,
         buffers.first_item,

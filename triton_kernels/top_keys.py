@@ -8,7 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .batch import QueryTiles, decode_tokens, query_block
+from . import tables
+from .batch import QueryTiles
+from .tile_sizes import decode_tokens, query_block
 
 
 @triton.jit
@@ -33,15 +35,21 @@ def _top_keys(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
+    TARGET_COLUMNS: tl.constexpr = tables.TARGET_COLUMNS,
+    TILE_ROW: tl.constexpr = tables.TILE_ROW,
+    FIRST_QUERY: tl.constexpr = tables.FIRST_QUERY,
+    QUERIES: tl.constexpr = tables.QUERIES,
+    POSITION: tl.constexpr = tables.POSITION,
+    TARGET: tl.constexpr = tables.TARGET,
 ):
     """Query tile `program_id(0)` of KV head `program_id(1)`."""
-    row_ptr = tiles_ptr + 5 * tl.program_id(0)
+    tile_ptr = tiles_ptr + TARGET_COLUMNS * tl.program_id(0)
     head = tl.program_id(1)
-    table_ptr = block_table_ptr + tl.load(row_ptr).to(tl.int64) * stride_table
-    first_query = tl.load(row_ptr + 1).to(tl.int64)
-    queries = tl.load(row_ptr + 2)
-    position = tl.load(row_ptr + 3)
-    target = tl.load(row_ptr + 4).to(tl.int64)
+    table_ptr = block_table_ptr + tl.load(tile_ptr + TILE_ROW).to(tl.int64) * stride_table
+    first_query = tl.load(tile_ptr + FIRST_QUERY).to(tl.int64)
+    queries = tl.load(tile_ptr + QUERIES)
+    position = tl.load(tile_ptr + POSITION)
+    target = tl.load(tile_ptr + TARGET).to(tl.int64)
 
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)

@@ -7,22 +7,27 @@ They loop over requests and may wait for the device. What each does to one reque
 import torch
 
 from . import reference
-from .batch import (
+from .batch import HeadPages, Prompts, PruneWorkspace, QueryTiles, Rows
+from .decode_batch import SETUP_TILES, DecodeBatch
+from .tables import (
     COMPACT_BLOCKS,
+    FIRST_PAGE,
     FIRST_QUERY,
+    KEPT,
     POSITION,
     PROMPT_BLOCKS,
     QUERIES,
-    SETUP_TILES,
     TAIL,
     TAIL_START,
+    TARGET,
     TILE_ROW,
-    DecodeBatch,
-    HeadPages,
-    Prompts,
-    PruneWorkspace,
-    QueryTiles,
+    Prompt,
 )
+
+
+def _read(prompts: Prompts) -> list[Prompt]:
+    """What stands in the table, on the host."""
+    return [Prompt(*numbers) for numbers in prompts.table.T.tolist()]
 
 
 def window_scores(
@@ -40,24 +45,24 @@ def window_scores(
     page_size = layer_cache.shape[2]
     if k_scale is not None:
         scale *= float(k_scale)
-    for batch_row, _, end, n, offset in prompts.table.T.tolist():
-        window_queries = query[end - window : end].transpose(0, 1)
-        positions = torch.arange(n, device=query.device)
-        row = block_table[batch_row]
-        kv = reference.read_tokens(layer_cache, row, positions, -(-n // page_size), 0)
+    for prompt in _read(prompts):
+        window_queries = query[prompt.query_end - window : prompt.query_end].transpose(0, 1)
+        positions = torch.arange(prompt.tokens, device=query.device)
+        row = block_table[prompt.batch_row]
+        kv = reference.read_tokens(layer_cache, row, positions, -(-prompt.tokens // page_size), 0)
         keys = kv[..., : query.shape[2]]
         scores = reference.window_scores(window_queries, keys, kernel_size, scale)
-        workspace.scores[:, offset : offset + n - window] = scores
+        workspace.scores[:, prompt.offset : prompt.offset + prompt.tokens - window] = scores
 
 
 def select_tokens(
     prompts: Prompts, workspace: PruneWorkspace, lengths: torch.Tensor, window: int
 ) -> None:
     """See `select_tokens.select_tokens`."""
-    for _, request, _, n, offset in prompts.table.T.tolist():
-        scores = workspace.scores[:, offset : offset + n - window]
-        for head, kept in enumerate(reference.kept_tokens(scores, lengths[request])):
-            workspace.positions[head, offset : offset + len(kept)] = kept
+    for prompt in _read(prompts):
+        scores = workspace.scores[:, prompt.offset : prompt.offset + prompt.tokens - window]
+        for head, kept in enumerate(reference.kept_tokens(scores, lengths[prompt.request])):
+            workspace.positions[head, prompt.offset : prompt.offset + len(kept)] = kept
 
 
 def compact_kv(
@@ -71,27 +76,25 @@ def compact_kv(
     """See `compact_kv.compact_kv`."""
     P = cache.shape[3]
     raw = cache.view(torch.uint8) if cache.element_size() == 1 else cache
-    for batch_row, request, _, n, offset in prompts.table.T.tolist():
-        lengths = pages.lengths[request, layer]
+    for prompt in _read(prompts):
+        lengths = pages.lengths[prompt.request, layer]
         reference.compact_kv(
             raw,
             layer,
-            block_table[batch_row],
-            workspace.positions[:, offset : offset + int(lengths.max())].long(),
+            block_table[prompt.batch_row],
+            workspace.positions[:, prompt.offset : prompt.offset + int(lengths.max())].long(),
             lengths,
-            pages.first_pages[request, layer],
+            pages.first_pages[prompt.request, layer],
             int(lengths.sum()),
-            -(-n // P),
+            -(-prompt.tokens // P),
         )
 
 
-def _is_pruned(
-    query_start: torch.Tensor, seq_lens: torch.Tensor, requests: torch.Tensor, pages: HeadPages
-) -> torch.Tensor:
-    """Rows of real requests that attend to a pruned prompt, bool ``[R]``."""
-    R = len(requests)
-    requests = requests.long()
-    computed = seq_lens[:R] - query_start.diff()[:R]
+def _is_pruned(rows: Rows, pages: HeadPages) -> torch.Tensor:
+    """Whether each request attends to a pruned prompt, bool ``[R]``."""
+    R = len(rows.requests)
+    requests = rows.requests.long()
+    computed = rows.seq_lens[:R] - rows.query_start.diff()[:R]
     return (pages.compact_blocks[requests] > 0) & (computed >= pages.prompt_tokens[requests])
 
 
@@ -100,46 +103,38 @@ def schedule_decode(
     pages: HeadPages,
     window: int,
     page_size: int,
-    query_start: torch.Tensor,
-    seq_lens: torch.Tensor,
-    requests: torch.Tensor,
+    rows: Rows,
 ) -> None:
     """See `schedule_decode.schedule_decode`."""
     L = pages.lengths.shape[1]
-    buffers, device = batch.buffers, query_start.device
+    buffers, device = batch.buffers, rows.query_start.device
     row = batch.first_row + torch.arange(batch.rows, device=device)
-    real = row < len(requests)
+    real = row < len(rows.requests)
     request = torch.zeros_like(row)
-    request[real] = requests[row[real]].long()
+    request[real] = rows.requests[row[real]].long()
     pruned = torch.zeros_like(real)
-    pruned[real] = _is_pruned(query_start, seq_lens, requests, pages)[row[real]]
+    pruned[real] = _is_pruned(rows, pages)[row[real]]
 
     n = pages.prompt_tokens[request]
     tail_start = torch.where(pruned, n - window, 0)
-    start, end = query_start[row], query_start[row + 1]
+    start, end = rows.query_start[row], rows.query_start[row + 1]
     skipped = torch.arange(batch.tiles_per_row, device=device) * batch.block_q
     queries = (end - start)[:, None] - skipped
     queries = queries.clamp(0, batch.block_q)
-    position = (seq_lens[row] - end + start)[:, None] + skipped
-    shared = (
-        row,
-        tail_start,
-        -(-n // page_size) * pruned,
-        pages.compact_blocks[request] * pruned,
-    )
-    table_row, tail_start, prompt_blocks, compact_blocks = (x[:, None] for x in shared)
-    columns = torch.broadcast_tensors(
-        table_row,
-        start[:, None] + skipped,
-        queries,
-        position,
-        tail_start,
-        prompt_blocks,
-        compact_blocks,
-        (position + queries - tail_start) * (queries > 0),
-    )
-    tiles = torch.stack(columns, -1).reshape(-1, 8).int()
-    buffers.rows[: len(tiles)] = tiles
+    position = (rows.seq_lens[row] - end + start)[:, None] + skipped
+    columns = {
+        TILE_ROW: row[:, None],
+        FIRST_QUERY: start[:, None] + skipped,
+        QUERIES: queries,
+        POSITION: position,
+        TAIL_START: tail_start[:, None],
+        PROMPT_BLOCKS: (-(-n // page_size) * pruned)[:, None],
+        COMPACT_BLOCKS: (pages.compact_blocks[request] * pruned)[:, None],
+        TAIL: (position + queries - tail_start[:, None]) * (queries > 0),
+    }
+    tiles = buffers.tiles[: batch.query_tiles]
+    for column, values in columns.items():
+        tiles[:, column] = values.expand_as(queries).flatten()
     buffers.arrived[: len(tiles) * pages.lengths.shape[2]] = 0
     max_pages = 0 if batch.page_units is None else batch.page_units.shape[1]
 
@@ -153,7 +148,8 @@ def schedule_decode(
         read = SETUP_TILES + -(-(kept + tail) // batch.options.block_n)
         read = torch.where(tail > 0, read, 0)
         items = read.numel()
-        buffers.items[layer, :items] = torch.stack([kept, first], -1).reshape(items, 2)
+        buffers.items[layer, :items, KEPT] = kept.flatten()
+        buffers.items[layer, :items, FIRST_PAGE] = first.flatten()
         buffers.first_tile[layer, 0] = 0
         buffers.first_tile[layer, 1 : items + 1] = read.flatten().cumsum(0)
         total = int(buffers.first_tile[layer, items])
@@ -179,10 +175,13 @@ def sparse_decode(
     Hkv = cache.shape[2]
     if k_scale is not None:
         scale *= float(k_scale)
-    for tile, row in enumerate(batch.buffers.rows[: batch.query_tiles].tolist()):
+    for tile, row in enumerate(batch.buffers.tiles[: batch.query_tiles].tolist()):
         if not row[QUERIES]:
             continue
         items = batch.buffers.items[layer, tile * Hkv : (tile + 1) * Hkv]
+        kept, first_page = items[:, KEPT], items[:, FIRST_PAGE]
+        if batch.page_units is not None:
+            first_page = first_page % batch.page_units.shape[1]
         seq_len = row[POSITION] + row[QUERIES]
         own = slice(row[FIRST_QUERY], row[FIRST_QUERY] + row[QUERIES])
         out = reference.sparse_decode(
@@ -190,9 +189,9 @@ def sparse_decode(
             cache,
             layer,
             block_table[row[TILE_ROW]],
-            items[:, 0],
-            items[:, 1] if batch.page_units is None else items[:, 1] % batch.page_units.shape[1],
-            int(items[:, 0].max()),
+            kept,
+            first_page,
+            int(kept.max()),
             row[TAIL_START],
             row[PROMPT_BLOCKS],
             row[COMPACT_BLOCKS],
@@ -206,25 +205,21 @@ def sparse_decode(
 def correct_slots(
     slots: torch.Tensor,
     positions: torch.Tensor,
-    block_table: torch.Tensor,
-    query_start: torch.Tensor,
-    seq_lens: torch.Tensor,
-    requests: torch.Tensor,
+    rows: Rows,
     pages: HeadPages,
     page_size: int,
     max_query_len: int,
 ) -> None:
     """See `correct_slots.correct_slots`."""
-    pruned = _is_pruned(query_start, seq_lens, requests, pages).nonzero().flatten().tolist()
-    for row in pruned:
-        request = int(requests[row])
-        own = slice(*query_start[row : row + 2].tolist())
+    for row in _is_pruned(rows, pages).nonzero().flatten().tolist():
+        request = int(rows.requests[row])
+        own = slice(*rows.query_start[row : row + 2].tolist())
         position = positions[own]
         entry = position // page_size
         prompt_blocks = -(-int(pages.prompt_tokens[request]) // page_size)
         moved = entry + pages.compact_blocks[request]
         entry = torch.where(entry < prompt_blocks, entry, moved)
-        slots[own] = block_table[row][entry].long() * page_size + position % page_size
+        slots[own] = rows.block_table[row][entry].long() * page_size + position % page_size
 
 
 def list_pages(
@@ -234,11 +229,13 @@ def list_pages(
     assert pages.page_units is not None
     L, _, Hkv, page_size, width = cache.shape
     strides = [stride // width for stride in cache.stride()[:3]]
-    for row, request, _, n, _ in prompts.table.T.tolist():
-        page = torch.arange(int(pages.compact_blocks[request]) * L * Hkv, device=cache.device)
-        block = block_table[row, -(-n // page_size) + page // (L * Hkv)]
+    for prompt in _read(prompts):
+        compact_blocks = int(pages.compact_blocks[prompt.request])
+        page = torch.arange(compact_blocks * L * Hkv, device=cache.device)
+        entry = -(-prompt.tokens // page_size) + page // (L * Hkv)
+        block = block_table[prompt.batch_row, entry]
         units = page // Hkv % L * strides[0] + block * strides[1] + page % Hkv * strides[2]
-        pages.page_units[request, : len(page)] = units.int()
+        pages.page_units[prompt.request, : len(page)] = units.int()
 
 
 def top_keys(
@@ -250,10 +247,11 @@ def top_keys(
 ) -> None:
     """See `top_keys.top_keys`."""
     D, page_size = query.shape[2], layer_cache.shape[2]
-    for batch_row, first, queries, position, target in tiles.table.tolist():
-        n = position + queries
+    for tile in tiles.table.tolist():
+        first, target, queries = tile[FIRST_QUERY], tile[TARGET], tile[QUERIES]
+        n = tile[POSITION] + queries
         positions = torch.arange(n, device=query.device)
-        row = block_table[batch_row]
+        row = block_table[tile[TILE_ROW]]
         kv = reference.read_tokens(layer_cache, row, positions, -(-n // page_size), 0)
         own = query[first : first + queries].transpose(0, 1)
         output[target : target + queries] = reference.top_keys(own, kv[..., :D]).T

@@ -13,7 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .batch import Prompts, PruneWorkspace, columns, query_block
+from . import tables
+from .batch import Prompts, PruneWorkspace
+from .tile_sizes import query_block
 
 LOG2_E = 1.4426950408889634
 POOL_BLOCK = 1024
@@ -115,14 +117,18 @@ def _window_stats(
     QUERY_BLOCKS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     HAS_K_SCALE: tl.constexpr,
+    BATCH_ROW: tl.constexpr = tables.BATCH_ROW,
+    QUERY_END: tl.constexpr = tables.QUERY_END,
+    TOKENS: tl.constexpr = tables.TOKENS,
 ):
     """Base-2 logarithm of each window query's softmax sum over one part of its prompt."""
     prompt, tile, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     R = tl.num_programs(0)
     head, block = tile // QUERY_BLOCKS, tile % QUERY_BLOCKS
-    row_ptr = block_table_ptr + tl.load(prompts_ptr + prompt).to(tl.int64) * stride_tr
-    end = tl.load(prompts_ptr + 2 * R + prompt)
-    n = tl.load(prompts_ptr + 3 * R + prompt)
+    row = tl.load(prompts_ptr + BATCH_ROW * R + prompt).to(tl.int64)
+    row_ptr = block_table_ptr + row * stride_tr
+    end = tl.load(prompts_ptr + QUERY_END * R + prompt)
+    n = tl.load(prompts_ptr + TOKENS * R + prompt)
     if HAS_K_SCALE:
         scale *= tl.load(k_scale_ptr)
 
@@ -181,16 +187,21 @@ def _window_sums(
     BLOCK_PARTS: tl.constexpr,
     QUERY_BLOCKS: tl.constexpr,
     HAS_K_SCALE: tl.constexpr,
+    BATCH_ROW: tl.constexpr = tables.BATCH_ROW,
+    QUERY_END: tl.constexpr = tables.QUERY_END,
+    TOKENS: tl.constexpr = tables.TOKENS,
+    OFFSET: tl.constexpr = tables.OFFSET,
 ):
     """Mean weight of each token of a tile over the window queries of a KV head."""
     prompt, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     R, Hkv = tl.num_programs(0), tl.num_programs(1)
-    n = tl.load(prompts_ptr + 3 * R + prompt)
+    n = tl.load(prompts_ptr + TOKENS * R + prompt)
     if tile * BLOCK_N >= n - W:
         return
-    row_ptr = block_table_ptr + tl.load(prompts_ptr + prompt).to(tl.int64) * stride_tr
-    end = tl.load(prompts_ptr + 2 * R + prompt)
-    offset = tl.multiple_of(tl.load(prompts_ptr + 4 * R + prompt), 16)
+    row = tl.load(prompts_ptr + BATCH_ROW * R + prompt).to(tl.int64)
+    row_ptr = block_table_ptr + row * stride_tr
+    end = tl.load(prompts_ptr + QUERY_END * R + prompt)
+    offset = tl.multiple_of(tl.load(prompts_ptr + OFFSET * R + prompt), 16)
     if HAS_K_SCALE:
         scale *= tl.load(k_scale_ptr)
 
@@ -237,14 +248,16 @@ def _pool(
     W: tl.constexpr,
     KERNEL_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr = tables.TOKENS,
+    OFFSET: tl.constexpr = tables.OFFSET,
 ):
     """Average over `KERNEL_SIZE` neighbours, zeros beyond both ends."""
     prompt, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     R = tl.num_programs(0)
-    size = tl.load(prompts_ptr + 3 * R + prompt) - W
+    size = tl.load(prompts_ptr + TOKENS * R + prompt) - W
     if tile * BLOCK >= size:
         return
-    offset = tl.multiple_of(tl.load(prompts_ptr + 4 * R + prompt), 16)
+    offset = tl.multiple_of(tl.load(prompts_ptr + OFFSET * R + prompt), 16)
     first = head.to(tl.int64) * capacity + offset
     position = tile * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -310,25 +323,12 @@ def window_scores(
         "num_warps": num_warps,
     }
     scale *= LOG2_E
+    inputs = query, layer_cache, block_table, prompts.table, workspace.stats
     _window_stats[(R, Hkv * query_blocks, parts)](
-        query,
-        layer_cache,
-        block_table,
-        prompts.table,
-        workspace.stats,
-        k_scale,
-        scale,
-        parts,
-        *strides,
-        NUM_STAGES=num_stages,
-        **sizes,
+        *inputs, k_scale, scale, parts, *strides, NUM_STAGES=num_stages, **sizes
     )
     _window_sums[(R, Hkv, triton.cdiv(prompts.max_tokens, block_n))](
-        query,
-        layer_cache,
-        block_table,
-        prompts.table,
-        workspace.stats,
+        *inputs,
         workspace.sums,
         k_scale,
         scale,
@@ -389,27 +389,7 @@ def _check(
         )
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size is {kernel_size}; it must be odd and positive")
-    table = prompts.table
-    if (
-        table.dim() != 2
-        or len(table) != 5
-        or table.dtype != torch.int32
-        or not table.is_contiguous()
-    ):
-        raise ValueError(f"prompts.table {list(table.shape)} must be int32 [5, R], contiguous")
-    if prompts.count > workspace.MAX_PROMPTS:
-        raise ValueError(f"{prompts.count} prompts; at most {workspace.MAX_PROMPTS} at once")
-    for name in ("sums", "scores"):
-        buffer = getattr(workspace, name)
-        if buffer.shape[0] != Hkv or buffer.dtype != torch.float32 or not buffer.is_contiguous():
-            raise ValueError(
-                f"workspace.{name} {list(buffer.shape)} must be float32 [Hkv, capacity] with "
-                f"Hkv {Hkv}, contiguous"
-            )
-    if columns(prompts.max_tokens) > workspace.capacity:
-        raise ValueError(
-            f"a prompt of {prompts.max_tokens} tokens does not fit into {workspace.capacity} "
-            "workspace columns"
-        )
+    prompts.check()
+    workspace.check(prompts, Hkv)
     if k_scale is not None and (k_scale.numel() != 1 or k_scale.dtype != torch.float32):
         raise ValueError(f"k_scale {list(k_scale.shape)} must be one float32 element")

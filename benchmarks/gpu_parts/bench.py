@@ -15,7 +15,7 @@ from sass import DecodeParts, Part
 from timed_cases import TINY, Decode, Model, P, Prune, Step, head_scores
 
 from gpu_parts.device import Context, Device
-from sparsemm_vllm.triton_kernels.batch import SETUP_TILES
+from sparsemm_vllm.triton_kernels.decode_batch import SETUP_TILES
 
 NEEDS = 15
 MOST_SPLITS = 32  # vLLM's flash_attn_max_num_splits_for_cuda_graph

@@ -12,13 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu_parts.device import Context, Device
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
-from sparsemm_vllm.triton_kernels.batch import (
-    DecodeBatch,
-    DecodeBuffers,
-    HeadPages,
-    Prompts,
-    PruneWorkspace,
-)
+from sparsemm_vllm.triton_kernels.batch import HeadPages, Prompts, PruneWorkspace, Rows
+from sparsemm_vllm.triton_kernels.decode_batch import DecodeBatch, DecodeBuffers
 
 NEEDS = 20
 
@@ -120,7 +115,7 @@ class Scene:
         seed: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.device, self.D, self.P, self.G, self.Q, self.real = device, D, P, G, Q, real
+        self.device, self.D, self.P, self.G, self.Q = device, D, P, G, Q
         self.W = W = 8 if device.dry else 32
         cache_dtype = DTYPES[dtype]
         self.dtype = torch.bfloat16 if cache_dtype == FP8 else cache_dtype
@@ -142,7 +137,6 @@ class Scene:
         by_row = head_pages(prompts, lengths, self.C, P)
         inverse = order.argsort().to(device.torch)
         self.pages = HeadPages(*(x[inverse].contiguous() for x in tensors(by_row)))
-        self.requests = order.int().to(device.torch)
         self.lengths = lengths
 
         blocks = [-(-t // P) for t in tokens]
@@ -160,8 +154,10 @@ class Scene:
         self._poison_unused(tokens)
 
         start = torch.tensor([0, *queries]).cumsum(0)
-        self.query_start = start.int().to(device.torch)
-        self.seq_lens = torch.tensor(tokens, dtype=torch.int32, device=device.torch)
+        query_start = start.int().to(device.torch)
+        requests = order[:real].int().to(device.torch)
+        seq_lens = torch.tensor(tokens, dtype=torch.int32, device=device.torch)
+        self.rows = Rows(self.block_table, query_start, seq_lens, requests)
         self.queries, self.tokens = queries, tokens
         shape = (ROWS * Q + 2, HKV * G, D)  # more than are scheduled
         self.query = torch.randn(shape, generator=generator).to(self.dtype).to(device.torch)
@@ -257,9 +253,8 @@ class Scene:
         positions = torch.tensor(positions, device=self.device.torch)
         before = torch.arange(len(positions) + 3, device=self.device.torch) * 7
         mine, twin = before.clone(), before.clone()
-        rows = self.query_start, self.seq_lens, self.requests[: self.real]
         for slots, ops in ((mine, triton_ops), (twin, torch_ops)):
-            ops.correct_slots(slots, positions, self.block_table, *rows, self.pages, self.P, self.Q)
+            ops.correct_slots(slots, positions, self.rows, self.pages, self.P, self.Q)
         assert torch.equal(mine, twin), "correct_slots"
         assert not torch.equal(mine, before), "correct_slots did nothing"
 
@@ -295,8 +290,7 @@ class Scene:
 
     def schedule(self, ops: Any, batch: DecodeBatch) -> None:
         pages = replace(self.pages, page_units=batch.page_units)
-        rows = self.query_start, self.seq_lens, self.requests[: self.real]
-        ops.schedule_decode(batch, pages, self.W, self.P, *rows)
+        ops.schedule_decode(batch, pages, self.W, self.P, self.rows)
 
     def check_decode(self, programs: int, **changes: Any) -> float:
         """Schedule and decode every layer."""
@@ -304,7 +298,7 @@ class Scene:
         self.schedule(triton_ops, mine)
         self.schedule(torch_ops, twin)
         items = twin.query_tiles * HKV
-        for name, end in (("rows", None), ("items", items), ("first_tile", items + 1)):
+        for name, end in (("tiles", None), ("items", items), ("first_tile", items + 1)):
             a, b = getattr(mine.buffers, name), getattr(twin.buffers, name)
             a, b = (a, b) if end is None else (a[:, :end], b[:, :end])
             assert torch.equal(a, b), f"schedule_decode: {name}"
@@ -376,32 +370,33 @@ def check_graph(device: Device, G: int, Q: int, layout: str, **changes: Any) -> 
     table = torch.zeros(ROWS, width, dtype=torch.int32, device=device.torch)
     query = torch.zeros_like(first.query)
     outputs = [torch.empty_like(query) for _ in range(L)]
-    start, seq_lens = torch.zeros_like(first.query_start), torch.zeros_like(first.seq_lens)
+    start, seq_lens = map(torch.zeros_like, (first.rows.query_start, first.rows.seq_lens))
     pages = HeadPages(*map(torch.zeros_like, tensors(first.pages)))
     batch = first.batch(2 * device.multiprocessors, **changes)
 
     def schedule(requests: torch.Tensor) -> None:
-        triton_ops.schedule_decode(batch, pages, first.W, 16, start, seq_lens, requests)
+        rows = Rows(table, start, seq_lens, requests)
+        triton_ops.schedule_decode(batch, pages, first.W, 16, rows)
 
     def decode() -> None:
         for layer, output in enumerate(outputs):
             args = table, batch, output, first.D**-0.5
             triton_ops.sparse_decode(query, cache, layer, *args)
 
-    schedule(first.requests[:0])
+    schedule(first.rows.requests[:0])
     replay = device.graph(decode)
     errors = []
     for scene in (scenes[0], scenes[1], scenes[0]):
         cache.fill_(torch.nan)[:, : scene.cache.shape[1]] = scene.cache
         table.zero_()[:, : scene.block_table.shape[1]] = scene.block_table
         query.copy_(scene.query)
-        start.copy_(scene.query_start)
-        seq_lens.copy_(scene.seq_lens)
+        start.copy_(scene.rows.query_start)
+        seq_lens.copy_(scene.rows.seq_lens)
         for mine, its in zip(tensors(pages), tensors(scene.pages), strict=True):
             mine.copy_(its)
         for output in outputs:
             output.fill_(torch.nan)
-        schedule(scene.requests[: scene.real])
+        schedule(scene.rows.requests)
         replay()
         errors.append(scene.compare(outputs))
     return {"errors": {"sparse_decode": max(errors)}, "tolerance": first.tolerance}

@@ -9,11 +9,13 @@ import torch
 from gpu_parts.device import Context, Device
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.engine.attention.forward import score_at_random, split_layer
-from sparsemm_vllm.triton_kernels.batch import HeadPages, Prompts, PruneWorkspace, columns
+from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
+from sparsemm_vllm.triton_kernels.batch import Prompts, columns
 
 NEEDS = 5
 
-L, P, WINDOW = 2, 16, 32
+L, P, D, WINDOW = 2, 16, 128, 32
+DTYPE = torch.bfloat16
 SIZES = [(4, 224), (32, 224), (8, 2016)]  # KV heads, base budget
 PROMPTS = (0, 1, 777, 16_000)  # tokens more than the shortest that is pruned
 DRY = [(3, 20)], (0, 1, 77)
@@ -26,24 +28,24 @@ def run(
     Hkv = len(scores)
     rows = [(i, len(lengths) - 1 - i, 0, n) for i, n in enumerate(lengths)]
     prompts = Prompts.pack(rows, 0, device)
-    workspace = PruneWorkspace.allocate(scores.shape[1], Hkv, Hkv, WINDOW, device)
-    pages = HeadPages.empty(len(lengths), L, Hkv, device)
-    workspace.scores.copy_(scores)
+    own, heads = (slice(0, L), slice(0, Hkv)), Heads(L, Hkv, Hkv, D)
+    state = SparseState(layout, own, heads, DTYPE, len(lengths), scores.shape[1], 1, device)
+    state.attach(PrunedCache(torch.empty(L, 1, Hkv, P, 2 * D, dtype=DTYPE, device=device), {}))
+    state.seeds = [2**63 + i for i in range(len(lengths))]
+    state.workspace.scores.copy_(scores)
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
     try:
         for layer in range(L):
             if layout.rules.token_scores is not None:
-                own = slice(0, L), slice(0, Hkv)
-                seeds = [2**63 + i for i in range(len(lengths))]
-                score_at_random(layout, own, layer, prompts, seeds, workspace)
+                score_at_random(state, layer, prompts)
             if layout.rules.split is not None:
-                split_layer([layout] * len(lengths), layer, prompts, workspace, pages, P)
+                split_layer(state, layer, prompts)
     finally:
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-    return [x.cpu() for x in (workspace.scores, pages.lengths, pages.first_pages)]
+    return [x.cpu() for x in (state.workspace.scores, state.pages.lengths, state.pages.first_pages)]
 
 
 def check(

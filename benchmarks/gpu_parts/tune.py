@@ -12,7 +12,7 @@ from triton.runtime.errors import OutOfResources
 
 from gpu_parts.bench import DRY, Predicted, sizes_of
 from gpu_parts.device import Context
-from sparsemm_vllm.triton_kernels.batch import DecodeOptions, decode_options
+from sparsemm_vllm.triton_kernels.tile_sizes import DecodeOptions, decode_options
 
 NEEDS = 6
 

@@ -34,7 +34,8 @@ from sass import (
 )
 
 from sparsemm_vllm.triton_kernels import torch_ops
-from sparsemm_vllm.triton_kernels.batch import SETUP_TILES, DecodeBatch, DecodeBuffers
+from sparsemm_vllm.triton_kernels.batch import Rows
+from sparsemm_vllm.triton_kernels.decode_batch import SETUP_TILES, DecodeBatch, DecodeBuffers
 from sparsemm_vllm.triton_kernels.occupancy import Multiprocessor
 from support.paths import ROOT
 
@@ -96,7 +97,8 @@ def test_the_schedule_is_the_kernels() -> None:
     batch = DecodeBatch.of(buffers, 0, 3, 1, 1)
     start = torch.arange(4, dtype=torch.int32, device=DEVICE)
     seq_lens = torch.full((3,), 1001, dtype=torch.int32, device=DEVICE)
-    torch_ops.schedule_decode(batch, pages, W, P, start, seq_lens, start[:3])
+    rows = Rows(start.view(4, 1), start, seq_lens, start[:3])
+    torch_ops.schedule_decode(batch, pages, W, P, rows)
     costs = replace(COSTS, block_n=batch.options.block_n, setup_tiles=SETUP_TILES)
     for layer in range(L):
         tokens = (lengths[:, layer] + W + 1).flatten().numpy()

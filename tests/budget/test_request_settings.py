@@ -27,11 +27,8 @@ from sparsemm_vllm.budget.request import (
 )
 from sparsemm_vllm.budget.settings import Settings
 from sparsemm_vllm.engine import patches
-<<<<<<< HEAD:tests/test_request_settings.py
 from sparsemm_vllm.engine.config import Serving
-=======
 from support import tiny
->>>>>>> 7099fe9:tests/budget/test_request_settings.py
 
 W = 8
 SERVER = RequestLimits.of(Settings(budget=40, window=W))

@@ -14,7 +14,7 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
-from sparsemm_vllm.triton_kernels.batch import COMPACT_BLOCKS
+from sparsemm_vllm.triton_kernels.tables import COMPACT_BLOCKS
 from support.engines import Engine, assert_same, settings
 from support.tiny import make_llama
 
@@ -80,7 +80,7 @@ def run_dummy(engine: Engine, runner: Any, requests: int) -> None:
     runner._dummy_run(requests, uniform_decode=True)
     torch.testing.assert_close(cache[:, 1:], blocks, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(state.pages.lengths, lengths)
-    rows = state.buffers.rows[:requests]
+    rows = state.buffers.tiles[:requests]
     assert (rows[:, COMPACT_BLOCKS] == 0).all(), "the rows of the step before"
 
 

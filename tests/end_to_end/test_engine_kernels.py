@@ -11,7 +11,7 @@ import pytest
 
 from sparsemm_vllm.engine.worker import state as step
 from sparsemm_vllm.triton_kernels import triton_ops
-from sparsemm_vllm.triton_kernels.batch import QUERIES
+from sparsemm_vllm.triton_kernels.tables import QUERIES
 from support.engines import (
     DIGITS,
     HELLO,
@@ -73,7 +73,7 @@ def test_kernels_verify_drafts(
 
     def watch(*args: Any) -> None:
         batch = args[4]
-        queries.update(batch.buffers.rows[: batch.query_tiles, QUERIES].tolist())
+        queries.update(batch.buffers.tiles[: batch.query_tiles, QUERIES].tolist())
         sparse_decode(*args)
 
     plain = start(model, tmp_path / "plain", kernels=False)

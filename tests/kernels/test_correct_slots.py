@@ -1,3 +1,5 @@
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,7 +7,7 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE
 
 from sparsemm_vllm.triton_kernels import torch_ops
-from sparsemm_vllm.triton_kernels.batch import HeadPages
+from sparsemm_vllm.triton_kernels.batch import HeadPages, Rows
 from sparsemm_vllm.triton_kernels.correct_slots import BLOCK, correct_slots
 
 P = 16
@@ -51,13 +53,12 @@ class Step:
         self.max_query_len = max(row[3] for row in rows)
 
     def run(self, op, **changes):
+        rows = Rows(self.table, self.query_start, self.seq_lens, self.requests)
+        of_rows = {field.name for field in fields(Rows)} & changes.keys()
         args = {
             "slots": self.slots.clone(),
             "positions": self.positions,
-            "block_table": self.table,
-            "query_start": self.query_start,
-            "seq_lens": self.seq_lens,
-            "requests": self.requests,
+            "rows": replace(rows, **{name: changes.pop(name) for name in of_rows}),
             "pages": self.pages,
             "page_size": self.page_size,
             "max_query_len": self.max_query_len,

@@ -1,5 +1,7 @@
 """The schedule against its torch twin, and what makes it a good one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,28 +10,29 @@ from kernel_cases import DEVICE, head_pages
 
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.triton_kernels import torch_ops
-from sparsemm_vllm.triton_kernels.batch import (
+from sparsemm_vllm.triton_kernels.batch import HeadPages, Rows
+from sparsemm_vllm.triton_kernels.decode_batch import SETUP_TILES, DecodeBatch, DecodeBuffers
+from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
+from sparsemm_vllm.triton_kernels.tables import (
     COMPACT_BLOCKS,
     PROMPT_BLOCKS,
     QUERIES,
-    SETUP_TILES,
     TAIL,
     TAIL_START,
-    DecodeBatch,
-    DecodeBuffers,
-    DecodeOptions,
-    HeadPages,
 )
-from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
+from sparsemm_vllm.triton_kernels.tile_sizes import DecodeOptions
 
 P, W, BLOCK_N = 8, 4, 16
 HALF = torch.bfloat16
 OPTIONS = DecodeOptions(BLOCK_N, stages=2, num_warps=4)
-WRITTEN = ("rows", "items", "first_tile", "first_item", "arrived")
+WRITTEN = ("tiles", "items", "first_tile", "first_item", "arrived")
 
 
 def int32(values: list[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+NO_BLOCKS = int32([]).view(0, 0)  # a schedule does not read the block table
 
 
 def requests(L: int = 2, Hkv: int = 3) -> HeadPages:
@@ -61,7 +64,8 @@ def schedule(
     longest = max(query_lens[first_row : first_row + rows])
     batch = DecodeBatch.of(buffers, first_row, rows, longest, G, programs, OPTIONS)
     starts = int32([0, *torch.tensor(query_lens).cumsum(0).tolist()])
-    op(batch, pages, W, P, starts, int32(seq_lens), torch.tensor(request, device=DEVICE))
+    given = Rows(NO_BLOCKS, starts, int32(seq_lens), torch.tensor(request, device=DEVICE))
+    op(batch, pages, W, P, given)
     return batch
 
 
@@ -81,7 +85,7 @@ def test_a_mixed_batch(programs: int) -> None:
     batch = both(
         requests(), [1, 3, 1, 9, 0, 0], [61 + 7, 9 + 5, 37 + 1, 9, 0, 0], [0, 1, 2, 1], programs
     )
-    rows = batch.buffers.rows[: batch.query_tiles].cpu()
+    rows = batch.buffers.tiles[: batch.query_tiles].cpu()
     assert rows[:, QUERIES].tolist() == [1, 3, 1, 9, 0, 0]
     assert rows[:, TAIL_START].tolist() == [57, 0, 33, 0, 0, 0]
     assert rows[:, PROMPT_BLOCKS].tolist() == [8, 0, 5, 0, 0, 0]
@@ -96,8 +100,8 @@ def test_a_mixed_batch(programs: int) -> None:
 def test_a_prompt_is_dense_until_it_is_computed(computed: int, pruned: bool) -> None:
     """vLLM may run a one-token chunk of a prompt as a decode."""
     batch = both(requests(), [1], [computed + 1], [0])
-    assert bool(batch.buffers.rows[0, COMPACT_BLOCKS]) == pruned
-    assert batch.buffers.rows[0, TAIL].item() == (computed + 1 - 57 if pruned else computed + 1)
+    assert bool(batch.buffers.tiles[0, COMPACT_BLOCKS]) == pruned
+    assert batch.buffers.tiles[0, TAIL].item() == (computed + 1 - 57 if pruned else computed + 1)
     assert bool(batch.buffers.items[0, 0, 0]) == pruned
 
 
@@ -105,7 +109,7 @@ def test_a_prompt_is_dense_until_it_is_computed(computed: int, pruned: bool) -> 
 @pytest.mark.parametrize("G", [1, 4, 7])
 def test_long_queries_are_cut_into_tiles(query_len: int, G: int) -> None:
     batch = both(requests(), [query_len, 1], [61 + query_len, 40], [0, 2], G=G)
-    rows = batch.buffers.rows[: batch.tiles_per_row].cpu()
+    rows = batch.buffers.tiles[: batch.tiles_per_row].cpu()
     assert rows[:, QUERIES].sum() == query_len
     last = rows[(query_len - 1) // batch.block_q]
     assert last[TAIL] == W + query_len, "the last tile sees the whole tail"
@@ -120,8 +124,8 @@ def test_rows_in_the_middle_of_a_batch() -> None:
 def test_dummy_batches_belong_to_no_request() -> None:
     """Captured graphs are recorded with them: all rows are dense."""
     batch = both(requests(), [1, 1, 1], [1, 1, 1], [])
-    assert (batch.buffers.rows[:3, COMPACT_BLOCKS] == 0).all()
-    assert (batch.buffers.rows[:3, TAIL] == 1).all()
+    assert (batch.buffers.tiles[:3, COMPACT_BLOCKS] == 0).all()
+    assert (batch.buffers.tiles[:3, TAIL] == 1).all()
 
 
 def test_an_idle_batch_reads_nothing() -> None:
@@ -140,7 +144,8 @@ def test_more_items_than_a_block() -> None:
         batch = DecodeBatch.of(buffers, 0, 400, 1, 1, 600, OPTIONS)
         request = torch.arange(400, device=DEVICE) % 3
         seq_lens = pages.prompt_tokens[request] + 1 + int32(list(range(400))) % 37
-        op(batch, pages, W, P, torch.arange(401, device=DEVICE).int(), seq_lens, request)
+        starts = torch.arange(401, device=DEVICE).int()
+        op(batch, pages, W, P, Rows(NO_BLOCKS, starts, seq_lens, request))
         batches.append([getattr(buffers, name).clone() for name in WRITTEN])
     for ours, theirs in zip(*batches, strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -187,27 +192,20 @@ def test_any_batch(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "Hkv", "message"),
     [
-        ({"query_start": torch.zeros(3, dtype=torch.int64)}, "int32"),
-        ({"query_start": torch.zeros(2, dtype=torch.int32)}, "rows up to 2"),
-        ({"seq_lens": torch.zeros(1, dtype=torch.int32)}, "rows up to 2"),
-        ({"pages": HeadPages.empty(3, 2, 5, DEVICE)}, "5 heads"),
+        ({"query_start": torch.zeros(3, dtype=torch.int64)}, 3, "int32"),
+        ({"query_start": torch.zeros(2, dtype=torch.int32)}, 3, "rows up to 2"),
+        ({"seq_lens": torch.zeros(1, dtype=torch.int32)}, 3, "rows up to 2"),
+        ({}, 5, "5 heads"),
     ],
 )
-def test_wrong_input(change: dict[str, object], message: str) -> None:
+def test_wrong_input(change: dict[str, torch.Tensor], Hkv: int, message: str) -> None:
     buffers = DecodeBuffers.allocate(4, 2, 3, 16, HALF, 2, DEVICE)
-    arguments = {
-        "batch": DecodeBatch.of(buffers, 0, 2, 1, 1),
-        "pages": requests(),
-        "window": W,
-        "page_size": P,
-        "query_start": int32([0, 1, 2]),
-        "seq_lens": int32([62, 62]),
-        "requests": int32([0, 0]),
-    }
+    batch = DecodeBatch.of(buffers, 0, 2, 1, 1)
+    rows = replace(Rows(NO_BLOCKS, int32([0, 1, 2]), int32([62, 62]), int32([0, 0])), **change)
     with pytest.raises(ValueError, match=message):
-        schedule_decode(**arguments | change)
+        schedule_decode(batch, requests(Hkv=Hkv), W, P, rows)
 
 
 def test_buffers_too_small() -> None:
@@ -226,7 +224,8 @@ def test_published_budgets_are_balanced(published: tuple[torch.Tensor, object]) 
     batch = DecodeBatch.of(buffers, 0, R, 1, 1)
     starts = torch.arange(R + 1, dtype=torch.int32, device=DEVICE)
     requests = torch.zeros(R, dtype=torch.int64, device=DEVICE)
-    schedule_decode(batch, pages, 32, 16, starts, int32([n + 1] * R), requests)
+    rows = Rows(NO_BLOCKS, starts, int32([n + 1] * R), requests)
+    schedule_decode(batch, pages, 32, 16, rows)
     work = buffers.first_tile[:, R * 32].cpu()  # KV tiles, and one more for each item
     busiest = -(-work // 264)
     assert busiest.sum() * 264 / work.sum() == pytest.approx(1.14, abs=0.005)

@@ -10,21 +10,19 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE, FP8, TOLERANCE, Paged, bits, head_pages, relative_error
 
 from sparsemm_vllm.triton_kernels import torch_ops
-from sparsemm_vllm.triton_kernels.batch import (
-    TAIL,
-    DecodeBatch,
-    DecodeBuffers,
-    HeadPages,
-    Prompts,
+from sparsemm_vllm.triton_kernels.batch import HeadPages, Prompts, Rows
+from sparsemm_vllm.triton_kernels.decode_batch import DecodeBatch, DecodeBuffers
+from sparsemm_vllm.triton_kernels.list_pages import list_pages
+from sparsemm_vllm.triton_kernels.reference import head_page_slots
+from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
+from sparsemm_vllm.triton_kernels.sparse_decode import cache_units, sparse_decode
+from sparsemm_vllm.triton_kernels.tables import TAIL
+from sparsemm_vllm.triton_kernels.tile_sizes import (
     decode_options,
     decode_queries,
     decode_rows,
     query_block,
 )
-from sparsemm_vllm.triton_kernels.list_pages import list_pages
-from sparsemm_vllm.triton_kernels.reference import head_page_slots
-from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
-from sparsemm_vllm.triton_kernels.sparse_decode import cache_units, sparse_decode
 
 SCALE = 0.4  # not the default one; sharpens the softmax
 L = 2
@@ -131,15 +129,13 @@ class Requests:
             buffers, 0, rows, longest, self.G, self.programs, options, page_units=units
         )
         ends = torch.tensor([0, *self.query_lens, *[0] * self.padded_rows]).cumsum(0)
-        schedule_decode(
-            batch,
-            self.pages,
-            self.window,
-            self.P,
+        given = Rows(
+            self.block_table,
             ends.int().to(DEVICE),
             torch.tensor(self.seq_lens + [0] * self.padded_rows).int().to(DEVICE),
             torch.arange(len(self.prompts), device=DEVICE),
         )
+        schedule_decode(batch, self.pages, self.window, self.P, given)
         return batch
 
     def check(self, k_scale: float | None = None, v_scale: float | None = None) -> None:
@@ -227,7 +223,7 @@ def test_a_captured_launch_follows_the_buffers() -> None:
     table = torch.zeros(4, 40, dtype=torch.int32, device=DEVICE)
     for requests in (first, second):
         batch = requests.batch()
-        for name in ("rows", "items", "first_tile", "first_item"):
+        for name in ("tiles", "items", "first_tile", "first_item"):
             getattr(buffers, name).copy_(getattr(batch.buffers, name))
         table.zero_()
         table[:3, : requests.block_table.shape[1]] = requests.block_table
@@ -319,7 +315,7 @@ def test_one_query_a_row_needs_no_causal_mask() -> None:
     requests.check()
     before = requests.output.clone()
     batch = requests.batch()
-    batch.buffers.rows[:, TAIL] -= 1
+    batch.buffers.tiles[:, TAIL] -= 1
     sparse_decode(
         requests.query, requests.cache, 1, requests.block_table, batch, requests.output, SCALE
     )

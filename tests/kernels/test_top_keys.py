@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE, FP8, Paged, bits
 
 from sparsemm_vllm.triton_kernels import torch_ops
-from sparsemm_vllm.triton_kernels.batch import QueryTiles, decode_queries, decode_rows
+from sparsemm_vllm.triton_kernels.batch import QueryTiles
+from sparsemm_vllm.triton_kernels.tile_sizes import decode_queries, decode_rows
 from sparsemm_vllm.triton_kernels.top_keys import top_keys
 
 UNWRITTEN = -7

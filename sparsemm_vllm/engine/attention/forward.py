@@ -4,17 +4,15 @@ All of it runs on the device, and the host does not wait for it: sizes and place
 host.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.engine.worker.probes.kept import KeptRecorder
 from sparsemm_vllm.engine.worker.probes.knockout import attend_without
 from sparsemm_vllm.engine.worker.state import SparseState
 from sparsemm_vllm.engine.worker.step import Step
-from sparsemm_vllm.triton_kernels.batch import HeadPages, Prompts, PruneWorkspace
+from sparsemm_vllm.triton_kernels.batch import Prompts
 
 
 def forward_sparse(
@@ -28,12 +26,12 @@ def forward_sparse(
     """What follows the dense rows: the decode rows, the prompts that are complete now, records.
 
     Args:
-        step: this step.
-        layer: vLLM's attention layer, for its name and the scales of a quantised cache.
-        query: the step's queries, ``[T, Hq, D]``.
-        output: ``[T, Hq, D]``; the decode rows are written.
-        block_table: int32 ``[R, max_blocks]``.
-        scale: of the attention logits.
+        step: plan of this step.
+        layer: attention layer of vLLM's, for its name and the scales of a quantised cache.
+        query: queries of the step, ``[T, Hq, D]``.
+        output: attention of the queries, ``[T, Hq, D]``; the decode rows are written.
+        block_table: block numbers of each row, int32 ``[R, max_blocks]``.
+        scale: factor of the attention logits.
     """
     state = step.state
     cache, index = state.cache.tensor, state.cache.layers[layer.layer_name]
@@ -69,16 +67,16 @@ def prune(
 
     Args:
         state: requests and memory of this rank.
-        layer: index in the cache.
-        query: the step's queries, ``[T, Hq, D]``.
-        block_table: int32 ``[R, max_blocks]``.
-        prompts: that this step completes.
-        scale: of the attention logits.
-        k_scale: of an fp8 cache's keys.
+        layer: layer to prune, an index in the cache.
+        query: queries of the step, ``[T, Hq, D]``.
+        block_table: block numbers of each row, int32 ``[R, max_blocks]``.
+        prompts: prompts that this step completes.
+        scale: factor of the attention logits.
+        k_scale: factor of an fp8 cache's keys, float32, one element; none for other caches.
     """
     layout, workspace, cache = state.layout, state.workspace, state.cache.tensor
     if layout.rules.token_scores is not None:
-        score_at_random(layout, state.own, layer, prompts, state.seeds, workspace)
+        score_at_random(state, layer, prompts)
     else:
         state.ops.window_scores(
             query,
@@ -92,7 +90,7 @@ def prune(
             k_scale,
         )
     if layout.rules.split is not None:
-        split_layer(state.layouts, layer, prompts, workspace, state.pages, state.page_size)
+        split_layer(state, layer, prompts)
     state.ops.select_tokens(prompts, workspace, state.pages.lengths[:, layer], layout.window)
     if state.recorder is not None:
         _record(state, state.recorder, layer, prompts)
@@ -101,10 +99,12 @@ def prune(
 
 def _record(state: SparseState, recorder: KeptRecorder, layer: int, prompts: Prompts) -> None:
     """Write down what each head keeps. Waits for the device."""
-    for _, request, _, n, offset in prompts.entries:
+    for prompt in prompts.entries:
+        request = prompt.request
         lengths = state.pages.lengths[request, layer]
-        kept = state.workspace.positions[:, offset : offset + int(state.max_kept[request])]
-        recorder.add(state.request_ids[request], kept, lengths, n)
+        written = slice(prompt.offset, prompt.offset + int(state.max_kept[request]))
+        kept = state.workspace.positions[:, written]
+        recorder.add(state.request_ids[request], kept, lengths, prompt.tokens)
 
 
 def kv_scales(
@@ -120,64 +120,48 @@ def kv_scales(
 # each, so a prune takes longer than with the kernels alone: these are methods to compare with.
 
 
-def score_at_random(
-    layout: CacheLayout,
-    own: tuple[slice, slice],
-    layer: int,
-    prompts: Prompts,
-    seeds: Sequence[int],
-    workspace: PruneWorkspace,
-) -> None:
+def score_at_random(state: SparseState, layer: int, prompts: Prompts) -> None:
     """Write scores that are not the window's attention, in place of `window_scores`.
 
     Args:
-        layout: of a method with `token_scores`.
-        own: the layers and heads of the layout that this rank owns.
-        layer: of these, whose tokens to score.
-        prompts: the prompts to score.
-        seeds: of all requests.
-        workspace: columns ``[offset, offset + n - W)`` of `scores` are written.
+        state: requests and memory of this rank; the layout's method has `token_scores`. Columns
+            ``[offset, offset + n - W)`` of the workspace's scores are written.
+        layer: layer to score, an index in the cache.
+        prompts: prompts to score.
     """
+    layout, scores = state.layout, state.workspace.scores
     assert layout.rules.token_scores is not None
-    layers, heads = own
-    for _, request, _, n, offset in prompts.entries:
-        older = n - layout.window
-        workspace.scores[:, offset : offset + older] = layout.rules.token_scores(
-            seeds[request],
+    layers, heads = state.own
+    for prompt in prompts.entries:
+        older = prompt.tokens - layout.window
+        scores[:, prompt.offset : prompt.offset + older] = layout.rules.token_scores(
+            state.seeds[prompt.request],
             layers.start + layer,
             range(heads.start, heads.stop),
             older,
-            workspace.scores.device,
+            scores.device,
         )
 
 
-def split_layer(
-    layouts: Sequence[CacheLayout],
-    layer: int,
-    prompts: Prompts,
-    workspace: PruneWorkspace,
-    pages: HeadPages,
-    page_size: int,
-) -> None:
+def split_layer(state: SparseState, layer: int, prompts: Prompts) -> None:
     """Divide a layer's tokens among its heads by their scores, before the tokens are selected.
 
     A layer's head pages follow those of the layers before it, each of which has as many as any
     split may need.
 
     Args:
-        layouts: of all requests, of a method with `split`.
-        layer: of this rank's, whose tokens to divide.
-        prompts: the prompts of this launch, all of them pruned.
-        workspace: scores, in.
-        pages: the prompts' lengths and first pages of this layer are written.
-        page_size: `P`, in tokens.
+        state: requests and memory of this rank; the layouts' method has `split`. The prompts'
+            lengths and first pages of this layer are written.
+        layer: layer whose tokens are divided, an index in the cache.
+        prompts: prompts of this launch, all of them pruned.
     """
-    for _, request, _, n, offset in prompts.entries:
-        layout = layouts[request]
+    pages, page_size = state.pages, state.page_size
+    for prompt in prompts.entries:
+        layout = state.layouts[prompt.request]
         assert layout.rules.split is not None
-        scores = workspace.scores[:, offset : offset + n - layout.window]
-        lengths = layout.rules.split(scores, layout.base)
+        older = slice(prompt.offset, prompt.offset + prompt.tokens - layout.window)
+        lengths = layout.rules.split(state.workspace.scores[:, older], layout.base)
         head_pages = (lengths + page_size - 1) // page_size
-        first_page = layer * layout.layer_pages(n, page_size)
-        pages.lengths[request, layer] = lengths
-        pages.first_pages[request, layer] = first_page + head_pages.cumsum(0) - head_pages
+        first_page = layer * layout.layer_pages(prompt.tokens, page_size)
+        pages.lengths[prompt.request, layer] = lengths
+        pages.first_pages[prompt.request, layer] = first_page + head_pages.cumsum(0) - head_pages

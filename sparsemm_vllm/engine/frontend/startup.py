@@ -20,7 +20,7 @@ from sparsemm_vllm.engine.config import (
 from sparsemm_vllm.engine.frontend.auto_profile import find_profile
 from sparsemm_vllm.engine.worker.probes.masked_heads import check_masked_heads
 from sparsemm_vllm.names import KEY
-from sparsemm_vllm.triton_kernels.batch import decode_rows
+from sparsemm_vllm.triton_kernels.tile_sizes import decode_rows
 
 logger = init_logger("vllm.sparsemm")  # vLLM configures its own loggers only
 

@@ -29,7 +29,8 @@ from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
 from sparsemm_vllm.engine.worker.step import Step, capture_step, plan_step
 from sparsemm_vllm.engine.worker.warm_up import warm_up
 from sparsemm_vllm.names import NAME
-from sparsemm_vllm.triton_kernels.batch import BATCH_ROW, decode_options
+from sparsemm_vllm.triton_kernels.batch import Rows
+from sparsemm_vllm.triton_kernels.tile_sizes import decode_options
 
 logger = init_logger("vllm.sparsemm")
 
@@ -218,19 +219,18 @@ class SparseMMModelState(DefaultModelState):
         if step is not None:
             # Dummy batches carry request indices that mean nothing.
             requests = input_batch.idx_mapping[:0] if for_capture else input_batch.idx_mapping
-            step.prepare(
-                slot_mappings[self._group],
-                input_batch.positions,
+            rows = Rows(
                 block_tables[self._group],
                 input_batch.query_start_loc,
                 input_batch.seq_lens,
                 requests,
             )
+            step.prepare(slot_mappings[self._group], input_batch.positions, rows)
             if self._state.poison is not None:
                 self._state.poison.begin_step(
                     input_batch.idx_mapping_np[: len(requests)],
                     input_batch.query_start_loc_np,
-                    {prompt[BATCH_ROW] for prompts in step.prunes for prompt in prompts.entries},
+                    {prompt.batch_row for prompts in step.prunes for prompt in prompts.entries},
                     input_batch.positions,
                     slot_mappings[self._group],
                     block_tables[self._group],

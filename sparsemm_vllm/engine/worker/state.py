@@ -13,14 +13,9 @@ from sparsemm_vllm.engine.worker.probes.knockout import Knockouts
 from sparsemm_vllm.engine.worker.probes.poison import Poison
 from sparsemm_vllm.engine.worker.prune_timer import PruneTimer
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
-from sparsemm_vllm.triton_kernels.batch import (
-    DecodeBatch,
-    DecodeBuffers,
-    HeadPages,
-    PruneWorkspace,
-    decode_queries,
-    decode_rows,
-)
+from sparsemm_vllm.triton_kernels.batch import HeadPages, PruneWorkspace
+from sparsemm_vllm.triton_kernels.decode_batch import DecodeBatch, DecodeBuffers
+from sparsemm_vllm.triton_kernels.tile_sizes import decode_queries, decode_rows
 
 # Queries of a row that the decode kernel is made for.
 DECODE_QUERIES = 16

@@ -10,12 +10,8 @@ import torch
 
 from sparsemm_vllm.engine.worker.probes.knockout import Knockout
 from sparsemm_vllm.engine.worker.state import SparseState
-from sparsemm_vllm.triton_kernels.batch import (
-    DecodeBatch,
-    Prompts,
-    QueryTiles,
-    columns,
-)
+from sparsemm_vllm.triton_kernels.batch import Prompts, QueryTiles, Rows, columns
+from sparsemm_vllm.triton_kernels.decode_batch import DecodeBatch
 
 
 @dataclass(frozen=True)
@@ -44,50 +40,25 @@ class Step:
     recorded: QueryTiles | None = None
     knockouts: list[Knockout] = field(default_factory=list)
 
-    def prepare(
-        self,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
-        block_table: torch.Tensor,
-        query_start: torch.Tensor,
-        seq_lens: torch.Tensor,
-        requests: torch.Tensor,
-    ) -> None:
+    def prepare(self, slots: torch.Tensor, positions: torch.Tensor, rows: Rows) -> None:
         """Correct the slots of generated tokens and schedule the decode rows, on the device.
 
         Args:
             slots: cache slot of each token of the step, int64 ``[T]``; changed in place.
-            positions: of each token in its request, int64 ``[T]``.
-            block_table: int32 ``[R, max_blocks]``.
-            query_start: first query of each row and the end of the last, int32 ``[R + 1]``.
-            seq_lens: tokens of each row after the step, int32 ``[R]``.
-            requests: index of each row's request, of the real rows only.
+            positions: position of each token in its request, int64 ``[T]``.
+            rows: rows of the step's batch.
         """
         state = self.state
         if self.moves_slots:
             state.ops.correct_slots(
-                slots,
-                positions,
-                block_table,
-                query_start,
-                seq_lens,
-                requests,
-                state.pages,
-                state.page_size,
-                self.max_query_len,
+                slots, positions, rows, state.pages, state.page_size, self.max_query_len
             )
         if state.pages.page_units is not None:
             for prompts in self.prunes:
-                state.ops.list_pages(state.cache.tensor, block_table, prompts, state.pages)
+                state.ops.list_pages(state.cache.tensor, rows.block_table, prompts, state.pages)
         for batch in self.decodes:
             state.ops.schedule_decode(
-                batch,
-                state.pages,
-                state.layout.window,
-                state.page_size,
-                query_start,
-                seq_lens,
-                requests,
+                batch, state.pages, state.layout.window, state.page_size, rows
             )
 
 

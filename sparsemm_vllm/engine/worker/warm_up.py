@@ -4,7 +4,8 @@ import torch
 
 from sparsemm_vllm.engine.worker.state import SparseState
 from sparsemm_vllm.engine.worker.step import Step
-from sparsemm_vllm.triton_kernels.batch import DecodeBatch, Prompts
+from sparsemm_vllm.triton_kernels.batch import Prompts, Rows
+from sparsemm_vllm.triton_kernels.decode_batch import DecodeBatch
 from sparsemm_vllm.triton_kernels.occupancy import resident_programs
 
 
@@ -35,9 +36,10 @@ def warm_up(state: SparseState, dtype: torch.dtype, block_table: torch.Tensor) -
             ops.list_pages(cache, block_table, prompts, state.pages)
     slots = torch.full((1,), -1, dtype=torch.int64, device=device)
     zero = torch.zeros(2, dtype=torch.int32, device=device)
+    rows = Rows(block_table, zero, zero, zero[:1].long())
     for batch in _decode_batches(state):
         step = Step(state, 1, moves_slots=True, decodes=[batch])
-        step.prepare(slots, slots, block_table, zero, zero, zero[:1].long())
+        step.prepare(slots, slots, rows)
         kernel = ops.sparse_decode(query, cache, 0, block_table, batch, query, 1.0, scale, scale)
         if kernel is not None:
             state.spread(batch.block_m, resident_programs(kernel, device))

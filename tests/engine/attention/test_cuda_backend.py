@@ -22,6 +22,7 @@ from sparsemm_vllm.engine.spec import SparseMMSpec
 from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
 from sparsemm_vllm.engine.worker.step import Step, capture_step, plan_step
 from sparsemm_vllm.triton_kernels import reference, torch_ops, triton_ops
+from sparsemm_vllm.triton_kernels.batch import Rows
 from support.dense_metadata import dense_metadata
 
 L, HKV, G, D, P, WINDOW = 2, 2, 2, 16, 8, 4
@@ -55,6 +56,11 @@ def make_state(ops: ModuleType, dtype: torch.dtype = HALF) -> SparseState:
 
 def int32(values: Any) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def rows_of(common: CommonAttentionMetadata, requests: torch.Tensor) -> Rows:
+    """What the kernels are told of a batch of vLLM's."""
+    return Rows(common.block_table_tensor, common.query_start_loc, common.seq_lens, requests)
 
 
 class Batch:
@@ -105,10 +111,7 @@ class Batch:
         self.step.prepare(
             torch.zeros(T, dtype=torch.int64, device=DEVICE),
             torch.zeros(T, dtype=torch.int64, device=DEVICE),
-            common.block_table_tensor,
-            common.query_start_loc,
-            common.seq_lens,
-            torch.from_numpy(self.requests).to(DEVICE),
+            rows_of(common, torch.from_numpy(self.requests).to(DEVICE)),
         )
 
     def expected(self, layer: int, query: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
@@ -305,10 +308,7 @@ def test_replay_of_a_captured_batch(flash: Flash, ops: ModuleType, queries: int)
     step.prepare(
         torch.full((R * queries,), -1, device=DEVICE),
         torch.zeros(R * queries, dtype=torch.int64, device=DEVICE),
-        common.block_table_tensor,
-        common.query_start_loc,
-        common.seq_lens,
-        int32([]),
+        rows_of(common, int32([])),
     )
     for layer in range(L):
         attend(meta, cache, layer, query, output)

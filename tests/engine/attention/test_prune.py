@@ -199,14 +199,14 @@ def test_prompts_of_a_launch_are_split_one_by_one():
     state = SparseState(
         layout, layout.slice_of(0, 0), Heads(2, 3, 3, 8), torch.float32, 4, 400, 1, DEVICE
     )
-    state.attach(PrunedCache(torch.empty(2, 1, 3, P, 16, device=DEVICE), {}))
+    state.attach(PrunedCache(torch.empty(2, 1, 3, 4, 16, device=DEVICE), {}))
     lengths = [60, 33, 90]
     for index, n in zip((3, 0, 1), lengths, strict=True):
         state.add(index, n)
     prompts = Prompts.pack([(0, 3, 0, 60), (1, 0, 0, 33), (2, 1, 0, 90)], 9, DEVICE)
     state.workspace.scores.copy_(torch.rand_like(state.workspace.scores) ** 8)
     before = state.pages.lengths.clone()
-    split_layer([layout] * 8, 1, prompts, state.workspace, state.pages, 4)
+    split_layer(state, 1, prompts)
     for _, index, _, n, offset in prompts.entries:
         own = state.workspace.scores[:, offset : offset + n - 4]
         split = layout.rules.split(own, 9)

@@ -32,6 +32,7 @@ from sparsemm_vllm.engine.worker.model_state import DefaultModelState, SparseMMM
 from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
 from sparsemm_vllm.engine.worker.step import capture_step, plan_step
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
+from sparsemm_vllm.triton_kernels.batch import Rows
 from support.dense_metadata import dense_metadata
 
 L, HKV, G, D, P, WINDOW = 2, 3, 2, 16, 8, 4
@@ -257,16 +258,16 @@ def test_prune_and_decode_do_not_wait(launches: list[Any], method: str) -> None:
     for computed, queries in [(0, N), (N, 1), (N, 3), (N, LONG)]:
         step = plan(state, computed, queries)
         assert bool(step.prunes) == (computed == 0)
-        tensors = (
-            torch.zeros(queries, dtype=torch.int64, device=DEVICE),
-            torch.arange(computed, computed + queries, device=DEVICE),
+        slots = torch.zeros(queries, dtype=torch.int64, device=DEVICE)
+        positions = torch.arange(computed, computed + queries, device=DEVICE)
+        rows = Rows(
             blocks,
             torch.tensor([0, queries], dtype=torch.int32, device=DEVICE),
             torch.tensor([computed + queries], dtype=torch.int32, device=DEVICE),
             torch.zeros(1, dtype=torch.int32, device=DEVICE),
         )
         with no_waiting(DEVICE):
-            step.prepare(*tensors)
+            step.prepare(slots, positions, rows)
             for layer in range(L):
                 forward_sparse(step, Layer(layer), query[:queries], output[:queries], blocks, 0.25)
     assert output[:LONG].isfinite().all()
@@ -293,7 +294,7 @@ def test_recording_does_not_wait(launches: list[Any]) -> None:
         lens = torch.tensor([computed + queries], dtype=torch.int32, device=DEVICE)
         none = torch.zeros(queries, dtype=torch.int64, device=DEVICE)
         with no_waiting(DEVICE):
-            step.prepare(none, none, blocks, starts, lens, lens[:0])
+            step.prepare(none, none, Rows(blocks, starts, lens, lens[:0]))
             for layer in range(L):
                 forward_sparse(step, Layer(layer), query[:queries], output[:queries], blocks, 0.25)
     keys = state.attention.keys

@@ -18,7 +18,8 @@ from sparsemm_vllm.engine.worker.state import DECODE_QUERIES, Heads, PrunedCache
 from sparsemm_vllm.engine.worker.step import Step, capture_step, plan_step
 from sparsemm_vllm.engine.worker.warm_up import warm_up
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
-from sparsemm_vllm.triton_kernels.batch import (
+from sparsemm_vllm.triton_kernels.batch import PruneWorkspace, Rows
+from sparsemm_vllm.triton_kernels.tables import (
     BATCH_ROW,
     COMPACT_BLOCKS,
     FIRST_QUERY,
@@ -32,7 +33,6 @@ from sparsemm_vllm.triton_kernels.batch import (
     TAIL_START,
     TILE_ROW,
     TOKENS,
-    PruneWorkspace,
 )
 
 P, W, BASE = 16, 4, 20
@@ -250,7 +250,7 @@ def test_long_rows_have_schedules_of_their_own():
     first, second, third = plan(state, [(0, 100, 40), (1, 120, 1), (2, 100, 60)]).decodes
     assert [each.query_tiles for each in (first, second, third)] == [3, 1, 4]  # 16 queries each
     every = [state.buffers, first.buffers, second.buffers, third.buffers]
-    for name in ("rows", "items", "first_tile", "first_item"):
+    for name in ("tiles", "items", "first_tile", "first_item"):
         assert len({getattr(buffers, name).data_ptr() for buffers in every}) == 4, name
     for name in ("partial", "stats"):  # used by one launch only
         assert len({getattr(buffers, name).data_ptr() for buffers in every}) == 1, name
@@ -266,8 +266,8 @@ def test_a_bound_on_the_length_does_not_make_a_prune_of_a_decode():
     slots = torch.zeros(4, dtype=torch.int64, device=DEVICE)
     positions = torch.arange(100, 104, device=DEVICE)
     rows = make_rows(np.random.default_rng(0), 1)
-    step.prepare(slots, positions, rows, query_start, seq_lens, int32([0]))
-    scheduled = state.buffers.rows[0].tolist()
+    step.prepare(slots, positions, Rows(rows, query_start, seq_lens, int32([0])))
+    scheduled = state.buffers.tiles[0].tolist()
     assert (scheduled[POSITION], scheduled[TAIL]) == (100, 8)
 
 
@@ -340,14 +340,13 @@ def prepare(state, rows, slots, positions, block_table, padded=0):
     step = plan(state, rows, len(rows) + padded if padded else None)
     ends = np.cumsum([queries for *_, queries in rows]).tolist()
     seq_lens = [computed + queries for _, computed, queries in rows]
-    step.prepare(
-        slots,
-        positions,
+    given = Rows(
         block_table,
         int32([0, *ends, *ends[-1:] * padded]),
         int32(seq_lens + [0] * padded),
         int32([request for request, *_ in rows]),
     )
+    step.prepare(slots, positions, given)
     return step
 
 
@@ -421,12 +420,11 @@ def test_a_step_that_only_fills_time_moves_nothing(ops):
     state = make_state([24])
     state.ops = ops
     slots = torch.arange(7, device=DEVICE)
-    rows, query_start = make_rows(np.random.default_rng(0), 7), int32(range(8))
-    capture_step(state, 7, 1).prepare(
-        slots, slots.clone(), rows, query_start, int32([30] * 7), int32([])
-    )
+    table = make_rows(np.random.default_rng(0), 7)
+    rows = Rows(table, int32(range(8)), int32([30] * 7), int32([]))
+    capture_step(state, 7, 1).prepare(slots, slots.clone(), rows)
     assert slots.tolist() == list(range(7))
-    scheduled = state.buffers.rows[:7]
+    scheduled = state.buffers.tiles[:7]
     assert (scheduled[:, [TAIL_START, PROMPT_BLOCKS, COMPACT_BLOCKS]] == 0).all()
 
 
@@ -445,7 +443,7 @@ def test_every_decode_row_is_scheduled(ops):
         [[3, 43, LONG, n, n - W, N, C]],
     ]
     for batch, tiles in zip(step.decodes, expected, strict=True):
-        assert batch.buffers.rows[: len(tiles), names].tolist() == tiles
+        assert batch.buffers.tiles[: len(tiles), names].tolist() == tiles
         kept = batch.buffers.items[:, :2, 0]
         assert torch.equal(kept, state.pages.lengths[0]), "the first row's request is pruned"
 
@@ -453,13 +451,13 @@ def test_every_decode_row_is_scheduled(ops):
 def test_padded_rows_are_scheduled_to_do_nothing(ops):
     state = make_state([100])
     state.ops = ops
-    state.buffers.rows.fill_(99)  # the step before had more rows
+    state.buffers.tiles.fill_(99)  # the step before had more rows
     rows = [(0, 100, 1)]
     block_table = make_rows(np.random.default_rng(1), 3)
     slots, positions = vllm_slots(block_table, rows, padding=0)
     prepare(state, rows, slots, positions, block_table, padded=2)
-    assert state.buffers.rows[:3, QUERIES].tolist() == [1, 0, 0]
-    assert state.buffers.rows[:3, TAIL].tolist() == [5, 0, 0]
+    assert state.buffers.tiles[:3, QUERIES].tolist() == [1, 0, 0]
+    assert state.buffers.tiles[:3, TAIL].tolist() == [5, 0, 0]
 
 
 # Warm-up
@@ -530,7 +528,7 @@ def test_listed_pages_lead_to_the_same_tokens(kernels):
             starts = torch.tensor([0, queries], dtype=torch.int32, device=DEVICE)
             none = torch.zeros(queries, dtype=torch.int64, device=DEVICE)
             request = torch.full((1,), 5, dtype=torch.int32, device=DEVICE)
-            step.prepare(none, none, table, starts, lens, request)
+            step.prepare(none, none, Rows(table, starts, lens, request))
             for layer in range(3):
                 output = torch.zeros_like(query[:queries])
                 named = SimpleNamespace(layer_name=f"layers.{layer}")

@@ -214,6 +214,7 @@ def step(
 
     from sparsemm_vllm.engine.attention import cuda as cuda_backend
     from sparsemm_vllm.engine.worker.step import capture_step, plan_step
+    from sparsemm_vllm.triton_kernels.batch import Rows
 
     R = len(batch)
     starts = np.cumsum([0, *(queries for _, _, queries in batch)])
@@ -244,7 +245,8 @@ def step(
         requests = requests[:0]
     else:
         builder.step = plan_step(state, np.arange(R), starts, seq_lens)
-    builder.step.prepare(slots, positions, block_table[:R], query_start, lengths, requests)
+    rows = Rows(block_table[:R], query_start, lengths, requests)
+    builder.step.prepare(slots, positions, rows)
     meta = builder.build(0, common)
     heads = state.heads
     # Queries are a part of what the layer before computed: queries, keys and values of each token.

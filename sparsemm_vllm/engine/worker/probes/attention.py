@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from sparsemm_vllm.names import RECORD
-from sparsemm_vllm.triton_kernels.batch import QueryTiles, decode_queries
+from sparsemm_vllm.triton_kernels.batch import QueryTiles
+from sparsemm_vllm.triton_kernels.tile_sizes import decode_queries
 
 NEVER = 2**62  # a position that no request reaches
 
