@@ -149,7 +149,7 @@ class Rivals:
     Args:
         subject: the model.
         variants: variants to compare.
-        plan: what is measured.
+        plan: lengths, batches, budgets and pools.
         options: options of `vllm.LLM`, for all of them.
         bandwidth: bytes that the device copies in a second.
     """

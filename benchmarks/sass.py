@@ -148,7 +148,7 @@ class DecodeParts:
         tile: reading a KV tile.
         end: writing the output of an item that no other program shares.
         split: storing a part of an item that others share, and saying so.
-        combine: what the last of an item's programs does besides, with one round of parts.
+        combine: work that the last of an item's programs does besides, with one round of parts.
         round: each further round of parts.
     """
 

@@ -22,7 +22,7 @@ class Variant:
     """How a decode step is launched.
 
     Attributes:
-        options: how the kernel is compiled.
+        options: options that the kernel is compiled with.
         programs_each: programs of a multiprocessor; as many as it runs at once if None.
     """
 

@@ -39,7 +39,7 @@ class Run:
         name: name of the tar or folder.
         day: day of the newest record, in UTC.
         parts: records by part.
-        notes: what a reader must know beside them: jobs that were killed, files that are damaged.
+        notes: lines that a reader must know: jobs that were killed, files that are damaged.
     """
 
     name: str
@@ -175,7 +175,7 @@ def keep(runs: list[Run], root: Path, dry: bool) -> dict[Path, dict[str, dict[st
     """Merge runs, and what is there already, into the folders of their devices and days.
 
     Args:
-        runs: what was read, earlier runs first.
+        runs: runs that were read, earlier ones first.
         root: folder of all results.
         dry: whether they are of dry runs, which are kept apart.
 

@@ -21,8 +21,8 @@ def prepare(name: str, folder: Path = FOLDER) -> Path:
     Its head profile is ``profile.json`` in there.
 
     Args:
-        name: one of `NAMES`.
-        folder: that the models' folders lie in.
+        name: name of `NAMES`.
+        folder: folder that the models' folders lie in.
 
     Raises:
         ValueError: naming the models, if there is none of this name.

@@ -30,11 +30,11 @@ class Prompts:
     """What prompts leave behind: lists of `L` tensors, and what selection needs.
 
     Attributes:
-        keys: position-encoded, ``[N, Hkv, n, D]`` each; `values` alike.
-        scores: of each prompt's tokens before the window, ``[N][L]`` of ``[Hkv, length - W]``.
-        lengths: tokens of each prompt; its columns are the last of the `n`.
-        logits: that predict the first token of the answer, ``[N, vocabulary]``.
-        window: `W`.
+        keys: keys of each layer, position-encoded, ``[N, Hkv, n, D]`` each; `values` alike.
+        scores: scores of the tokens before the window, ``[N][L]`` of ``[Hkv, length - W]``.
+        lengths: number of tokens of each prompt; its columns are the last of the `n`.
+        logits: logits that predict the first token of the answer, ``[N, vocabulary]``.
+        window: window in tokens, `W`.
     """
 
     keys: list[Tensor]
@@ -60,8 +60,8 @@ class OfflineModel:
     """A checkpoint that answers from masked caches; greedy, float32.
 
     Args:
-        folder: of the checkpoint, a LLaVA with a Llama inside.
-        window: `W`, the observation window in tokens.
+        folder: folder of the checkpoint, a LLaVA with a Llama inside.
+        window: observation window in tokens, `W`.
     """
 
     def __init__(self, folder: Path, window: int) -> None:
@@ -219,8 +219,8 @@ class _Step:
 
     Args:
         prompts: computed prompts.
-        shown: what each head sees of all of them, ``[L, N, Hkv, n]``.
-        rows: the prompts that are decoded, B of the N.
+        shown: mask of what each head sees of all of them, ``[L, N, Hkv, n]``.
+        rows: indices of the prompts that are decoded, B of the N.
     """
 
     def __init__(self, prompts: Prompts, shown: Tensor, rows: list[int]) -> None:

@@ -184,8 +184,8 @@ def step_seconds(spans: list[tuple[Request, int, int]], kept: Callable[[int], fl
     """Floor of a step's time: its bytes over the bandwidth or its FLOP over the peak.
 
     Args:
-        spans: of each request, its tokens before the step and in it.
-        kept: tokens of a prompt that a head keeps on average, from those it has.
+        spans: requests, each with its tokens before the step and in it.
+        kept: function from a prompt's tokens to those that a head keeps on average.
     """
     total_bytes, flop = WEIGHT_BYTES, 0.0
     for request, start, count in spans:

@@ -72,8 +72,8 @@ class Bench:
         """Do what ``vllm bench serve *arguments`` does.
 
         Args:
-            arguments: of the command.
-            timeout: in seconds.
+            arguments: arguments of the command.
+            timeout: time that it may take, in seconds.
 
         Raises:
             LoadError: if it fails, dies, or is not done in time.
@@ -188,7 +188,7 @@ class Watch:
 def arguments(
     url: str, tokenizer: Path, requests: Path, scenario: Scenario, load: Load, result: Path
 ) -> list[str]:
-    """Of `vllm bench serve`.
+    """Arguments of `vllm bench serve`.
 
     The data set is ``custom_image``, not ``random-mm``: we say which requests share a picture, and
     both servers are asked the same. There are no warm-up requests of its own, since it takes the
@@ -240,10 +240,12 @@ def put_load(
     """Put a load on a server whose caches are empty.
 
     Args:
-        bench: that asks.
-        url: of the server.
+        bench: client that asks.
+        url: address of the server.
         tokenizer: folder of the model.
-        requests: from `write_requests`; the result goes to the same folder.
+        requests: file of `write_requests`; the result goes to the same folder.
+        scenario: kind of the requests.
+        load: number and rate of the requests.
 
     Returns:
         A cell: numbers, with their units in their names.
