@@ -2,14 +2,15 @@
 
 import io
 import json
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from sparsemm_vllm.files import write_whole
 from sparsemm_vllm.profiler.attention import Scores
 from sparsemm_vllm.profiler.errors import ProfilerError
-from sparsemm_vllm.store import DamagedError, OtherSettingsError, Settings, Store
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Run:
         data: name of the data set.
         data_hash: hash of its samples.
         samples: number of samples.
-        seed: seed of their choice.
+        seed: seed that they were chosen with.
     """
 
     model_id: str
@@ -36,16 +37,11 @@ class Run:
 
 
 class Partial:
-    """A file beside the profile, replaced after each batch.
-
-    Args:
-        path: file of the scores so far.
-        run: run that they belong to.
-    """
+    """A file beside the profile, replaced after each batch."""
 
     def __init__(self, path: Path, run: Run) -> None:
         self.path = path
-        self._store = Store(path, asdict(run), _read, _write)
+        self._run = run
 
     def load(self) -> Scores | None:
         """What an interrupted run scored; none if there is no such file.
@@ -53,29 +49,29 @@ class Partial:
         Raises:
             ProfilerError: if it is of another run, or no such file at all.
         """
+        if not self.path.exists():
+            return None
         try:
-            return self._store.load()
-        except DamagedError as error:
+            with np.load(self.path) as data:
+                run = json.loads(str(data["run"]))
+                scores = Scores(data["hits"], data["tokens"])
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise ProfilerError(
                 f"{self.path} cannot be read ({error}); delete it to start anew"
             ) from None
-        except OtherSettingsError as error:
+        mine = asdict(self._run)
+        differing = [name for name in mine if run.get(name) != mine[name]]
+        if differing:
+            name = differing[0]
             raise ProfilerError(
-                f"{self.path} is of another run: its {error.name} is {error.found!r}, this one's "
-                f"{error.wanted!r}; repeat that run's options, or delete the file to start anew"
-            ) from None
+                f"{self.path} is of another run: its {name} is {run.get(name)!r}, this one's "
+                f"{mine[name]!r}; repeat that run's options, or delete the file to start anew"
+            )
+        return scores
 
     def save(self, scores: Scores) -> None:
         """Keep what has been scored, whole."""
-        self._store.save(scores)
-
-
-def _read(data: bytes) -> tuple[Settings, Scores]:
-    with np.load(io.BytesIO(data)) as arrays:
-        return json.loads(str(arrays["run"])), Scores(arrays["hits"], arrays["tokens"])
-
-
-def _write(run: Settings, scores: Scores) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, run=json.dumps(run), hits=scores.hits, tokens=scores.tokens)
-    return buffer.getvalue()
+        run = json.dumps(asdict(self._run))
+        buffer = io.BytesIO()
+        np.savez(buffer, run=run, hits=scores.hits, tokens=scores.tokens)
+        write_whole(self.path, buffer.getvalue())
