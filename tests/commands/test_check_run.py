@@ -50,8 +50,8 @@ WRONG = "its process wrote what is no result"
 PRELUDE = """
 import os, sys, time
 from pathlib import Path
-from sparsemm_vllm.check_run.cases import names
-from sparsemm_vllm.check_run.results import Line, Results, Row
+from sparsemm_vllm.commands.check.cases import names
+from sparsemm_vllm.commands.check.results import Line, Results, Row
 results = Results(Path(sys.argv[2]))
 expected = names(sys.argv[3].split(","))
 def report(names):
