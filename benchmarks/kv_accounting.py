@@ -18,6 +18,7 @@ from models import NAMES, prepare
 
 from sparsemm_vllm.budget.plan import make_plan
 from sparsemm_vllm.budget.profile import load_profile
+from sparsemm_vllm.budget.settings import Settings
 
 RESULT = ROOT / "benchmarks" / "results" / "kv-accounting.json"
 LENGTHS = (3072, 4096, 8192, 16384, 32768)
@@ -27,7 +28,7 @@ BUDGETS = (256, 1024)
 def count(name: str, n: int, budget: int) -> dict[str, Any]:
     """A prompt of `n` tokens in bfloat16, in blocks of 16 tokens."""
     profile = load_profile(str(prepare(name) / "profile.json"))
-    plan = make_plan(profile, budget, n)
+    plan = make_plan(profile, Settings(budget=budget), n)
     return {
         "model": name,
         "prompt_tokens": n,

@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.engine.worker import warm_up as serving
-from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
+from sparsemm_vllm.engine.worker.state import Capacity, Heads, PrunedCache, SparseState
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
 
 MULTIPROCESSORS = 132  # of an H100 and of an H200
@@ -135,10 +135,10 @@ def engine(device: Device, model: Model, budget: int, length: int, fp8: bool, la
     heads = CacheLayout.from_scores(scores, model.Hkv, budget, bench.W)
     dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
     own = slice(0, model.L), slice(0, model.Hkv)
-    sizes = Heads(model.L, model.Hq, model.Hkv, model.D)
+    sizes = Heads(model.L, model.Hq, model.Hkv, model.D, dtype)
     most = bench.MOST_PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors
     requests = modes.REQUESTS
-    state = SparseState(heads, own, sizes, dtype, requests, length, most, device.torch)
+    state = SparseState(heads, own, sizes, Capacity(requests, length, most), device.torch)
     state.ops = triton_ops
     cache = without_memory(device, model, 1 << 10, layout, dtype)
     state.attach(PrunedCache(cache, {}))

@@ -13,7 +13,7 @@ def write_whole(path: Path | str, content: str | bytes) -> None:
 
     Args:
         path: file to write or replace.
-        content: all of it; text is written as UTF-8.
+        content: whole content of the file; text is written as UTF-8.
 
     Raises:
         OSError: naming `path`, if its folder does not exist or cannot be written.

@@ -24,7 +24,7 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
     Args:
         values: tensor on the host, of any shape and type.
-        device: where the kernels run.
+        device: device where the kernels run.
     """
     if device.type != "cpu":
         values = values.pin_memory()
@@ -57,11 +57,12 @@ class HeadPages:
     """Where the head pages of each running request lie; a request has a fixed index.
 
     Attributes:
-        prompt_tokens: `n` of each request, int32 ``[max_requests]``.
-        compact_blocks: `C`, 0 for prompts that are not pruned, int32 ``[max_requests]``.
+        prompt_tokens: tokens of each request's prompt, `n`, int32 ``[max_requests]``.
+        compact_blocks: compact blocks of each request, `C`, 0 where the prompt is not pruned,
+            int32 ``[max_requests]``.
         lengths: tokens in each head's pages, int32 ``[max_requests, L, Hkv]``.
-        first_pages: each head's first head page, int32 ``[max_requests, L, Hkv]``.
-        page_units: where each head page begins in the cache, in units of a token's ``2 * D``
+        first_pages: first head page of each head, int32 ``[max_requests, L, Hkv]``.
+        page_units: place in the cache where each head page begins, in units of a token's ``2 * D``
             elements, int32 ``[max_requests, max_pages]``; written by `list_pages`. None: the decode
             kernel computes it.
     """
@@ -79,10 +80,10 @@ class HeadPages:
         """No request is pruned.
 
         Args:
-            max_requests: requests that run at once.
+            max_requests: requests that run at once, at most.
             L: layers.
             Hkv: KV heads.
-            device: where the kernels run.
+            device: device where the kernels run.
             max_pages: head pages of a request at most, for `page_units`; 0 does without.
 
         Raises:
@@ -110,10 +111,10 @@ class HeadPages:
 
         Args:
             request: index of the request.
-            prompt_tokens: tokens of its prompt, `n`.
-            compact_blocks: its compact blocks, `C`.
-            lengths: tokens in each head's pages, ``[L, Hkv]``, on the host.
-            first_pages: first head page of each head, ``[L, Hkv]``, on the host.
+            prompt_tokens: tokens of the request's prompt, `n`.
+            compact_blocks: compact blocks of the request, `C`.
+            lengths: tokens in each head's pages, int ``[L, Hkv]``, on the host.
+            first_pages: first head page of each head, int ``[L, Hkv]``, on the host.
         """
         numbers = torch.tensor([prompt_tokens, compact_blocks], dtype=torch.int32)
         row = torch.cat([numbers, lengths.flatten().int(), first_pages.flatten().int()])
@@ -152,9 +153,9 @@ class Prompts:
         """Give every prompt its columns.
 
         Args:
-            rows: ``(batch row, request, end of its queries, n)`` of each prompt.
-            max_kept: most tokens that a head keeps in its pages.
-            device: where the kernels run.
+            rows: numbers of each prompt, ``(batch row, request, end of its queries, n)``.
+            max_kept: tokens that a head keeps in its pages, at most.
+            device: device where the kernels run.
         """
         placed, end = [], 0
         for batch_row, request, query_end, n in rows:
@@ -188,10 +189,12 @@ class PruneWorkspace:
     """Scratch memory of a prune, allocated once.
 
     Attributes:
-        sums: attention that each token gets, not pooled, float32 ``[Hkv, capacity]``.
+        sums: attention that each token gets, before pooling, float32 ``[Hkv, capacity]``.
         scores: pooled scores, float32 ``[Hkv, capacity]``.
-        positions: kept positions, from each prompt's first column on, int32 ``[Hkv, capacity]``.
-        stats: logarithm of each window query's softmax sum over a part of the prompt, float32.
+        positions: positions of kept tokens, from each prompt's first column on, int32
+            ``[Hkv, capacity]``.
+        stats: logarithms of each window query's softmax sum over a part of the prompt, float32, one
+            dimension.
     """
 
     sums: torch.Tensor
@@ -273,9 +276,9 @@ class QueryTiles:
         """Cut spans of queries into tiles.
 
         Args:
-            spans: the five numbers of a tile, for any number of queries.
+            spans: numbers of a tile in the order of the columns, for any number of queries.
             block_q: queries of a tile.
-            device: where the kernels run.
+            device: device where the kernels run.
         """
         rows = [
             (row, first + i, min(block_q, queries - i), position + i, target + i)

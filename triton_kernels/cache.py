@@ -7,7 +7,7 @@ def cache_units(cache: torch.Tensor) -> tuple[int, int, int, int]:
     """Strides of the cache's layers, blocks, heads and tokens, in units of a token's elements.
 
     Args:
-        cache: ``[L, B, Hkv, P, 2 * D]``.
+        cache: keys and values, ``[L, B, Hkv, P, 2 * D]``; only its strides count.
 
     Raises:
         ValueError: if a token's keys and values do not lie side by side at a multiple of their

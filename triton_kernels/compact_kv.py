@@ -96,13 +96,13 @@ def compact_kv(
     """Copy each head's kept tokens of one layer to its head pages, bytes as they are.
 
     Args:
-        cache: ``[L, B, Hkv, P, 2 * D]``, elements of 1, 2 or 4 bytes, the last dimension
-            contiguous; head pages are written, their slots past a head's length are not.
-        layer: whose tokens to copy.
-        block_table: int32 ``[R', max_blocks]``, rows contiguous.
-        prompts: the prompts of this launch.
-        workspace: kept positions, from `select_tokens`.
-        pages: lengths in tokens and first head pages.
+        cache: keys and values, ``[L, B, Hkv, P, 2 * D]``, elements of 1, 2 or 4 bytes, the last
+            dimension contiguous; head pages are written, their slots past a head's length are not.
+        layer: layer whose tokens are copied.
+        block_table: block numbers of each row, int32 ``[R', max_blocks]``, rows contiguous.
+        prompts: prompts of this launch.
+        workspace: workspace with the kept positions, from `select_tokens`.
+        pages: head pages of all requests: lengths in tokens, and first pages.
 
     Raises:
         ValueError: for tensors of another shape, layout or type, and a layer that does not exist.

@@ -61,9 +61,9 @@ def correct_slots(
         slots: cache slot of each token of the step, int64 ``[T]``, contiguous.
         positions: position of each token in its request, int64 ``[T]``, contiguous.
         rows: rows of the step's batch; those of requests are corrected.
-        pages: prompt tokens and compact blocks of the requests.
-        page_size: `P`, in tokens.
-        max_query_len: bound of the tokens of a row.
+        pages: head pages of all requests; prompt tokens and compact blocks are read.
+        page_size: tokens of a page, `P`.
+        max_query_len: tokens of a row in this step, at most.
 
     Raises:
         ValueError: for tensors of another shape, layout or type.

@@ -44,8 +44,8 @@ class DecodeBuffers:
             columns.
         first_tile: work of the items before each, and of all, int32 ``[L, max_items + 1]``.
         first_item: item at which each program begins, int32 ``[L, max_programs]``.
-        arrived: programs that have finished their part of an item, int32 ``[max_items]``; zero
-            between two launches.
+        arrived: number of programs that have finished their part of an item, int32
+            ``[max_items]``; zero between two launches.
         partial: unfinished outputs, of a program's first and last item, float32
             ``[max_programs, 2, max_rows, D]``.
         stats: maximum and sum of their softmax, float32 ``[max_programs, 2, max_rows, 2]``.
@@ -78,13 +78,13 @@ class DecodeBuffers:
         """Buffers of a schedule in which nothing is to be read.
 
         Args:
-            max_query_tiles: query tiles of a batch.
+            max_query_tiles: query tiles of a batch, at most.
             L: layers.
             Hkv: KV heads.
-            D: head size.
+            D: head size, in elements.
             cache_dtype: type of the cache.
             max_programs: programs of a launch at most.
-            device: where the kernels run.
+            device: device where the kernels run.
             query_dtype: type of the queries; the cache's if not given, bfloat16 beside fp8.
         """
         if query_dtype is None:
@@ -125,15 +125,15 @@ class DecodeBatch:
     """Rows of a step that `sparse_decode` computes.
 
     Attributes:
-        buffers: their schedule.
-        first_row: the first of them in the batch.
-        rows: how many.
+        buffers: buffers with their schedule.
+        first_row: first of the rows in the step's batch.
+        rows: number of rows.
         tiles_per_row: query tiles of a row.
         block_q: queries of a tile.
         block_m: rows of a query tile: its queries times the query heads of a KV head, padded.
         programs: programs of a launch.
-        options: how the kernel is compiled.
-        page_units: see `HeadPages`.
+        options: options by which the kernel is compiled.
+        page_units: places of the head pages, see `HeadPages`.
     """
 
     buffers: DecodeBuffers
@@ -166,14 +166,14 @@ class DecodeBatch:
         """Rows of up to `max_query_len` queries each.
 
         Args:
-            buffers: where the schedule is written.
-            first_row: the first of the rows in the step's batch.
-            rows: how many.
+            buffers: buffers where the schedule is written.
+            first_row: first of the rows in the step's batch.
+            rows: number of rows.
             max_query_len: queries of a row at most.
             G: query heads of a KV head.
             programs: programs of a launch; as many as the buffers hold if not given.
-            options: how the kernel is compiled; `decode_options` if not given.
-            page_units: see `HeadPages`.
+            options: options by which the kernel is compiled; `decode_options` if not given.
+            page_units: places of the head pages, see `HeadPages`.
 
         Raises:
             ValueError: if the buffers are too small, or `G` is too large.

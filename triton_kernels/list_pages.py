@@ -55,7 +55,7 @@ def list_pages(
 
     Args:
         cache: keys and values, ``[L, B, Hkv, P, 2 * D]``; only its strides count.
-        block_table: block numbers, int32 ``[R, max_blocks]``.
+        block_table: block numbers of each row, int32 ``[R, max_blocks]``.
         prompts: prompts that this step prunes; their compact blocks are in the table.
         pages: head pages of all requests; rows of `page_units` are written, as many numbers as
             the compact blocks have pages.

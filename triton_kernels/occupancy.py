@@ -17,9 +17,9 @@ class Multiprocessor:
     """What the programs of a multiprocessor share.
 
     Attributes:
-        registers: 32-bit registers.
-        shared_bytes: shared memory.
-        threads: threads at once.
+        registers: number of 32-bit registers.
+        shared_bytes: shared memory, in bytes.
+        threads: threads that run at once.
     """
 
     registers: int
@@ -42,7 +42,7 @@ class Multiprocessor:
         Args:
             num_warps: warps of a program.
             registers: registers of a thread.
-            shared_bytes: shared memory of a program.
+            shared_bytes: shared memory of a program, in bytes.
         """
         threads = WARP * num_warps
         given = -(-registers // REGISTER_UNIT) * REGISTER_UNIT
@@ -58,7 +58,7 @@ def resident_programs(kernel: Any, device: torch.device) -> int:
     """Programs of a compiled kernel that the whole device runs at once.
 
     Args:
-        kernel: Triton's compiled kernel, launched before.
+        kernel: compiled kernel of Triton's, launched before.
         device: CUDA device that it was launched on.
     """
     each = Multiprocessor.of(device).programs(

@@ -19,10 +19,10 @@ def window_scores(
     count). Source: SnapKV, https://arxiv.org/abs/2404.14469, with the mean pooling of SparseMM.
 
     Args:
-        query: the last `W` queries of the prompt, position-encoded, ``[Hq, W, D]``.
-        key: the keys of the whole prompt, ``[Hkv, n, D]``.
+        query: queries of the prompt's last `W` tokens, position-encoded, ``[Hq, W, D]``.
+        key: keys of the whole prompt, ``[Hkv, n, D]``.
         kernel_size: width of the pooling in tokens, odd.
-        scale: of the logits; ``1 / sqrt(D)`` if not given.
+        scale: factor of the logits; ``1 / sqrt(D)`` if not given.
 
     Returns:
         float32 ``[Hkv, n - W]``.
@@ -57,8 +57,8 @@ def top_keys(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     Ties go to the lowest position. Source: SparseMM (ICCV 2025), section 3.
 
     Args:
-        query: position-encoded, ``[Hq, Q, D]``.
-        key: of all tokens up to the last query's, ``[Hkv, n, D]``.
+        query: queries, position-encoded, ``[Hq, Q, D]``.
+        key: keys of all tokens up to the last query's, ``[Hkv, n, D]``.
 
     Returns:
         int32 ``[Hq, Q]``.
@@ -76,7 +76,7 @@ def select_tokens(scores: torch.Tensor, capacities: torch.Tensor, width: int) ->
     """Positions of each head's best tokens, ascending; ties go to the lowest index.
 
     Args:
-        scores: ``[Hkv, m]``.
+        scores: scores of each head's tokens, ``[Hkv, m]``.
         capacities: tokens to keep per head, int ``[Hkv]``, on the device of the scores.
         width: columns of the result; at least the largest ``min(capacity, m)``.
 
@@ -94,8 +94,8 @@ def kept_tokens(scores: torch.Tensor, capacities: torch.Tensor) -> list[torch.Te
     """Like `select_tokens`, one tensor of exact length per head: what tests and tools compare.
 
     Args:
-        scores: ``[Hkv, n - W]``.
-        capacities: int ``[Hkv]``; larger ones keep every token.
+        scores: scores of the tokens older than the window, ``[Hkv, n - W]``.
+        capacities: tokens to keep per head, int ``[Hkv]``; larger ones keep every token.
 
     Returns:
         `Hkv` sorted int64 tensors of ``min(capacity, n - W)`` positions.
@@ -116,10 +116,10 @@ def read_tokens(
 
     Args:
         layer_cache: one layer of the cache, ``[B, Hkv, P, 2 * D]``.
-        row: the request's row of the block table, ``[max_blocks]``.
-        positions: int64 ``[T]``, in tokens from the start of the prompt.
-        prompt_blocks: `N`.
-        compact_blocks: `C`; the blocks of generated tokens follow them.
+        row: row of the request in the block table, int ``[max_blocks]``.
+        positions: positions of the tokens, from the start of the prompt, int64 ``[T]``.
+        prompt_blocks: blocks of the prompt, `N`.
+        compact_blocks: compact blocks of the request, `C`; blocks of generated tokens follow.
 
     Returns:
         ``[Hkv, T, 2 * D]``, in the cache's dtype.
@@ -140,11 +140,12 @@ def head_page_slots(
     """Where kept token `t` of a head lies: the index of its slot in the cache.
 
     Args:
-        cache: ``[L, B, Hkv, P, 2 * D]``.
-        row: the request's row of the block table, ``[max_blocks]``.
-        first_pages: each head's first head page, broadcastable to the shape of `tokens`.
-        tokens: rank of the token among those its head keeps.
-        prompt_blocks: `N`.
+        cache: keys and values, ``[L, B, Hkv, P, 2 * D]``.
+        row: row of the request in the block table, int ``[max_blocks]``.
+        first_pages: first head page of each token's head, int, of the shape of `tokens` or
+            broadcastable to it.
+        tokens: rank of the token among those that its head keeps, from 0, int of any shape.
+        prompt_blocks: blocks of the prompt, `N`.
 
     Returns:
         Layer, block, head slot and token slot, each of the shape of `tokens`.
@@ -168,14 +169,15 @@ def compact_kv(
     """Copy each head's kept tokens from the prompt blocks to its head pages, bytes as they are.
 
     Args:
-        cache: ``[L, B, Hkv, P, 2 * D]``; the head pages are written, nothing else is.
-        layer: whose tokens to copy.
-        row: the request's row of the block table, ``[max_blocks]``.
-        positions: kept positions per head, ascending, ``[Hkv, width]``, from `select_tokens`.
-        lengths: kept tokens per head, ``[Hkv]``, on the device.
-        first_pages: first head page per head, ``[Hkv]``, on the device.
+        cache: keys and values, ``[L, B, Hkv, P, 2 * D]``; only the head pages are written.
+        layer: layer whose tokens are copied.
+        row: row of the request in the block table, int ``[max_blocks]``.
+        positions: positions of the kept tokens per head, ascending, int64 ``[Hkv, width]``, from
+            `select_tokens`.
+        lengths: kept tokens per head, int ``[Hkv]``, on the device.
+        first_pages: first head page per head, int ``[Hkv]``, on the device.
         total: sum of the lengths, known on the host.
-        prompt_blocks: `N`.
+        prompt_blocks: blocks of the prompt, `N`.
     """
     Hkv, page_size = cache.shape[2:4]
     lengths = lengths.long()
@@ -218,12 +220,12 @@ def dense_attention(
     """Causal attention of a request's last queries over all of its tokens.
 
     Args:
-        query: ``[Q, Hq, D]``, the queries of tokens ``[seq_len - Q, seq_len)``.
+        query: queries of the tokens ``[seq_len - Q, seq_len)``, ``[Q, Hq, D]``.
         layer_cache: one layer of the cache, ``[B, Hkv, P, 2 * D]``.
-        row: the request's row of the block table, without compact blocks.
+        row: row of the request in the block table, without compact blocks, int ``[max_blocks]``.
         seq_len: tokens in the cache, those of this step included.
-        scale: of the logits.
-        sliding_window: tokens a query sees, itself included; all if not given.
+        scale: factor of the logits.
+        sliding_window: tokens that a query sees, itself included; all if not given.
 
     Returns:
         ``[Q, Hq, D]``, in the query's dtype.
@@ -256,19 +258,19 @@ def sparse_decode(
     """Causal attention of generated tokens over a pruned request: head pages, then the tail.
 
     Args:
-        query: ``[Q, Hq, D]``, the queries of the request's last `Q` tokens.
-        cache: ``[L, B, Hkv, P, 2 * D]``.
-        layer: the layer that attends.
-        row: the request's row of the block table, ``[max_blocks]``.
+        query: queries of the request's last `Q` tokens, ``[Q, Hq, D]``.
+        cache: keys and values, ``[L, B, Hkv, P, 2 * D]``.
+        layer: layer that attends.
+        row: row of the request in the block table, int ``[max_blocks]``.
         lengths: tokens in the head pages of each KV head, int ``[Hkv]``.
         first_pages: first head page of each KV head, int ``[Hkv]``.
-        longest: host-side bound of `lengths`.
+        longest: bound of `lengths`, known on the host.
         tail_start: position of the first token that all heads keep: ``n - W``.
-        prompt_blocks: `N`.
-        compact_blocks: `C`.
+        prompt_blocks: blocks of the prompt, `N`.
+        compact_blocks: compact blocks of the request, `C`.
         seq_len: tokens of the request, those of this step included; a scalar on the device.
-        max_seq_len: host-side bound of `seq_len`.
-        scale: of the logits.
+        max_seq_len: bound of `seq_len`, known on the host.
+        scale: factor of the logits.
 
     Returns:
         ``[Q, Hq, D]``, in the query's dtype.

@@ -163,10 +163,10 @@ def schedule_decode(
     https://arxiv.org/abs/2405.10480.
 
     Args:
-        batch: which rows; its buffers are written.
+        batch: decode rows of the step; its buffers are written.
         pages: head pages of all requests.
-        window: `W`, in tokens.
-        page_size: `P`, in tokens.
+        window: tokens of the observation window, `W`.
+        page_size: tokens of a page, `P`.
         rows: rows of the step's batch; their block table is not read.
 
     Raises:

@@ -108,11 +108,11 @@ def select_tokens(
     SnapKV, https://arxiv.org/abs/2404.14469, with SparseMM's lengths.
 
     Args:
-        prompts: the prompts of this launch.
-        workspace: scores, in, and positions, out.
+        prompts: prompts of this launch.
+        workspace: workspace; its scores are read, its positions written.
         lengths: kept tokens of each head, int32 ``[max_requests, Hkv]``, any strides; more than
             ``n - W`` keep all.
-        window: `W`.
+        window: tokens of the observation window, `W`.
 
     Raises:
         ValueError: for tensors of another shape, layout or type.

@@ -315,12 +315,12 @@ def sparse_decode(
         query: queries of the step, ``[T, Hq, D]``.
         cache: keys and values, ``[L, B, Hkv, P, 2 * D]``, fp8 (e4m3) or the query's dtype.
         layer: index of the layer that attends.
-        block_table: block numbers, int32 ``[R, max_blocks]``.
+        block_table: block numbers of each row, int32 ``[R, max_blocks]``.
         batch: rows to compute; `schedule_decode` has written their schedule.
-        output: ``[T, Hq, D]``; the scheduled queries are written, nothing else is.
+        output: attention of the queries, ``[T, Hq, D]``; only the scheduled queries are written.
         scale: factor of the logits.
         k_scale: scale of the cached keys, float32, one element; 1 if not given.
-        v_scale: the same for values.
+        v_scale: scale of the cached values, float32, one element; 1 if not given.
 
     Returns:
         Triton's compiled kernel, which knows its registers; None in the interpreter.

@@ -20,7 +20,7 @@ def decode_tokens(D: int, dtype: torch.dtype) -> int:
     """Tokens of a KV tile: as many as the registers of a program take in.
 
     Args:
-        D: head size.
+        D: head size, in elements.
         dtype: type of the cache.
     """
     D = 1 << (D - 1).bit_length()
@@ -33,8 +33,8 @@ def decode_rows(D: int, dtype: torch.dtype) -> int:
     """Rows of a query tile at most: queries times query heads of a KV head.
 
     Args:
-        D: head size.
-        dtype: of the cache.
+        D: head size, in elements.
+        dtype: type of the cache.
     """
     return 64 // (1 + (D > 128)) // (1 + (dtype == torch.float32))
 
@@ -61,8 +61,8 @@ class DecodeOptions:
         maxnreg: registers of a thread at most.
         pdl: programmatic dependent launch: programs begin while the kernel before still ends, and
             wait for it where they read what it wrote. Compute capability 9.0 and up.
-        lists_pages: where head pages begin is computed once, when a prompt is pruned, and read in
-            every step (`HeadPages.page_units`).
+        lists_pages: flag: the places of head pages are computed once, when a prompt is pruned, and
+            read in every step (`HeadPages.page_units`).
     """
 
     block_n: int
@@ -90,7 +90,7 @@ def decode_options(
     makes a tile shorter. Where a tile is smaller it is worth it.
 
     Args:
-        D: head size.
+        D: head size, in elements.
         cache_dtype: type of the cache.
         query_dtype: type of the queries.
         block_m: rows of a query tile, see `query_block`.

@@ -92,12 +92,13 @@ def top_keys(
     recorded: SparseMM (ICCV 2025), section 3.
 
     Args:
-        query: the step's queries, ``[T, Hq, D]``, position-encoded; heads contiguous.
-        layer_cache: of one layer, not pruned, ``[B, Hkv, P, 2 * D]``, fp8 (e4m3) or the query's
-            dtype; the last dimension contiguous.
-        block_table: int32 ``[R, max_blocks]``, rows contiguous.
-        tiles: which queries, and their rows of the output.
-        output: int32 ``[rows, Hq]``, rows contiguous; only those that `tiles` names are written.
+        query: queries of the step, ``[T, Hq, D]``, position-encoded; heads contiguous.
+        layer_cache: cache of one layer, not pruned, ``[B, Hkv, P, 2 * D]``, fp8 (e4m3) or the
+            query's dtype; the last dimension contiguous.
+        block_table: block numbers of each row, int32 ``[R, max_blocks]``, rows contiguous.
+        tiles: tiles of recorded queries, and their rows of the output.
+        output: positions of the keys, int32 ``[rows, Hq]``, rows contiguous; only those
+            that `tiles` names are written.
 
     Raises:
         ValueError: for shapes, strides or dtypes that do not fit together.

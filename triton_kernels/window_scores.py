@@ -290,13 +290,13 @@ def window_scores(
             contiguous. float32, float16 or bfloat16.
         layer_cache: one layer of the cache, ``[B, Hkv, P, 2 * D]``; the last dimension contiguous.
             The query's dtype, or float8_e4m3fn (compute capability 8.9 at least).
-        block_table: int32 ``[rows, max_blocks]``; the last dimension contiguous.
-        prompts: what to score, of at least `window` tokens each; offsets are multiples of 16.
-        workspace: columns ``[offset, offset + n - W)`` of `scores` are written; `sums` and `stats`
-            are overwritten.
-        window: `W`, in tokens, 64 at most.
+        block_table: block numbers of each row, int32 ``[rows, max_blocks]``, rows contiguous.
+        prompts: prompts to score, of at least `window` tokens each; offsets are multiples of 16.
+        workspace: workspace; columns ``[offset, offset + n - W)`` of `scores` are written, `sums`
+            and `stats` are overwritten.
+        window: tokens of the observation window, `W`, 64 at most.
         kernel_size: width of the pooling in tokens, odd.
-        scale: of the logits.
+        scale: factor of the logits.
         k_scale: factor of the keys, float32, one element.
 
     Raises:

@@ -16,6 +16,7 @@ from sparsemm_vllm.budget import layout as layout_module
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.budget.methods import adakv_split
 from sparsemm_vllm.budget.random_scores import random_scores
+from sparsemm_vllm.budget.settings import Settings
 from support.layouts import PRUNING, W, method_layouts
 
 BASE = 6
@@ -413,6 +414,17 @@ def test_from_scores_passes_everything_on():
     assert (layout.min_prompt_tokens, layout.tensor_parallel, layout.stages) == (9, 2, ((0, 2),))
     # floor 8, the other 8 * 4 tokens by 9 : 1 : 4 : 34 of 48
     assert layout.capacities == ((14, 9), (11, 31))
+
+
+def test_from_settings_passes_everything_on():
+    scores = torch.tensor([[8.0, 1.0, 1.0, 0.0], [2.0, 2.0, 30.0, 4.0]])
+    values = {"budget": 20, "window": 4, "rho": 0.5, "method": "random_heads"}
+    more = {"redistribute": True, "pool_kernel": 7, "min_prompt_tokens": 9}
+    settings = Settings(**values, **more, max_request_budget=33)
+    layout = CacheLayout.from_settings(settings, scores, 2, tensor_parallel=2)
+    assert layout == CacheLayout.from_scores(
+        scores, 2, **values, **more, largest_budget=33, tensor_parallel=2
+    )
 
 
 def test_equal_layouts_are_interchangeable():

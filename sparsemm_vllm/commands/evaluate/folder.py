@@ -18,8 +18,8 @@ class EvalFolder:
     ``configuration.json`` says which, ``points/`` holds a result a point, ``logs/`` vLLM's logs.
 
     Args:
-        path: created if it does not exist.
-        configuration: what all points have in common; JSON types only.
+        path: folder; it is made if it does not exist.
+        configuration: values that all points have in common; JSON types only.
 
     Raises:
         EvalError: if the folder holds points of another configuration, or other things.

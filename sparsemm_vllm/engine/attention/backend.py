@@ -2,96 +2,116 @@
 
 from typing import Any
 
-from vllm.v1.attention.backend import AttentionType
+from typing_extensions import override
+from vllm.v1.attention.backend import AttentionBackend, AttentionType
 
 from sparsemm_vllm.engine.config import UnsupportedError
 from sparsemm_vllm.names import NAME
 
 
-class SparseBackendMixin:
-    """Which layers and caches the backend takes; what it refuses, vLLM reports by name."""
+class SparseBackendMixin(AttentionBackend):
+    """Which layers and caches the backend takes; what it refuses, vLLM reports by name.
+
+    Stands before a backend that computes dense attention among the bases of a class.
+    """
 
     # A step's rows are divided by their keys, so a model must not write them and give none.
     supports_kv_cache_update_bypass = False
 
     @staticmethod
+    @override
     def get_name() -> str:
-        """The name of the enum member."""
+        """SPARSEMM's name in vLLM's enumeration of backends."""
         return NAME
 
     @classmethod
+    @override
     def supports_head_size(cls, head_size: int) -> bool:
-        """Multiples of 8 elements, 16 bytes or 8 of fp8, up to what the registers hold."""
+        """Multiples of 8 elements: 16 bytes, or 8 of fp8. At most 256: registers hold no more."""
         return head_size % 8 == 0 and head_size <= 256
 
     @classmethod
+    @override
     def supports_attn_type(cls, attn_type: str) -> bool:
-        """Decoders only."""
+        """Only decoders, also where the dense backend takes other layers."""
         return attn_type == AttentionType.DECODER
 
     @classmethod
+    @override
     def supports_kv_connector(cls) -> bool:
-        """Connectors move blocks by prompt position; pruned requests have none."""
+        """No: connectors move blocks by prompt position, and pruned requests have none."""
         return False
 
     @classmethod
+    @override
     def supports_sliding_window(cls) -> bool:
-        """Layers with a sliding window stay dense beside pruned ones."""
+        """Yes: layers with a sliding window stay dense beside pruned ones."""
         return True
 
     @classmethod
+    @override
     def supports_mm_prefix(cls) -> bool:
-        """Bidirectional image tokens would need another window score."""
+        """No: bidirectional image tokens would need another window score."""
         return False
 
     @classmethod
+    @override
     def supports_non_causal(cls) -> bool:
-        """Causal only."""
+        """No: the kernels mask by position."""
         return False
 
     @classmethod
+    @override
     def supports_sink(cls) -> bool:
-        """Sinks are not part of the sparse softmax."""
+        """No: sinks are not part of the sparse softmax."""
         return False
 
     @classmethod
+    @override
     def supports_alibi_sqrt(cls) -> bool:
-        """No ALiBi of any kind."""
+        """No: the kernels add no ALiBi of any kind to the logits."""
         return False
 
     @classmethod
+    @override
     def supports_per_head_quant_scales(cls) -> bool:
-        """The kernels read one scale a tensor, FlashAttention would read one a head."""
+        """No: the kernels read one scale a tensor, where FlashAttention reads one a head."""
         return False
 
     @classmethod
+    @override
     def supports_dcp(cls) -> bool:
-        """Context parallelism spreads a head's tokens over ranks."""
+        """No: context parallelism spreads a head's tokens over ranks."""
         return False
 
     @classmethod
+    @override
     def supports_pcp(cls) -> bool:
-        """The same for prefills."""
+        """No, for the same reason in prefills."""
         return False
 
     @classmethod
+    @override
     def supports_non_causal_dcp(cls) -> bool:
-        """Neither of the two."""
+        """No: neither of the two is supported."""
         return False
 
     @classmethod
+    @override
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        """A step is planned by the query lengths that the host knows."""
+        """No: a step is planned by the query lengths that the host knows."""
         return False
 
     @classmethod
+    @override
     def supports_rswa(cls) -> bool:
-        """Frees blocks on its own."""
+        """No: it frees blocks on its own."""
         return False
 
     @classmethod
+    @override
     def supports_batch_invariance(cls) -> bool:
-        """Not claimed."""
+        """No: work is spread over programs by the whole batch."""
         return False
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from typing_extensions import override
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import (
@@ -29,10 +30,10 @@ class SparseMMMetadata:
     """A step's batch: decode rows first, then the rows that are prefilled.
 
     Attributes:
-        step: what SPARSEMM does in it.
-        block_table: int32 ``[R, max_blocks]``.
-        dense: the batch without the decode rows; none if there are no others.
-        dense_tokens: of the others' queries in the step's.
+        step: plan of what SPARSEMM does in it.
+        block_table: block numbers of each row, int32 ``[R, max_blocks]``.
+        dense: batch without the decode rows; none if there are no others.
+        dense_tokens: range of the dense rows' queries in the step's.
     """
 
     step: Step
@@ -54,14 +55,19 @@ class SparseMMMetadataBuilder(FlashAttentionMetadataBuilder):
             self.aot_schedule = False
 
     @classmethod
+    @override
     def get_cudagraph_support(
         cls, vllm_config: Any, kv_cache_spec: Any, *args: Any, **kwargs: Any
     ) -> AttentionCGSupport:
-        """Full graphs for decode batches; vLLM keeps piecewise graphs for the others."""
+        """Full graphs for decode batches of pruned layers; piecewise graphs for the others.
+
+        Layers that stay dense keep what FlashAttention supports.
+        """
         if isinstance(kv_cache_spec, SparseMMSpec):
             return AttentionCGSupport.UNIFORM_BATCH
         return super().get_cudagraph_support(vllm_config, kv_cache_spec, *args, **kwargs)
 
+    @override
     def build(
         self,
         common_prefix_len: int,
@@ -69,7 +75,10 @@ class SparseMMMetadataBuilder(FlashAttentionMetadataBuilder):
         *args: Any,
         **kwargs: Any,
     ) -> SparseMMMetadata | FlashAttentionMetadata:
-        """The metadata of one step. Does not wait for the device."""
+        """FlashAttention's metadata for the dense rows only, and the step beside it.
+
+        Layers without a step get FlashAttention's metadata as it is. Does not wait for the device.
+        """
         common, step = common_attn_metadata, self.step
         if step is None:  # layers that stay dense, batches that stand for none
             return super().build(common_prefix_len, common, *args, **kwargs)
@@ -88,7 +97,7 @@ def _flash_attends(dtype: torch.dtype, kv_cache_dtype: str) -> bool:
 
     Args:
         dtype: type of the queries.
-        kv_cache_dtype: vLLM's name of the cache's type.
+        kv_cache_dtype: name of the cache's type in vLLM.
     """
     return dtype != torch.float32 and not is_quantized_kv_cache(kv_cache_dtype)
 
@@ -155,6 +164,7 @@ class SparseMMImpl(FlashAttentionImpl):
         self.kv_cache_dtype = kv_cache_dtype
         self.supports_quant_query_input = False
 
+    @override
     def forward(
         self,
         layer: Any,
@@ -167,7 +177,7 @@ class SparseMMImpl(FlashAttentionImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Dense rows first, then the decode rows, then the prompts that are complete now."""
+        """FlashAttention for the dense rows, then the decode rows, then the prompts to prune."""
         meta = attn_metadata
         if not isinstance(meta, SparseMMMetadata):
             self._attend_dense(layer, query, key, value, kv_cache, meta, output)
@@ -227,10 +237,10 @@ class SparseMMImpl(FlashAttentionImpl):
         16, or neither.
 
         Args:
-            layer: vLLM's attention layer, with its cache.
+            layer: attention layer of vLLM's, with its cache.
             dtype: type of the queries.
-            block_table: int32 ``[max_requests, max_blocks]``, of the layer's group; only its width
-                and its device count.
+            block_table: block table of the layer's group, int32 ``[max_requests, max_blocks]``;
+                only its width and its device count.
         """
         if _flash_attends(dtype, self.kv_cache_dtype):
             return
@@ -258,13 +268,15 @@ class SparseMMBackend(SparseBackendMixin, FlashAttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
 
     @classmethod
+    @override
     def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
-        """Plain caches and fp8 (e4m3) with one scale a tensor."""
+        """All of FlashAttention's list. It never sees an fp8 cache, so it need not support one."""
         return kv_cache_dtype is None or kv_cache_dtype in cls.supported_kv_cache_dtypes
 
     @classmethod
+    @override
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """All, rather the one in which a head's tokens of a block lie side by side.
+        """All layouts; first the one in which a head's tokens of a block lie side by side.
 
         The decode kernel reads such head pages. ``VLLM_KV_CACHE_LAYOUT`` chooses another layout.
         """
@@ -272,6 +284,7 @@ class SparseMMBackend(SparseBackendMixin, FlashAttentionBackend):
         return preferred, *(layout for layout in KVCacheLayout if layout != preferred)
 
     @classmethod
+    @override
     def supports_combination(
         cls,
         head_size: int,
@@ -284,18 +297,20 @@ class SparseMMBackend(SparseBackendMixin, FlashAttentionBackend):
         use_mm_prefix: bool,
         device_capability: Any,
     ) -> str | None:
-        """Why the device cannot do it; None if it can."""
+        """Why the device cannot do it; None if it can. Asks nothing but fp8 conversion of it."""
         quantized = kv_cache_dtype is not None and is_quantized_kv_cache(kv_cache_dtype)
         if quantized and device_capability < DeviceCapability(8, 9):
             return "an fp8 KV cache needs compute capability 8.9: older GPUs do not convert e4m3"
         return None
 
     @staticmethod
+    @override
     def get_impl_cls() -> type[SparseMMImpl]:
-        """The implementation."""
+        """`SparseMMImpl`, which prunes."""
         return SparseMMImpl
 
     @staticmethod
+    @override
     def get_builder_cls() -> type[SparseMMMetadataBuilder]:
-        """The metadata builder."""
+        """`SparseMMMetadataBuilder`, which divides the rows."""
         return SparseMMMetadataBuilder

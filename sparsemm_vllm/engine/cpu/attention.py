@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from typing_extensions import override
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -27,11 +28,11 @@ class TorchMetadata:
     """A step's batch; see `CommonAttentionMetadata`.
 
     Attributes:
-        query_start: first query of each request and the end of the last, on the host.
+        query_start: first query of each request and the end of the last, ``[R + 1]``, on the host.
         seq_lens: tokens of each request after the step, int32 ``[R]``.
-        block_table: ``[R, max_blocks]``.
-        step: what SPARSEMM does in it; none where layers are dense.
-        dense_rows: rows of all others, which attend to all of their tokens.
+        block_table: block numbers of each request, int32 ``[R, max_blocks]``.
+        step: plan of what SPARSEMM does in it; none where layers are dense.
+        dense_rows: rows that attend to all of their tokens.
     """
 
     query_start: list[int]
@@ -49,13 +50,14 @@ class TorchMetadataBuilder(AttentionMetadataBuilder[TorchMetadata]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # abstract in vLLM's
         super().__init__(*args, **kwargs)
 
+    @override
     def build(
         self,
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> TorchMetadata:
-        """The metadata of one step."""
+        """Lists instead of launch parameters: rows are computed one after the other."""
         common, step = common_attn_metadata, self.step
         dense = range(common.num_reqs)
         if step is not None:
@@ -115,6 +117,7 @@ class TorchAttentionImpl(AttentionImpl[TorchMetadata]):
         kv = torch.cat([key, value], -1)[written]
         kv_cache[slots // page_size, :, slots % page_size] = kv.to(kv_cache.dtype)
 
+    @override
     def forward(
         self,
         layer: Any,
@@ -127,7 +130,7 @@ class TorchAttentionImpl(AttentionImpl[TorchMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of this step's queries, into `output` ``[T, Hq, D]``."""
+        """Attention of this step's queries, row by row in torch, into `output` ``[T, Hq, D]``."""
         if attn_metadata is None:  # vLLM profiles memory
             return output.fill_(0)
         with watch_cache(attn_metadata, layer.layer_name):
@@ -170,8 +173,8 @@ def watch_cache(meta: TorchMetadata, layer_name: str) -> AbstractContextManager[
     Kernels of ours, which tests interpret here, read unseen.
 
     Args:
-        meta: the step's batch.
-        layer_name: vLLM's name of the layer.
+        meta: metadata of the step's batch.
+        layer_name: name of the layer in vLLM.
     """
     step = meta.step
     if step is None or step.state.poison is None or step.state.ops is not torch_ops:
@@ -199,28 +202,33 @@ class TorchAttentionBackend(AttentionBackend):
     forward_includes_kv_cache_update = False
 
     @staticmethod
+    @override
     def get_name() -> str:
-        """vLLM's name for attention on the CPU."""
+        """vLLM's name for attention on the CPU, which it looks up in its enumeration."""
         return "CPU_ATTN"
 
     @classmethod
+    @override
     def supports_sliding_window(cls) -> bool:
-        """Supported."""
+        """Yes: rows are masked by position."""
         return True
 
     @staticmethod
+    @override
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """Any."""
+        """Any: tokens are read one by one through the block table."""
         return [MultipleOf(1)]
 
     @staticmethod
+    @override
     def get_impl_cls() -> type[TorchAttentionImpl]:
-        """The implementation."""
+        """`TorchAttentionImpl`: dense attention, and what SPARSEMM adds."""
         return TorchAttentionImpl
 
     @staticmethod
+    @override
     def get_builder_cls() -> type[TorchMetadataBuilder]:
-        """The metadata builder."""
+        """`TorchMetadataBuilder`, for steps in which SPARSEMM may be absent."""
         return TorchMetadataBuilder
 
 
@@ -236,6 +244,7 @@ class SparseMMBackend(SparseBackendMixin, TorchAttentionBackend):
     """SPARSEMM on the CPU: the same attention, with steps that prune."""
 
     @staticmethod
+    @override
     def get_builder_cls() -> type[SparseMMMetadataBuilder]:
-        """The metadata builder."""
+        """`SparseMMMetadataBuilder`, which asks for SPARSEMM to be installed."""
         return SparseMMMetadataBuilder

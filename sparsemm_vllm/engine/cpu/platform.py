@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from typing_extensions import override
 from vllm.platforms.cpu import CpuPlatform
 
 from sparsemm_vllm.names import CPU_BACKEND, NAME
@@ -17,15 +18,17 @@ class SparseMMCpuPlatform(CpuPlatform):
     """vLLM's CPU platform with torch operators, torch attention and interpreted Triton."""
 
     @classmethod
+    @override
     def import_kernels(cls) -> None:
-        """The wheel has none for the CPU; define the few operators that models call."""
+        """Define the few operators that models call in torch: the wheel has none for the CPU."""
         define_operators()
 
     @classmethod
+    @override
     def get_attn_backend_cls(
         cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
-        """SPARSEMM if asked for, else dense attention in torch.
+        """SPARSEMM if asked for, else dense attention in torch; vLLM's CPU attention is not there.
 
         Raises:
             ValueError: for a layer that the backend does not support.
@@ -49,6 +52,7 @@ class SparseMMCpuPlatform(CpuPlatform):
         return path
 
     @classmethod
+    @override
     def check_and_update_config(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         """As vLLM's for the CPU, with its default block size on CUDA and no compiled kernels.
 
@@ -64,6 +68,7 @@ class SparseMMCpuPlatform(CpuPlatform):
         vllm_config.compilation_config.custom_ops = ["none"]
 
     @classmethod
+    @override
     def update_block_size_for_backend(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         """As vLLM's, which since 0.33 puts its own default there when it knows the backends."""
         super().update_block_size_for_backend(vllm_config, *args, **kwargs)

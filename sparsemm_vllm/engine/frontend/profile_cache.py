@@ -25,8 +25,8 @@ class ProfileCache:
     """The profile of one model, in the user's cache, or in `/tmp` where that cannot be written.
 
     Args:
-        model: its name or path.
-        config_hash: of its configuration. The same name may stand for another model later.
+        model: name or path of the model.
+        config_hash: hash of its configuration. The same name may stand for another model later.
     """
 
     def __init__(self, model: str, config_hash: str) -> None:

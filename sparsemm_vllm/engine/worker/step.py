@@ -19,11 +19,11 @@ class Step:
     """A step's batch, sorted by what SPARSEMM does with each request.
 
     Attributes:
-        state: what outlives the step.
-        short_rows: leading rows that the decode kernel computes, pruned or not.
+        state: requests and memory of this rank, which outlive the step.
+        short_rows: number of leading rows that the decode kernel computes, pruned or not.
         pruned_rows: later rows that attend to a pruned prompt.
-        moves_slots: whether generated tokens of any row lie behind compact blocks.
-        max_query_len: the most queries of a row.
+        moves_slots: flag, true if generated tokens of any row lie behind compact blocks.
+        max_query_len: queries of the row that has most.
         decodes: rows for the decode kernel: the short ones, then each of the pruned ones.
         prunes: prompts that this step completes, as many at a time as the workspace holds.
         recorded: queries whose attention is recorded; none if there are none.
@@ -72,12 +72,12 @@ def plan_step(
     """Sort a batch's requests.
 
     Args:
-        state: the running requests.
+        state: requests and memory of this rank.
         requests: index of each request, ``[R]``.
         query_start: first query of each request, and the end of the last, ``[>= R + 1]``.
         max_seq_lens: bound of each request's tokens after the step, ``[>= R]``; exact for rows
             that compute a prompt.
-        rows: of the batch, if it is padded for a CUDA graph.
+        rows: rows of the batch, if it is padded for a CUDA graph.
 
     Raises:
         RuntimeError: if a prompt's last chunk does not hold the window's queries.

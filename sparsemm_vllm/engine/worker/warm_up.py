@@ -15,9 +15,9 @@ def warm_up(state: SparseState, dtype: torch.dtype, block_table: torch.Tensor) -
     Prunes prompts that keep nothing, in the null block, and attends to nothing.
 
     Args:
-        state: with the cache attached, and no request yet.
-        dtype: of the queries.
-        block_table: vLLM's, int32 ``[max_requests, max_blocks]``, all null blocks still.
+        state: requests and memory of this rank; the cache is attached, no request runs yet.
+        dtype: type of the queries.
+        block_table: block table of vLLM's, int32 ``[max_requests, max_blocks]``, all null blocks.
     """
     ops, workspace, heads, cache = state.ops, state.workspace, state.heads, state.cache.tensor
     window, pool_kernel = state.layout.window, state.layout.pool_kernel

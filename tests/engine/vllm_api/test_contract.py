@@ -196,7 +196,7 @@ def test_a_call_of_ours_that_no_longer_goes_through(monkeypatch: pytest.MonkeyPa
     (difference,) = found().values()
     assert difference.kind == "called"
     (first, *_) = difference.breaks
-    assert first.startswith("sparsemm_vllm/kv_cache.py:")
+    assert first.startswith("sparsemm_vllm/engine/scheduler/manager.py:")
     assert first.endswith(" gives 3 positions")
 
 
@@ -321,6 +321,18 @@ def test_every_method_in_place_of_vllms_is_recorded(path: str) -> None:
                 assert symbols & here().signatures.keys(), f"{path}.{name}"
 
 
+IN_ATTENTION = [path for path in sorted(our_classes()) if ".attention." in path or ".cpu." in path]
+
+
+@pytest.mark.parametrize("path", IN_ATTENTION)
+def test_methods_in_place_of_vllms_say_so(path: str) -> None:
+    """`@override` stands on each of them, and on no other."""
+    known = set().union(*(contract.signatures for contract in recorded()))
+    for name in sources.methods(path).keys() - {"__init__"}:
+        says_so = getattr(getattr(our_classes()[path], name), "__override__", False)
+        assert says_so == any(f"{base}.{name}" in known for base in OVERRIDES[path]), name
+
+
 def test_imports_and_calls_are_read_from_the_source() -> None:
     imported = sources.imported()
     assert {
@@ -328,7 +340,8 @@ def test_imports_and_calls_are_read_from_the_source() -> None:
         "vllm.v1.metrics.loggers:AggregateStatLoggerBase",
         "vllm:LLM",
     } <= imported.keys()
-    assert any("kv_cache.py" in call.where for call in imported["vllm.utils.math_utils:cdiv"])
+    calls = imported["vllm.utils.math_utils:cdiv"]
+    assert any("scheduler/manager.py" in call.where for call in calls)
     assert set(imported) <= here().signatures.keys()
 
 
