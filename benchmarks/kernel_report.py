@@ -1,6 +1,6 @@
 """What the GPU compiler makes of the Triton kernels, without a GPU: spills, load widths, memory.
 
-    python benchmarks/kernel_report.py                 # a table; CI checks these configurations
+    python benchmarks/kernel_report.py                 # a table; CI checks those of sm_90
     python benchmarks/kernel_report.py --json          # the same as one JSON array
     python benchmarks/kernel_report.py --full          # every supported configuration
     python benchmarks/kernel_report.py --kernel sparse_decode --target sm_90
