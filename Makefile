@@ -19,6 +19,9 @@ REDUCED := tests/engine/vllm_api tests/engine/test_patches.py tests/engine/cpu \
 	tests/engine/worker/test_poison.py tests/commands/test_canary.py \
 	$(patsubst %,tests/end_to_end/test_%.py,engine engine_requests poison_engine sampling)
 
+# Where `lint` reads docstrings: arguments begin with a noun, names are there, overrides say so.
+DOCUMENTED := sparsemm_vllm triton_kernels head_profiles benchmarks tests/support
+
 .PHONY: demo test reduced record lint slow
 
 demo: $(INSTALLED)
@@ -47,6 +50,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/check_docstrings.py $(DOCUMENTED)
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@echo "Installing vLLM $(VLLM), torch and this project into $(VENV): 10 GB, some minutes, the first time."

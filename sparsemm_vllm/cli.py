@@ -13,6 +13,7 @@ from rich.console import Console
 
 from sparsemm_vllm.commands.serve import exec_serve
 from sparsemm_vllm.environment import has_gpu
+from sparsemm_vllm.errors import UserError
 
 app = typer.Typer(
     add_completion=False,
@@ -49,41 +50,20 @@ def demo(
 ) -> None:
     """Let the bundled model read a new picture from a pruned KV cache, and show what was kept."""
     with _one_line_errors("demo"):
-        from sparsemm_vllm.commands.demo import run_demo
+        from sparsemm_vllm.commands.demo.command import run_demo
 
         code = run_demo(out, seed, budget)
     raise typer.Exit(code)
 
 
-def _user_errors() -> tuple[type[Exception], ...]:
-    """Errors of the user's making."""
-    from sparsemm_vllm.budget.plan import PlanError
-    from sparsemm_vllm.budget.profile import ProfileError
-    from sparsemm_vllm.budget.settings import SettingsError
-    from sparsemm_vllm.commands.evaluate.errors import EvalError
-    from sparsemm_vllm.commands.figures import PictureError
-    from sparsemm_vllm.data import DataError
-    from sparsemm_vllm.profiler import ProfilerError
-
-    return (
-        DataError,
-        EvalError,
-        PictureError,
-        PlanError,
-        ProfileError,
-        ProfilerError,
-        SettingsError,
-    )
-
-
 @contextmanager
 def _one_line_errors(command: str) -> Iterator[None]:
-    """Errors of the user's making as one line on the standard error, exit status 2."""
+    """Print an error that the user can mend as one line on the standard error; exit status 2."""
     try:
         yield
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except _user_errors() as error:  # imported now: commands start sooner
+    except UserError as error:
         message = str(error)
     else:
         return
@@ -91,6 +71,9 @@ def _one_line_errors(command: str) -> Iterator[None]:
     raise typer.Exit(2)
 
 
+Model = Annotated[
+    str, typer.Argument(help="Name or folder; vLLM's options may follow, as `vllm serve` has.")
+]
 ProfileName = Annotated[
     str, typer.Argument(metavar="PROFILE", help="A head profile: a file, or a bundled name.")
 ]
@@ -102,6 +85,8 @@ Method = Annotated[
 Redistribute = Annotated[
     bool, typer.Option("--redistribute", help="Give what heads cannot use to the others.")
 ]
+Window = Annotated[int, typer.Option(help="Last prompt tokens that every head keeps.")]
+Rho = Annotated[float, typer.Option(help="Share of the budget that is spread evenly.")]
 PromptTokens = Annotated[int, typer.Option(help="Length of the prompt, pictures included.")]
 
 
@@ -136,9 +121,7 @@ def import_scores(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def profile(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Argument(help="Name or folder; vLLM's options may follow, as `vllm serve` has.")
-    ],
+    model: Model,
     out: Annotated[Path, typer.Option(help="The profile to write.")],
     samples: Annotated[int, typer.Option(help="Pictures to ask about.", min=1)] = 400,
     data: Annotated[
@@ -187,8 +170,8 @@ def plan(
     dtype: Annotated[
         str, typer.Option(help="Of the cache: bfloat16, float16, float32 or fp8.")
     ] = "bfloat16",
-    window: Annotated[int, typer.Option(help="Last prompt tokens that every head keeps.")] = 32,
-    rho: Annotated[float, typer.Option(help="Share of the budget that is spread evenly.")] = 0.1,
+    window: Window = 32,
+    rho: Rho = 0.1,
     method: Method = "sparsemm",
     redistribute: Redistribute = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
@@ -197,21 +180,27 @@ def plan(
     with _one_line_errors("plan"):
         from sparsemm_vllm.budget import plan
         from sparsemm_vllm.budget.profile import load_profile
+        from sparsemm_vllm.budget.settings import Settings
         from sparsemm_vllm.commands.plan import print_plan
 
+        settings = Settings.from_values(
+            {
+                "budget": budget,
+                "window": window,
+                "rho": rho,
+                "method": method,
+                "redistribute": redistribute,
+            }
+        )
         made = plan.make_plan(
             load_profile(profile),
-            budget,
+            settings,
             prompt_tokens,
             answer_tokens=answer_tokens,
             kv_memory=kv_memory,
             block_size=block_size,
             head_size=plan.HEAD_SIZE if head_size is None else head_size,
             dtype=dtype,
-            window=window,
-            rho=rho,
-            method=method,
-            redistribute=redistribute,
         )
     if as_json:
         print(json.dumps(asdict(made), indent=2))
@@ -231,13 +220,16 @@ def show(
     """Show a head profile: its scores, how concentrated they are, and each head's budget."""
     with _one_line_errors("show"):
         from sparsemm_vllm.budget.profile import load_profile
+        from sparsemm_vllm.budget.settings import Settings
         from sparsemm_vllm.commands import show
 
         loaded = load_profile(profile)
-        allocation = {"method": method, "redistribute": redistribute}
+        settings = Settings.from_values(
+            {"budget": budget, "method": method, "redistribute": redistribute}
+        )
         if out is not None:
-            show.draw_profile(loaded, budget, prompt_tokens, out, **allocation)
-        show.print_profile(loaded, budget, prompt_tokens, Console(), **allocation)
+            show.draw_profile(loaded, settings, prompt_tokens, out)
+        show.print_profile(loaded, settings, prompt_tokens, Console())
     if out is not None:
         Console().print(f"\nsaved {out}", highlight=False, markup=False, soft_wrap=True)
 
@@ -245,9 +237,7 @@ def show(
 @app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def evaluate(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Argument(help="Name or folder; vLLM's options may follow, as `vllm serve` has.")
-    ],
+    model: Model,
     methods: Annotated[
         str, typer.Option(help="Separated by commas; the dense cache is always measured.")
     ] = "sparsemm,snapkv",
@@ -274,8 +264,8 @@ def evaluate(
     profile: Annotated[
         str | None, typer.Option(help="A head profile: a file, or a bundled name.")
     ] = None,
-    window: Annotated[int, typer.Option(help="Last prompt tokens that every head keeps.")] = 32,
-    rho: Annotated[float, typer.Option(help="Share of the budget that is spread evenly.")] = 0.1,
+    window: Window = 32,
+    rho: Rho = 0.1,
     max_tokens: Annotated[int, typer.Option(help="Of an answer.", min=1)] = 128,
     mask_heads: Annotated[
         str | None,
@@ -291,42 +281,36 @@ def evaluate(
 ) -> None:
     """Measure what a model still reads under each method and budget, in the real engine."""
     with _one_line_errors("eval"):
-        from sparsemm_vllm.commands.evaluate.command import (
-            Evaluation,
-            run_eval,
-            split_numbers,
-            split_words,
-        )
+        from sparsemm_vllm.budget.settings import Settings
+        from sparsemm_vllm.commands.evaluate import command
+        from sparsemm_vllm.commands.evaluate.points import Comparison
+        from sparsemm_vllm.commands.evaluate.questions import Choice
 
-        asked = Evaluation(
-            model,
-            split_words(methods),
-            split_numbers(budgets, "--budgets"),
-            redistribute,
-            split_words(tasks),
-            samples,
-            data,
-            seed,
-            profile,
-            window,
-            rho,
-            max_tokens,
-            mask_heads,
-            split_words(mask),
-            draws,
-            out,
-            context.args,
+        asked = command.Evaluation(
+            model=model,
+            profile=profile,
+            settings=Settings.from_values({"window": window, "rho": rho}),
+            comparison=Comparison(
+                methods=command.split_words(methods),
+                budgets=command.split_numbers(budgets, "--budgets"),
+                redistribute=redistribute,
+                mask_share=mask_heads,
+                masks=command.split_words(mask),
+                draws=draws,
+            ),
+            choice=Choice(source=data, tasks=command.split_words(tasks), count=samples, seed=seed),
+            max_tokens=max_tokens,
+            out=out,
+            engine_arguments=context.args,
         )
-        code = run_eval(asked, Console())
+        code = command.run_eval(asked, Console())
     raise typer.Exit(code)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def look(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Argument(help="Name or folder; vLLM's options may follow, as `vllm serve` has.")
-    ],
+    model: Model,
     image: Annotated[Path, typer.Argument(help="The picture.")],
     question: Annotated[str, typer.Option(help="Asked about it.")] = "Read the text.",
     out: Annotated[Path, typer.Option(help="The picture to save: FILE.png.")] = Path("look.png"),
@@ -334,14 +318,15 @@ def look(
         str, typer.Option(help="A head profile: a file, a bundled name, or auto.")
     ] = "auto",
     budget: Budget = 256,
-    window: Annotated[int, typer.Option(help="Last prompt tokens that every head keeps.")] = 32,
+    window: Window = 32,
     max_tokens: Annotated[int, typer.Option(help="Of the answer.", min=1)] = 128,
 ) -> None:
     """Ask about a picture, and show where visual heads looked and what the pruned cache kept."""
     with _one_line_errors("look"):
+        from sparsemm_vllm.budget.settings import Settings
         from sparsemm_vllm.commands.look.command import run_look
 
-        settings = {"profile": profile, "budget": budget, "window": window}
+        settings = Settings.from_values({"profile": profile, "budget": budget, "window": window})
         run_look(model, image, question, out, settings, max_tokens, context.args, Console())
 
 
@@ -388,7 +373,7 @@ def check(
     if not run:
         raise typer.Exit(list_differences())
     with _one_line_errors("check"):
-        from sparsemm_vllm.commands.check.parent import CheckRun, check_folder, run_check
+        from sparsemm_vllm.commands.check.run_parent import CheckRun, check_folder, run_check
 
         if result is not None:
             check_folder(result)

@@ -2,4 +2,7 @@
 
 
 class UserError(ValueError):
-    """Something that a user asked for cannot be; one line says what, and what to change."""
+    """Something that a user asked for cannot be; one line says what, and what to change.
+
+    Commands print that line and end. It is a `ValueError`, which pydantic and vLLM catch.
+    """

@@ -52,7 +52,7 @@ class LoggedProcess:
     Args:
         command: program and its arguments.
         log: file for its output; its folder is made.
-        environment: all of its variables.
+        environment: all variables of the program's environment.
     """
 
     def __init__(self, command: Sequence[str], log: Path, environment: dict[str, str]) -> None:
@@ -125,7 +125,7 @@ def end_group(process: subprocess.Popen[bytes], patience: float = 8.0) -> None:
     """End a process that leads a group, and the group: vLLM's engines are processes of their own.
 
     Args:
-        process: started with ``start_new_session``.
+        process: process that was started with ``start_new_session``.
         patience: seconds until it is killed.
     """
     for sign, seconds in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):

@@ -9,7 +9,7 @@ import torch
 from gpu_parts.device import Context, Device
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.engine.attention.forward import score_at_random, split_layer
-from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
+from sparsemm_vllm.engine.worker.state import Capacity, Heads, PrunedCache, SparseState
 from sparsemm_vllm.triton_kernels.batch import Prompts, columns
 
 NEEDS = 5
@@ -28,8 +28,9 @@ def run(
     Hkv = len(scores)
     rows = [(i, len(lengths) - 1 - i, 0, n) for i, n in enumerate(lengths)]
     prompts = Prompts.pack(rows, 0, device)
-    own, heads = (slice(0, L), slice(0, Hkv)), Heads(L, Hkv, Hkv, D)
-    state = SparseState(layout, own, heads, DTYPE, len(lengths), scores.shape[1], 1, device)
+    own, heads = (slice(0, L), slice(0, Hkv)), Heads(L, Hkv, Hkv, D, DTYPE)
+    capacity = Capacity(len(lengths), scores.shape[1], 1)
+    state = SparseState(layout, own, heads, capacity, device)
     state.attach(PrunedCache(torch.empty(L, 1, Hkv, P, 2 * D, dtype=DTYPE, device=device), {}))
     state.seeds = [2**63 + i for i in range(len(lengths))]
     state.workspace.scores.copy_(scores)
@@ -79,8 +80,3 @@ def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
         for method in ("adakv", "random")
         for Hkv, base in sizes
     }
-
-
-def summary(results: dict[str, Any]) -> list[str]:
-    """How many agree."""
-    return [f"{len(results)} cases as on the CPU"]

@@ -1,7 +1,5 @@
 """Pictures of a GPU run: time against bytes, prediction beside measurement, whole decode steps."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

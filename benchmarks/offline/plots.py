@@ -1,7 +1,5 @@
 """The curves and the heads as PNG, from the JSON files."""
 
-from __future__ import annotations
-
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -101,10 +99,10 @@ def plot_heads(
     """Concentration of the scores, scores against knock-outs, and silenced heads.
 
     Args:
-        document: of the command `heads`.
+        document: results of the command `heads`.
         scores: visual scores of the KV heads, ``[L, Hkv]``.
-        causal: causal ones.
-        path: of the PNG.
+        causal: causal scores of the KV heads, ``[L, Hkv]``.
+        path: file of the PNG.
     """
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
     _concentration(axes[0], scores, causal)

@@ -17,9 +17,9 @@ def head_capacities(
 
     Args:
         scores: visual scores ``[L, Hq]``, not negative, not all zero.
-        num_kv_heads: ``Hkv``; divides ``Hq``.
+        num_kv_heads: KV heads of a layer, `Hkv`; a divisor of `Hq`.
         budget: tokens per KV head on average, the window included.
-        window: last prompt tokens that every head keeps, in tokens.
+        window: number of last prompt tokens that every head keeps, `W`.
         rho: share of the base budget that is spread evenly, 0 to 1.
 
     Returns:

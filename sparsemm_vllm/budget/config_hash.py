@@ -38,7 +38,7 @@ def config_hash(config: Any) -> str:
     that differ in their weights only have equal ones.
 
     Args:
-        config: of transformers, or vLLM's own of the same names.
+        config: the model's configuration, as transformers or vLLM read it; both use the same names.
     """
     parts = (
         (config, MODEL),

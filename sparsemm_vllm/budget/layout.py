@@ -10,13 +10,16 @@ Knows nothing of vLLM.
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from sparsemm_vllm.budget.methods import METHODS, Budget, Method
 from sparsemm_vllm.budget.redistribute import redistribute
+
+if TYPE_CHECKING:  # the benchmarks of kernels run where there is no pydantic
+    from sparsemm_vllm.budget.settings import Settings
 
 GRID = 64  # prompt lengths looked at for the most blocks that any needs
 KEPT_BYTES = 2**22  # bytes of kept tokens that are remembered, over all budgets
@@ -43,19 +46,20 @@ class CacheLayout:
     All ranks and the scheduler hold equal copies.
 
     Args:
-        capacities: ``[L][Hkv]`` tokens besides the window, of the whole model's pruned layers; by
-            the method, for a prompt that is long enough for all of them.
+        capacities: tokens that each KV head keeps besides the window, ``[L][Hkv]``, for all pruned
+            layers of the model; the prompt may be too short for some of them.
         window: observation window `W`, in tokens.
         base: budget less window, in tokens; a prompt is pruned if it has as many older tokens.
         pool_kernel: width of the score pooling, in tokens.
-        min_prompt_tokens: shorter prompts are left dense.
-        stages: ``(first, last + 1)`` pruned layer of each pipeline stage.
+        min_prompt_tokens: length of the shortest prompt that is pruned, in tokens.
+        stages: pruned layers of each pipeline stage, ``(first, last + 1)``, from 0.
         tensor_parallel: ranks that share the KV heads of each layer.
-        method: one of `METHODS`.
-        redistribute: give what heads cannot use of a short prompt to the others.
-        scores: visual scores ``[L][Hq]``, for requests with a budget of their own.
-        rho: share of any budget that is spread evenly.
-        largest_budget: that a request may have, window included; 0 if all have the same.
+        method: name in `METHODS`.
+        redistribute: whether the others get what heads cannot use of a short prompt.
+        scores: visual scores ``[L][Hq]``, for requests that ask for another budget.
+        rho: share of each budget that is spread evenly, 0 to 1.
+        largest_budget: largest budget that a request may ask for, in tokens, window included; 0 if
+            all requests have the same.
 
     Raises:
         ValueError: if the heads do not divide among the ranks, or must not be divided, or a stage
@@ -118,13 +122,39 @@ class CacheLayout:
             **options,
         )
 
+    @classmethod
+    def from_settings(
+        cls, settings: "Settings", scores: torch.Tensor, num_kv_heads: int, **placement: Any
+    ) -> "CacheLayout":
+        """The layout of a server with these settings.
+
+        Args:
+            settings: settings of the server; their profile is not looked at.
+            scores: visual scores of the pruned layers, ``[L, Hq]``.
+            num_kv_heads: KV heads of a layer, ``Hkv``; divides ``Hq``.
+            placement: arguments of `CacheLayout` that say how heads are spread over ranks.
+        """
+        return cls.from_scores(
+            scores,
+            num_kv_heads,
+            settings.budget,
+            settings.window,
+            settings.rho,
+            settings.method,
+            redistribute=settings.redistribute,
+            pool_kernel=settings.pool_kernel,
+            min_prompt_tokens=settings.min_prompt_tokens,
+            largest_budget=settings.largest_budget,
+            **placement,
+        )
+
     @cached_property
     def dense(self) -> "CacheLayout":
         """The same model, of a request whose prompt stays whole."""
         return replace(self, method="full")
 
     def of_budget(self, tokens: int) -> "CacheLayout":
-        """The layout of a request with a budget of its own, window included, from the same scores.
+        """The layout of a request with another budget, window included, from the same scores.
 
         Raises:
             ValueError: for a budget not larger than the window.
@@ -145,9 +175,9 @@ class CacheLayout:
         scores = torch.tensor(self.scores, dtype=torch.float64)
         share = Budget(scores, len(self.capacities[0]), tokens, self.window, self.rho)
         capacities = self.rules.capacities(share).tolist()
-        own = replace(self, capacities=tuple(map(tuple, capacities)), base=share.base)
-        own.__dict__["_remembered"] = self._remembered  # one memory for all budgets
-        return own
+        other = replace(self, capacities=tuple(map(tuple, capacities)), base=share.base)
+        other.__dict__["_remembered"] = self._remembered  # one memory for all budgets
+        return other
 
     def __getstate__(self) -> dict[str, Any]:
         """The arguments; what is remembered stays behind."""
@@ -155,7 +185,7 @@ class CacheLayout:
 
     @property
     def rules(self) -> Method:
-        """What the method does of its own."""
+        """What the method does in its particular way."""
         return METHODS[self.method]
 
     @property
@@ -174,15 +204,20 @@ class CacheLayout:
         return long_enough and self.rules.prunes
 
     def slice_of(self, stage: int, rank: int) -> tuple[slice, slice]:
-        """The pruned layers and KV heads that a rank owns."""
+        """The pruned layers and KV heads of a rank.
+
+        Args:
+            stage: pipeline stage, from 0.
+            rank: tensor-parallel rank, from 0.
+        """
         heads = len(self.capacities[0]) // self.tensor_parallel
         return slice(*self.stages[stage]), slice(rank * heads, (rank + 1) * heads)
 
     def kept_tokens(self, prompt_tokens: int) -> np.ndarray:
-        """Tokens in each head's pages, the window not among them: int64 ``[L, Hkv]``.
+        """The number of kept tokens in each head's pages, without the window: int64 ``[L, Hkv]``.
 
-        All zero for a prompt that is not pruned: its tokens stay where they are. Of a method that
-        splits layers by scores, what heads of equal scores get.
+        All zero for a prompt that is not pruned: its tokens stay where they are. A method that
+        splits a layer by the prompt's scores decides later: then, what equal scores would give.
         """
         if not self.is_pruned(prompt_tokens):
             return np.zeros_like(self._table)
@@ -209,13 +244,18 @@ class CacheLayout:
             return float(prompt_tokens)
         return float(self._kept(prompt_tokens).mean()) + self.window
 
-    def most_kept(self, prompt_tokens: int, own: tuple[slice, slice]) -> int:
-        """Most tokens in the pages of any head that a rank owns."""
+    def most_kept(self, prompt_tokens: int, rank_slice: tuple[slice, slice]) -> int:
+        """Most tokens in the pages of any head of a rank.
+
+        Args:
+            prompt_tokens: length `n` of the prompt, in tokens.
+            rank_slice: layers and KV heads of the rank, from `slice_of`.
+        """
         if not self.is_pruned(prompt_tokens):
             return 0
         if self.rules.split is not None:
             return min(prompt_tokens - self.window, self._layer_tokens)
-        return int(self._kept(prompt_tokens)[own].max())
+        return int(self._kept(prompt_tokens)[rank_slice].max())
 
     @property
     def _layer_tokens(self) -> int:
@@ -251,8 +291,8 @@ class CacheLayout:
         needs = [1]
         for stage in range(len(self.stages)):
             for rank in range(self.tensor_parallel):
-                own = pages[self.slice_of(stage, rank)]
-                needs.append(_ceil_div(int(own.sum()), own.size))
+                of_rank = pages[self.slice_of(stage, rank)]
+                needs.append(_ceil_div(int(of_rank.sum()), of_rank.size))
         return max(needs)
 
     def most_compact_blocks(self, longest: int, block_size: int) -> int:
@@ -323,14 +363,14 @@ class CacheLayout:
 
 
 class _Remembered:
-    """What has been counted for a server's layout and those of its requests' own budgets.
+    """What has been counted for a server's layout, and for those of requests with other budgets.
 
     The scheduler asks for the blocks of a waiting request in every step, and a worker for its kept
     tokens more than once, but redistribution looks at every head. What was asked for longest ago is
     forgotten first.
 
     Args:
-        server: layout of the server; those of other budgets are made from it.
+        server: layout of the server; layouts of other budgets are made from it.
 
     Attributes:
         of_budget: layout by budget, window included, in tokens.

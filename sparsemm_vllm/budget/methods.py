@@ -27,9 +27,9 @@ class Budget:
     Args:
         scores: visual scores ``[L, Hq]``, not negative, not all zero; only `sparsemm` tells heads
             apart by them, the others need their shape.
-        num_kv_heads: ``Hkv``; divides ``Hq``.
-        tokens: `B`, tokens per KV head on average, the window included.
-        window: `W`, last prompt tokens that every head keeps, in tokens.
+        num_kv_heads: KV heads of a layer, `Hkv`; a divisor of `Hq`.
+        tokens: tokens per KV head on average, the window included, `B`.
+        window: number of last prompt tokens that every head keeps, `W`.
         rho: share of the budget that is spread evenly, 0 to 1.
 
     Raises:
@@ -84,8 +84,8 @@ def pyramidkv(budget: Budget, beta: int = 20) -> torch.Tensor:
     one does not.
 
     Args:
-        budget: what to share out.
-        beta: how much less than the average the last layer keeps, at least 1.
+        budget: tokens to share out, and the heads that get them.
+        beta: divisor of the base budget that gives the last layer's capacity, at least 1.
 
     Raises:
         ValueError: for a beta below 1.
@@ -100,9 +100,9 @@ def shorten_pyramid(capacities: torch.Tensor, base: int, older: int) -> torch.Te
     """A pyramid for a prompt that its first layer might keep whole: then the last keeps more.
 
     Args:
-        capacities: int ``[L, Hkv]`` from `pyramidkv`.
+        capacities: result of `pyramidkv`, int ``[L, Hkv]``, in tokens.
         base: tokens per head besides the window, on average.
-        older: ``n - W``.
+        older: prompt tokens before the window, ``n - W``.
 
     Returns:
         int32 ``[L, Hkv]`` of at most `older`, if `base` is not more.
@@ -146,7 +146,7 @@ def adakv_split(scores: torch.Tensor, base: int, floor_share: float = 0.2) -> to
     code.
 
     Args:
-        scores: pooled scores ``[Hkv, n - W]``, not negative.
+        scores: pooled scores of the tokens before the window, ``[Hkv, n - W]``, not negative.
         base: tokens per head of the layer, besides the window.
         floor_share: share of `base` that every head has at least, 0 to 1.
 
@@ -178,17 +178,20 @@ def adakv_total(heads: int, base: int, floor_share: float = 0.2) -> int:
 
 @dataclass(frozen=True)
 class Method:
-    """What a method does of its own.
+    """What a method does in its particular way.
 
     Attributes:
-        capacities: of all heads, int32 ``[L, Hkv]``, from the budget; not capped by the prompt.
-        shorten: capacities for a prompt, from these, the base budget and ``n - W``. None if they
-            are the same for every prompt.
-        split: instead of a layer's capacities, its heads' from the scores of a prompt; arguments
-            and result of `adakv_split`. None if `n` alone tells how many tokens a head keeps.
-        split_total: most tokens that `split` gives a layer, from its heads and the base budget.
-        token_scores: instead of the window's attention; arguments and result of `random_scores`.
-            None if the attention scores the tokens.
+        capacities: function from a budget to the tokens of all heads besides the window, int32
+            ``[L, Hkv]``, for a prompt that is long enough for all of them.
+        shorten: function from these capacities, the base budget and ``n - W`` to the capacities
+            for one prompt. None if they are the same for every prompt.
+        split: function from a prompt's scores to the capacities of one layer's heads, with the
+            arguments and the result of `adakv_split`. None if `n` alone tells how many tokens a
+            head keeps.
+        split_total: function from a layer's heads and the base budget to the most tokens that
+            `split` gives the layer.
+        token_scores: function that scores the tokens, with the arguments and the result of
+            `random_scores`. None if the window's attention scores them.
         prunes: whether any prompt is pruned.
     """
 

@@ -17,10 +17,11 @@ from pydantic import (
     model_validator,
 )
 
+from sparsemm_vllm.errors import UserError
 from sparsemm_vllm.files import write_whole
 
 
-class ProfileError(ValueError):
+class ProfileError(UserError):
     """A profile that is missing, malformed, or made for another model."""
 
 
@@ -28,24 +29,25 @@ class HeadProfile(BaseModel):
     """Visual scores ``[L][Hq]`` of one model.
 
     Attributes:
-        schema_version: of this file format.
-        model_id: the model the scores were measured on.
-        num_layers: `L`.
-        num_query_heads: `Hq`.
-        num_kv_heads: `Hkv`.
+        schema_version: version of this file format.
+        model_id: the model that the scores were measured on.
+        num_layers: layers of the model, `L`.
+        num_query_heads: query heads of a layer, `Hq`.
+        num_kv_heads: KV heads of a layer, `Hkv`.
         config_hash: SHA-256 of the model's configuration, hexadecimal.
-        mode: what the model answered with: the true answer (`forced`), its own (`free`), or
-            the cost of pruning each head (`causal`).
+        mode: name of the way of measuring: `forced` scores the true answer, `free` the answer that
+            the model gives, `causal` the cost of pruning each head.
         data: name of the data set.
         data_hash: SHA-256 of the data set, hexadecimal.
-        samples: pictures that the scores are means of.
-        seed: of the choice of samples.
+        samples: number of pictures that the scores are means of.
+        seed: seed that the samples were chosen with.
         split_half: Spearman rank correlation of the scores of two halves of the samples.
-        tool_version: of this package.
-        vllm_version: of the vLLM that ran the model.
+        tool_version: version of this package that measured.
+        vllm_version: version of the vLLM that ran the model.
         created: date and time, ISO 8601.
-        provenance: what else there is to say about how the scores were measured.
-        scores: hits per sample and head, not negative; SparseMM (ICCV 2025), section 3.
+        provenance: further facts about how the scores were measured, by name.
+        scores: mean hits of each query head, ``[L][Hq]``, not negative; SparseMM (ICCV 2025),
+            section 3.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -133,7 +135,7 @@ class HeadProfile(BaseModel):
         """Refuse a model of another configuration; profiles that do not know theirs go with any.
 
         Args:
-            config_hash: of the model; see `config_hash.config_hash`.
+            config_hash: hash of the model's configuration; see `config_hash.config_hash`.
 
         Raises:
             ProfileError: naming both.

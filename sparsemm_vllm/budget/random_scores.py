@@ -17,12 +17,12 @@ def random_scores(
     Hashes of seed, layer, head and position, so that no generator has a state to keep.
 
     Args:
-        seed: of the request; made from what it asks, not from when or in which batch it came, if
-            the same request is to keep the same tokens. Its lowest 64 bits count.
-        layer: of the whole model, not of a pipeline stage.
-        heads: KV heads of the whole layer that this rank owns.
-        tokens: ``n - W``.
-        device: where the scores are wanted.
+        seed: seed of the request; its lowest 64 bits count. The same request keeps the same tokens
+            only if the seed is made from what it asks, not from when or in which batch it came.
+        layer: index of the layer in the whole model, not in a pipeline stage.
+        heads: indices, in the whole layer, of this rank's KV heads.
+        tokens: number of tokens to score, ``n - W``.
+        device: device that holds the result.
 
     Returns:
         float32 ``[len(heads), tokens]``, multiples of ``2**-24`` from 0 on, less than 1.

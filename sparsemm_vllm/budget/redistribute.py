@@ -17,8 +17,8 @@ def redistribute(capacities: torch.Tensor, prompt_tokens: int, window: int) -> t
 
     Args:
         capacities: tokens of each head, int ``[L, Hkv]`` below ``2**31``, not capped by the prompt.
-        prompt_tokens: `n`.
-        window: `W`.
+        prompt_tokens: length `n` of the prompt, in tokens.
+        window: observation window `W`, in tokens.
 
     Returns:
         int32 ``[L, Hkv]`` of at most ``n - W``; the total is that of `capacities`, or all tokens
@@ -28,9 +28,9 @@ def redistribute(capacities: torch.Tensor, prompt_tokens: int, window: int) -> t
     wanted = capacities.numpy().astype(np.int64)
     left = int(wanted.sum())
     kept = np.zeros_like(wanted)
-    for own, weights in (wanted > 0, wanted), (wanted == 0, np.ones_like(wanted)):
-        kept[own] = _fill(weights[own], min(left, most * int(own.sum())), most)
-        left -= int(kept[own].sum())
+    for group, weights in (wanted > 0, wanted), (wanted == 0, np.ones_like(wanted)):
+        kept[group] = _fill(weights[group], min(left, most * int(group.sum())), most)
+        left -= int(kept[group].sum())
     return torch.from_numpy(kept.astype(np.int32))
 
 

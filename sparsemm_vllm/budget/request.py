@@ -2,7 +2,7 @@
 
 vLLM's Python front end refuses what cannot be, with an error that names the key. Others do not ask
 us. So the scheduler and the workers look again, with the same function: a request that asks for
-what cannot be gets the server's own settings. There it never fails.
+what cannot be is served as if it had asked for nothing. There it never fails.
 """
 
 import difflib
@@ -16,6 +16,7 @@ from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.budget.methods import METHODS
 from sparsemm_vllm.budget.profile import first_error
 from sparsemm_vllm.budget.settings import Settings
+from sparsemm_vllm.errors import UserError
 from sparsemm_vllm.names import BUDGET, KNOCKOUT, LEFT_DENSE, PRUNE, RECORD
 
 PREFIX = "sparsemm"
@@ -24,7 +25,7 @@ SHOWN = 100  # characters of a client's key or id that we repeat
 _Count = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class RequestError(ValueError):
+class RequestError(UserError):
     """A request asks for something that does not exist, or that it cannot have."""
 
 
@@ -32,10 +33,12 @@ class RequestSettings(BaseModel):
     """The keys that begin with `sparsemm`.
 
     Attributes:
-        sparsemm: 0 keeps the prompt whole.
+        sparsemm: switch, 1 or 0; with 0 the prompt stays whole.
         sparsemm_budget: tokens per KV head on average, window included, in place of the server's.
-        sparsemm_record: see `AttentionRecorder`; of engines that record attention.
-        sparsemm_knockout: see `Knockouts`; of engines that record attention.
+        sparsemm_record: first row and number of queries for `AttentionRecorder`, in engines that
+            record attention.
+        sparsemm_knockout: pruned layer, KV head and first position of the answer for `Knockouts`,
+            in engines that record attention.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -51,7 +54,7 @@ class RequestSettings(BaseModel):
         return int(value) if isinstance(value, bool) else value
 
 
-SERVERS_OWN = RequestSettings()
+NOTHING_ASKED = RequestSettings()
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,11 @@ class RequestLimits:
     """What a server lets requests ask for.
 
     Attributes:
-        window: of the server, in tokens.
+        window: observation window of the server, in tokens.
         largest_budget: tokens per KV head on average, window included.
         prunes: whether the server's method prunes anything.
         recorded: queries whose attention its workers can record; 0 if they record none.
-        allowed: whether requests may have settings of their own at all.
+        allowed: whether requests may ask for anything at all.
     """
 
     window: int
@@ -97,8 +100,8 @@ def check_request(extra_args: dict[str, Any], limits: RequestLimits) -> RequestS
     """What a request asks for; other plugins' keys are left alone.
 
     Args:
-        extra_args: of a request's sampling parameters.
-        limits: of the server.
+        extra_args: extra arguments in a request's sampling parameters.
+        limits: limits of the server.
 
     Raises:
         RequestError: one line that names the key and says what it may be.
@@ -146,12 +149,12 @@ class Accepted:
     """What a request gets, on scheduler and workers alike.
 
     Attributes:
-        settings: of the request, or the server's own if it asked for what cannot be.
-        problem: what was wrong, if anything.
+        settings: settings that the request asked for; `NOTHING_ASKED` if it cannot have them.
+        problem: sentence that says what was wrong, if anything.
         left_dense: whether the scheduler leaves the prompt whole.
     """
 
-    settings: RequestSettings = SERVERS_OWN
+    settings: RequestSettings = NOTHING_ASKED
     problem: str | None = None
     left_dense: bool = False
 
@@ -182,8 +185,8 @@ def accept(extra_args: dict[str, Any] | None, limits: RequestLimits) -> Accepted
     """What a request gets that maybe no front end has checked. Never fails.
 
     Args:
-        extra_args: of the request's sampling parameters, as they came from the client.
-        limits: of the server.
+        extra_args: extra arguments in the request's sampling parameters, as the client sent them.
+        limits: limits of the server.
     """
     if not asks_for_us(extra_args):
         return Accepted()
@@ -198,8 +201,8 @@ def received(extra_args: dict[str, Any] | None, limits: RequestLimits) -> Accept
     """What a request gets, on a worker: as the scheduler sent it.
 
     Args:
-        extra_args: of the request's sampling parameters, from `Accepted.send`.
-        limits: of the server.
+        extra_args: extra arguments in the request's sampling parameters, from `Accepted.send`.
+        limits: limits of the server.
     """
     if extra_args and LEFT_DENSE in extra_args:
         rest = {key: value for key, value in extra_args.items() if key != LEFT_DENSE}

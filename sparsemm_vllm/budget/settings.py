@@ -14,12 +14,13 @@ from pydantic import (
 
 from sparsemm_vllm.budget.methods import METHODS
 from sparsemm_vllm.budget.profile import HeadProfile, first_error, load_profile
+from sparsemm_vllm.errors import UserError
 from sparsemm_vllm.names import KEY
 
 AUTO, NO_PROFILE = "auto", "none"
 
 
-class SettingsError(ValueError):
+class SettingsError(UserError):
     """A setting that does not exist or has a value it cannot have."""
 
 
@@ -28,24 +29,27 @@ class Settings(BaseModel):
 
     Attributes:
         profile: head profile: a path, a bundled name, or the profile itself; `auto` finds or makes
-            the model's own, `none` gives every head the same budget.
+            the one of the model, `none` gives every head the same budget.
         budget: tokens per KV head on average, window included.
         rho: share of the budget that is spread evenly, 0 to 1.
-        window: last prompt tokens that every head keeps and whose attention scores the others.
-        method: how the budget is divided among heads, one of `METHODS`.
-        redistribute: give what heads cannot use of a short prompt to the others.
+        window: number of last prompt tokens, which every head keeps and whose attention scores the
+            others.
+        method: name in `METHODS` of the way in which heads share the budget.
+        redistribute: whether the others get what heads cannot use of a short prompt.
         pool_kernel: width in tokens of the average pooling of the scores, odd.
-        min_prompt_tokens: shorter prompts are never pruned.
-        prune_when_free_below: leave a prompt whole if, with all of it in the pool, at least this
-            share of the pool's blocks is free, 0 to 1. Everything is pruned if not given.
-        max_request_budget: largest budget that a request may ask for; memory for it is set aside.
+        min_prompt_tokens: length of the shortest prompt that is pruned, in tokens.
+        prune_when_free_below: share of the pool's blocks, 0 to 1. A prompt stays whole if at least
+            this share is free with all of it in the pool. Everything is pruned if not given.
+        max_request_budget: largest budget that a request may ask for, in tokens; memory for it is
+            set aside.
             Twice the budget if not given.
         allow_request_settings: whether requests may ask for another budget, or for no pruning.
         mask_heads: query heads whose output is zero, ``[layer, head]`` each: for ablations.
         record_kept: folder into which workers write which tokens each head kept; slows them down.
         record_attention: queries whose attention workers can record, for `sparsemm profile`.
-        poison_freed: fill blocks with NaN when requests get them, and end the engine if anything
-            is read that its reader did not write or may not see; slows it down. To find defects.
+        poison_freed: whether blocks are filled with NaN when requests get them, and the engine ends
+            if anything is read that its reader did not write or may not see; slows it down. To
+            find defects.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -124,6 +128,15 @@ class Settings(BaseModel):
             raise SettingsError(
                 f"--additional-config: '{KEY}' must be an object of settings, got {values!r}"
             )
+        return cls.from_values(values)
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> "Settings":
+        """Settings from values of JSON types, by name; the others keep their defaults.
+
+        Raises:
+            SettingsError: naming the setting, what is wrong and, for an unknown one, the nearest.
+        """
         for key in values:
             if key in cls.model_fields:
                 continue
@@ -136,6 +149,10 @@ class Settings(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             raise SettingsError(f"{KEY} setting {first_error(error)}") from None
+
+    def as_values(self) -> dict[str, Any]:
+        """The values that were given, as JSON types: `from_values` makes the same settings."""
+        return self.model_dump(mode="json", include=self.model_fields_set)
 
     def with_profile_loaded(self) -> "Settings":
         """The same settings with a profile that was named replaced by its contents.

@@ -24,9 +24,9 @@ def samples(page: str, name: str, **labels: str) -> list[Sample]:
     """The samples of a metric in Prometheus' text format, those with these labels.
 
     Args:
-        page: what `/metrics` answered.
-        name: of the samples, ``_total`` included.
-        labels: and values that they must have.
+        page: text that `/metrics` answered.
+        name: name of the samples, ``_total`` included.
+        labels: labels that they must have, and their values.
 
     Raises:
         ValueError: if there is none.

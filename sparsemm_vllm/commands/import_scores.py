@@ -24,9 +24,9 @@ def import_scores(path: Path, model_id: str, num_kv_heads: int | None = None) ->
     A head's score is the mean of its list. Layers and query heads are those named in the file.
 
     Args:
-        path: of the JSON file.
-        model_id: the model that the scores were measured on.
-        num_kv_heads: `Hkv`; as many as query heads if not given.
+        path: JSON file.
+        model_id: name of the model that the scores were measured on.
+        num_kv_heads: KV heads of a layer; as many as query heads if not given.
 
     Raises:
         ProfileError: naming the file and what is wrong with it.

@@ -1,123 +1,117 @@
-"""The picture beside what a few heads kept of it."""
+"""What KV heads kept of a picture, drawn on the picture: shared by `demo` and `look`."""
 
-from pathlib import Path
+from __future__ import annotations
+
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from sparsemm_vllm.commands.figures import ACCENT, FADED, INK, save_figure
+from sparsemm_vllm.commands.figures import picture_axes
 
-if TYPE_CHECKING:
-    pass
+if TYPE_CHECKING:  # importing it imports triton, which must wait; see `prepare_process`
+    from sparsemm_vllm.geometry import Geometry
 
-PANELS = 5
+Head = tuple[int, int]  # layer and head
 
 
-def image_token_positions(model: Path, question: str, prompt_tokens: int) -> np.ndarray:
-    """Positions in the prompt of a picture's tokens, in raster order.
+@dataclass(frozen=True)
+class KeptPicture:
+    """A picture in a prompt, and what each KV head kept of the prompt.
+
+    Attributes:
+        image: picture, as the model was given it.
+        geometry: part of the picture that each image token shows.
+        positions: positions of the image tokens in the prompt, int64 ``[image tokens]``.
+        prompt_tokens: length of the prompt, in tokens.
+        window: observation window, in tokens.
+        by_head: kept positions by (layer, KV head), the window not among them; empty if the budget
+            covers the prompt and nothing was pruned.
+    """
+
+    image: Image.Image
+    geometry: Geometry
+    positions: np.ndarray
+    prompt_tokens: int
+    window: int
+    by_head: dict[Head, np.ndarray]
+
+    @property
+    def pruned(self) -> bool:
+        """Whether anything was pruned."""
+        return bool(self.by_head)
+
+    def mask_of(self, head: Head) -> np.ndarray:
+        """Whether a KV head kept each image token, bool ``[image tokens]``."""
+        if not self.pruned:
+            return np.ones(len(self.positions), dtype=bool)
+        in_window = self.positions >= self.prompt_tokens - self.window
+        return np.isin(self.positions, self.by_head[head]) | in_window
+
+    def share(self) -> np.ndarray:
+        """Share of all KV heads that kept each image token, float64 ``[image tokens]``."""
+        if not self.pruned:
+            return np.ones(len(self.positions))
+        return np.mean([self.mask_of(head) for head in self.by_head], axis=0)
+
+    def tokens_of(self, head: Head) -> int:
+        """Prompt tokens that a KV head keeps, window included."""
+        return len(self.by_head[head]) + self.window if self.pruned else self.prompt_tokens
+
+
+def show_pixels(axes: Any, pixels: np.ndarray, **options: Any) -> None:
+    """Show pixels in their own coordinates, in which patches are drawn.
 
     Args:
-        model: folder of a LLaVA with one token per patch.
-        question: the text beside the picture in the chat message.
-        prompt_tokens: `n`, with the picture's tokens.
-
-    Raises:
-        ValueError: if the prompt holds another number of picture tokens than the model makes.
+        axes: axes to draw on.
+        pixels: colours or values, ``[height, width, 3]`` or ``[height, width]``.
+        options: options of `imshow`.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    config = AutoConfig.from_pretrained(model)
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    start = ids.index(config.image_token_index)
-    count = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    if len(ids) - 1 + count != prompt_tokens:
-        raise ValueError(
-            f"a prompt of {len(ids) - 1} text tokens and {count} picture tokens was sent, the "
-            f"server counted {prompt_tokens}"
-        )
-    return np.arange(start, start + count)
+    height, width = pixels.shape[:2]
+    axes.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest", **options)
 
 
-def _choose_heads(kept: dict[tuple[int, int], np.ndarray]) -> list[tuple[int, int]]:
-    """Heads from the largest budget to the smallest, evenly spaced in rank."""
-    ranked = sorted(kept, key=lambda head: len(kept[head]), reverse=True)
-    ranks = np.linspace(0, len(ranked) - 1, min(PANELS, len(ranked))).round().astype(int)
-    return [ranked[rank] for rank in ranks]
+def grey(image: Image.Image, strength: float) -> np.ndarray:
+    """The picture without colours, washed out to a strength, uint8 ``[height, width, 3]``."""
+    light = np.asarray(image.convert("L"), dtype=np.float64)
+    return np.repeat((255 - strength * (255 - light))[..., None], 3, axis=2).astype(np.uint8)
 
 
-def _masked(picture: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """The picture, washed out where no token was kept; `seen` is ``[rows, columns]``."""
-    height, width = picture.shape[:2]
-    rows, columns = seen.shape
-    mask = np.kron(seen, np.ones((height // rows, width // columns)))[..., None]
-    grey = picture.mean(-1, keepdims=True)
-    return np.where(mask > 0, picture, 0.12 * grey + 0.88 * 255).astype(np.uint8)
+def patch_inside(geometry: Geometry, token: int) -> tuple[float, float, float, float] | None:
+    """Left, top, right, bottom of a token's patch inside the picture; none if it has no patch."""
+    left, top, right, bottom = geometry.patches[token]
+    width, height = geometry.image_size
+    if np.isnan(left):  # a token that shows no part of the picture
+        return None
+    return max(left, 0), max(top, 0), min(right, width), min(bottom, height)
 
 
-def draw_kept_map(
-    image: Image.Image,
-    report: dict[str, Any],
-    kept: dict[tuple[int, int], np.ndarray],
-    positions: np.ndarray,
-    path: Path,
-) -> None:
-    """Save a picture and, for heads from the largest budget to the smallest, its kept patches.
+def token_map(geometry: Geometry, values: np.ndarray) -> np.ndarray:
+    """Mean of the tokens' values at each pixel, 0 where no token shows it, ``[height, width]``."""
+    width, height = geometry.image_size
+    total, count = np.zeros((2, height, width))
+    for token, value in enumerate(values):
+        if (patch := patch_inside(geometry, token)) is not None:
+            left, top, right, bottom = map(round, patch)
+            total[top:bottom, left:right] += value
+            count[top:bottom, left:right] += 1
+    return total / np.maximum(count, 1)
+
+
+def draw_kept(axes: Any, picture: KeptPicture, head: Head, title: str = "") -> None:
+    """Draw the picture, washed out where a KV head kept no token of it.
 
     Args:
-        image: square, as sent.
-        report: of the demo.
-        kept: kept positions by (layer, KV head), the window not among them.
-        positions: of the picture's tokens in the prompt, raster order.
-        path: of the PNG.
+        axes: axes to draw on.
+        picture: picture in its prompt.
+        head: layer and KV head.
+        title: title of the axes; the head itself if not given.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    side = round(len(positions) ** 0.5)
-    picture = np.asarray(image.convert("RGB"))
-    heads = _choose_heads(kept)
-    n, window = report["prompt_tokens"], report["settings"]["window"]
-
-    figure, axes = plt.subplots(2, 3, figsize=(9.6, 8.2), facecolor="white")
-    panels = list(axes.flat)
-    panels[0].imshow(picture)
-    panels[0].set_title("the picture", fontsize=11, color=INK, loc="left", fontweight="bold")
-    panels[0].set_xlabel(f"{len(positions)} of the prompt's {n} tokens", color=FADED, fontsize=9)
-    for panel, head in zip(panels[1:], heads, strict=False):
-        seen = np.isin(positions, kept[head]) | (positions >= n - window)
-        panel.imshow(_masked(picture, seen.reshape(side, side)))
-        title = f"layer {head[0]}, KV head {head[1]}"
-        panel.set_title(title, fontsize=11, color=INK, loc="left", fontweight="bold")
-        count = len(kept[head]) + window
-        panel.set_xlabel(f"keeps {count} tokens, {seen.sum()} of the picture", fontsize=9)
-        panel.xaxis.label.set_color(FADED)
-    for panel in panels:
-        panel.set_xticks([])
-        panel.set_yticks([])
-        for spine in panel.spines.values():
-            spine.set_color("#d0d4da")
-    for panel in panels[1 + len(heads) :]:
-        panel.axis("off")
-
-    blocks = report["kv_blocks"]
-    figure.suptitle(
-        f"{blocks['after_pruning']} KV blocks instead of {blocks['dense']}, "
-        f"{report['words_right']} of {report['words']} words right",
-        x=0.02, y=0.975, ha="left", fontsize=15, color=INK, fontweight="bold",
-    )  # fmt: skip
-    lines = {"Question": "question", "True text": "true_text", "Answer": "answer"}
-    for i, (name, key) in enumerate(lines.items()):
-        y, colour = 0.925 - 0.027 * i, ACCENT if key == "answer" else INK
-        figure.text(0.02, y, name, fontsize=10, color=FADED, va="top")
-        figure.text(0.105, y, report[key], fontsize=10, color=colour, va="top")
-    figure.subplots_adjust(left=0.02, right=0.98, top=0.81, bottom=0.035, wspace=0.07, hspace=0.17)
-    save_figure(figure, path)
-    plt.close(figure)
+    mask = picture.mask_of(head)
+    shown = token_map(picture.geometry, mask)[..., None] > 0
+    pixels = np.asarray(picture.image.convert("RGB"))
+    show_pixels(axes, np.where(shown, pixels, grey(picture.image, 0.12)))
+    where = f"layer {head[0]}, KV head {head[1]}"
+    counts = f"{picture.tokens_of(head)} tokens, {mask.sum()} of the picture"
+    picture_axes(axes, title or where, f"{where}:\n{counts}" if title else f"keeps {counts}")

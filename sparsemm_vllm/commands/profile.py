@@ -38,22 +38,22 @@ def run_profile(
     """Measure a profile and write it; see `profile_model`.
 
     Args:
-        model: name or folder.
-        out: the profile to write; what is done stands in ``OUT.partial`` meanwhile.
-        samples: that the model is asked.
-        data: see `load_samples`.
-        mode: one of `MODES`.
-        seed: of the choice of samples.
-        resume: continue what ``OUT.partial`` keeps.
-        force: replace a profile that exists.
+        model: name or folder of the model.
+        out: file for the profile; what is done stands in ``OUT.partial`` meanwhile.
+        samples: number of samples that the model is asked.
+        data: source of the samples; see `load_samples`.
+        mode: way of measuring, one of `MODES`.
+        seed: seed of the choice of samples.
+        resume: whether to continue what ``OUT.partial`` keeps.
+        force: whether to replace a profile that exists.
         engine_arguments: options of `vllm serve`.
-        console: to print on.
+        console: terminal to print on.
 
     Returns:
         The exit code: 0, or 130 after Ctrl-C.
 
     Raises:
-        ProfilerError, DataError, OSError: if there is no profile.
+        UserError, OSError: one line that says why there is no profile.
     """
     _check_output(out, force)
     quieten_vllm()

@@ -38,7 +38,7 @@ class Server(LoggedProcess):
     """A `vllm serve` process.
 
     Args:
-        model: path or name.
+        model: name or folder of the model.
         arguments: arguments of `vllm serve`, without host and port.
         log: file for its output.
         environment: variables to set beside those that SPARSEMM needs.
@@ -70,9 +70,9 @@ class Server(LoggedProcess):
         """Wait until the server answers.
 
         Args:
-            timeout: in seconds.
-            on_stage: called with the number of stages reached, of `STAGES`, and the last one's
-                meaning.
+            timeout: longest time to wait, in seconds.
+            on_stage: function to call with the number of stages reached, of `STAGES`, and the
+                meaning of the last one.
 
         Raises:
             ServerError: if it dies, or is not ready in time.

@@ -12,14 +12,15 @@ from rich.text import Text
 
 from sparsemm_vllm.budget.plan import build_layout, check_sizes, printable, tokens_per_head
 from sparsemm_vllm.budget.profile import HeadProfile
+from sparsemm_vllm.budget.settings import Settings
 from sparsemm_vllm.commands.figures import (
     ACCENT,
     FADED,
     INK,
-    STYLE,
     PictureError,
-    _plain_axes,
+    plot_axes,
     save_figure,
+    styled,
 )
 
 if TYPE_CHECKING:
@@ -110,37 +111,31 @@ def budget_line(kept: np.ndarray, prompt_tokens: int) -> str:
     )
 
 
-def kept_per_head(
-    profile: HeadProfile, budget: int, prompt_tokens: int, **allocation: Any
-) -> np.ndarray:
-    """Prompt tokens that each KV head keeps, window included: ``[L, Hkv]``.
-
-    `allocation` are further arguments of `build_layout`, here and below.
+def kept_per_head(profile: HeadProfile, settings: Settings, prompt_tokens: int) -> np.ndarray:
+    """Prompt tokens that each KV head keeps, window included: int64 ``[L, Hkv]``.
 
     Raises:
         PlanError: for a prompt without tokens.
-        SettingsError: for a budget that a server would refuse.
     """
     check_sizes(prompt_tokens=prompt_tokens)
-    return tokens_per_head(build_layout(profile, budget, **allocation), prompt_tokens)
+    return tokens_per_head(build_layout(profile, settings), prompt_tokens)
 
 
-def _method_note(method: str = "sparsemm", redistribute: bool = False) -> str:
+def _method_note(settings: Settings) -> str:
     """What is not the default."""
-    named = [method] if method != "sparsemm" else []
-    return ", ".join(named + ["redistributed"] * redistribute)
+    named = [settings.method] if settings.method != "sparsemm" else []
+    return ", ".join(named + ["redistributed"] * settings.redistribute)
 
 
 def print_profile(
-    profile: HeadProfile, budget: int, prompt_tokens: int, console: Console, **allocation: Any
+    profile: HeadProfile, settings: Settings, prompt_tokens: int, console: Console
 ) -> None:
     """Print the scores, how concentrated they are, and the tokens that a budget gives each head.
 
     Raises:
         PlanError: for a prompt without tokens.
-        SettingsError: for a budget that a server would refuse.
     """
-    kept = kept_per_head(profile, budget, prompt_tokens, **allocation)
+    kept = kept_per_head(profile, settings, prompt_tokens)
     console.print(Text("Head profile of ", style="bold").append(printable(profile.model_id)))
     shape = (
         f"{profile.num_layers} layers, {profile.num_query_heads} query heads, "
@@ -150,7 +145,7 @@ def print_profile(
     console.print(Text(shape + (f"; {made}" if made else ""), style="dim"))
     _print_scores(np.array(profile.scores), console)
     _print_mass(cumulative_mass(profile), console)
-    heading = ", ".join(filter(None, (f"Budget {budget:,}", _method_note(**allocation))))
+    heading = ", ".join(filter(None, (f"Budget {settings.budget:,}", _method_note(settings))))
     _heading(heading, f"prompt tokens per KV head, of {prompt_tokens:,}", console)
     _print_kept(kept, prompt_tokens, console)
 
@@ -199,46 +194,47 @@ def _print_kept(kept: np.ndarray, prompt_tokens: int, console: Console) -> None:
     console.print(Text(f"   {budget_line(kept, prompt_tokens)}"))
 
 
-def draw_profile(
-    profile: HeadProfile, budget: int, prompt_tokens: int, path: Path, **allocation: Any
-) -> None:
+def draw_profile(profile: HeadProfile, settings: Settings, prompt_tokens: int, path: Path) -> None:
     """Save the same as a PNG.
 
     Raises:
         PictureError: for the name of another kind of picture.
         PlanError: for a prompt without tokens.
-        SettingsError: for a budget that a server would refuse.
         OSError: if the file cannot be written.
     """
     if path.suffix.lower() != ".png":
         raise PictureError(f"--out {path}: the picture is a PNG, name it so: {path.stem}.png")
-    kept = kept_per_head(profile, budget, prompt_tokens, **allocation)
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        figure = profile_figure(profile, kept, budget, prompt_tokens, _method_note(**allocation))
-        save_figure(figure, path)
+    kept = kept_per_head(profile, settings, prompt_tokens)
+    with styled():
+        save_figure(profile_figure(profile, settings, kept, prompt_tokens), path)
 
 
 def profile_figure(
-    profile: HeadProfile, kept: np.ndarray, budget: int, prompt_tokens: int, method_note: str = ""
+    profile: HeadProfile, settings: Settings, kept: np.ndarray, prompt_tokens: int
 ) -> "Figure":
-    """Scores and kept tokens of each head above, both ranked below; to be drawn with `STYLE`."""
+    """Scores and kept tokens of each head above, both ranked below; to be drawn in `styled`.
+
+    Args:
+        profile: scores of the model's heads.
+        settings: settings of the server; their profile is not looked at.
+        kept: prompt tokens that each KV head keeps, window included, int ``[L, Hkv]``.
+        prompt_tokens: length of the prompt, in tokens.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11.6, 9.6), facecolor="white")
+    figure = Figure(figsize=(11.6, 9.6))
     (top_left, top_right), (bottom_left, bottom_right) = figure.subplots(2, 2)
     scores = np.array(profile.scores)
     _heatmap(top_left, scores, "magma", scores.max(), "{:.2g}")
     _title(top_left, "Visual scores", "colour by square root")
     _label_heads(top_left, profile)
     _heatmap(top_right, kept, "viridis", prompt_tokens, "{:,.0f}")
-    note = f"budget {budget:,}, prompt {prompt_tokens:,}"
-    _title(top_right, "Tokens kept", f"{method_note}\n{note}" if method_note else note)
+    sizes = f"budget {settings.budget:,}, prompt {prompt_tokens:,}"
+    _title(top_right, "Tokens kept", "\n".join(filter(None, (_method_note(settings), sizes))))
     top_right.set_xlabel("KV head")
     _mass_curve(bottom_left, cumulative_mass(profile))
     _title(bottom_left, "Cumulative score", "best query heads first")
-    _kept_curve(bottom_right, kept, budget, prompt_tokens)
+    _kept_curve(bottom_right, kept, settings.budget, prompt_tokens)
     spread = f"{kept.max():,} to {kept.min():,}, median {np.median(kept):,g}"
     _title(bottom_right, "By rank", f"{spread}, mean {kept.mean():,.1f}")
     _headline(figure, profile)
@@ -247,14 +243,14 @@ def profile_figure(
 
 
 def _title(axes: Any, title: str, note: str) -> None:
-    axes.set_title(title, fontsize=12, color=INK, loc="left", fontweight="bold", pad=9)
-    axes.set_title(note, fontsize=9.5, color=FADED, loc="right", pad=9)
+    axes.set_title(title, pad=9)
+    axes.set_title(note, fontsize=9.5, fontweight="normal", color=FADED, loc="right", pad=9)
 
 
 def _headline(figure: Any, profile: HeadProfile) -> None:
     name = printable(profile.model_id)
     name = name if len(name) <= 70 else f"{name[:69]}…"
-    figure.text(0.06, 0.968, name, fontsize=16, fontweight="bold", va="center")
+    figure.suptitle(name, x=0.06, y=0.968, ha="left", va="center")
     shape = (
         f"{profile.num_layers} layers, {profile.num_query_heads} query heads and "
         f"{profile.num_kv_heads} KV heads each"
@@ -347,7 +343,7 @@ def _mass_curve(axes: Any, mass: np.ndarray) -> None:
     axes.set_ylabel("share of all scores")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    _plain_axes(axes)
+    plot_axes(axes)
 
 
 def _kept_curve(axes: Any, kept: np.ndarray, budget: int, prompt_tokens: int) -> None:
@@ -375,4 +371,4 @@ def _kept_curve(axes: Any, kept: np.ndarray, budget: int, prompt_tokens: int) ->
         axis.set_major_formatter(lambda value, _: f"{value:,.6g}")
     axes.set_xlabel(f"rank among the {len(ranked):,} KV heads")
     axes.set_ylabel("tokens, log scale")
-    _plain_axes(axes)
+    plot_axes(axes)

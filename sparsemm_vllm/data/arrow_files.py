@@ -1,6 +1,11 @@
-"""Rows of Parquet files and of folders that `datasets` saves; pyarrow reads both."""
+"""Rows of Parquet files, by pyarrow, and of Arrow files, by `datasets`, which writes them.
 
-import json
+`datasets` would read Parquet in its order only, or after it had copied all rows to an Arrow file.
+It would also turn some pictures without their boxes, and download those named by an address.
+
+Both packages are optional, and therefore imported late.
+"""
+
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +22,7 @@ def parquet_table(path: Path, files: list[Path]) -> Table:
     """All rows of Parquet files, in the files' order; a row costs reading its row group.
 
     Raises:
-        DataError: if pyarrow is not installed, or cannot read them.
+        DataError: if a package is not installed, or the files cannot be read.
     """
     with _one_error(path):
         from pyarrow.parquet import ParquetFile
@@ -36,7 +41,8 @@ def parquet_table(path: Path, files: list[Path]) -> Table:
 
     def read(index: int) -> Row:
         number = bisect_right(ends, index)
-        return _row(read_group(number), index - ends[number] + sizes[number])
+        row = index - ends[number] + sizes[number]
+        return read_group(number).slice(row, 1).to_pylist()[0]
 
     return _table(path, sum(sizes), schema, read)
 
@@ -45,51 +51,49 @@ def arrow_table(path: Path, files: list[Path]) -> Table:
     """All rows of Arrow files, as `datasets`' ``save_to_disk`` writes them; mapped, not loaded.
 
     Raises:
-        DataError: if pyarrow is not installed, or cannot read them.
+        DataError: if a package is not installed, or the files cannot be read.
     """
     with _one_error(path):
-        import pyarrow
+        from datasets import Dataset, concatenate_datasets
 
-        parts = [pyarrow.ipc.open_stream(pyarrow.memory_map(str(f))).read_all() for f in files]
-        whole = pyarrow.concat_tables(parts)
-    return _table(path, whole.num_rows, whole.schema, lambda index: _row(whole, index))
+        whole = concatenate_datasets([Dataset.from_file(str(file)) for file in files])
+    rows = whole.with_format("arrow")  # pictures stay encoded
+    schema = whole.features.arrow_schema
+    return _table(path, len(rows), schema, lambda index: rows[index].to_pylist()[0])
 
 
 @contextmanager
 def _one_error(path: Path) -> Iterator[None]:
     try:
         yield
-    except ImportError:
-        raise DataError(
-            f"{path}: pyarrow reads such files and is not installed; pip install pyarrow"
-        ) from None
-    except (OSError, ValueError) as error:  # pyarrow's errors are of these two kinds
+    except (ImportError, OSError, ValueError) as error:  # pyarrow's errors are of the last two
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, ImportError):
+            reason += "; pip install datasets (it brings pyarrow)"
         raise DataError(f"{path}: cannot be read: {reason}") from None
-
-
-def _row(table: Any, index: int) -> Row:
-    return table.slice(index, 1).to_pylist()[0]
 
 
 def _table(path: Path, count: int, schema: Any, read: Any) -> Table:
     folder = path if path.is_dir() else path.parent
     folders = folder, folder / "images", folder / "data"
-    return Table(path, count, frozenset(schema.names), read, folders, _category_names(schema))
+    with _one_error(path):
+        names = _category_names(schema)
+    return Table(path, count, frozenset(schema.names), read, folders, names)
 
 
 def _category_names(schema: Any) -> tuple[str, ...]:
     """Names of the classes of the first ``category`` feature that `datasets` described."""
-    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    waiting = [about.get("info", {}).get("features", {})]
+    if b"huggingface" not in (schema.metadata or {}):
+        return ()
+    from datasets import Features
+
+    waiting = list(Features.from_arrow_schema(schema).items())
     while waiting:
-        feature = waiting.pop()
-        if isinstance(feature, list):
-            waiting += feature
-        elif isinstance(feature, dict):
-            category = feature.get("category")
-            for found in (category, (category or {}).get("feature")):
-                if isinstance(found, dict) and found.get("names"):
-                    return tuple(found["names"])
-            waiting += feature.values()
+        name, feature = waiting.pop()
+        if name == "category" and hasattr(feature, "names"):
+            return tuple(feature.names)
+        if isinstance(feature, dict):
+            waiting += feature.items()
+        elif hasattr(feature, "feature"):
+            waiting.append((name, feature.feature))
     return ()

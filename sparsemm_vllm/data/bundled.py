@@ -16,10 +16,10 @@ from sparsemm_vllm.data.pictures import (
 from sparsemm_vllm.data.samples import DataError
 
 READ_PAGE = "Read all the text in the picture."
-MAX_SIDE = 4096  # pixels; to be drawn in reasonable time
-MAX_WORDS = 60  # on a page
+MAX_SIDE = 4096  # pixels; a larger page takes long to draw
+MAX_WORDS = 60  # words on a page
 NUMBERS = 0.15  # share of words that are numbers
-CHARACTER_WIDTH = 0.75 * MIN_FONT_SIZE  # pixels, of a wide font's smallest size, spaced
+CHARACTER_WIDTH = 0.75 * MIN_FONT_SIZE  # pixels of a wide font's smallest size, with its spacing
 LINE_HEIGHT = 1.25 * MAX_FONT_SIZE  # pixels
 
 WORDS = """
@@ -49,13 +49,19 @@ world write yellow young
 
 
 def bundled_samples(count: int, seed: int, side: int = PICTURE_SIZE) -> list[Sample]:
-    """Samples of ``PROFILE_SEEDS`` from the `seed`-th on.
+    """Draw the samples of ``PROFILE_SEEDS``.
 
-    Pictures of ``PICTURE_SIZE`` are those that the bundled reader was trained on, to be read and to
-    be asked about in turn; larger ones, up to ``MAX_SIDE``, are pages of English words, to be read.
+    Pictures of ``PICTURE_SIZE`` are of the kind that the bundled reader was trained on. The model
+    reads one and is asked about the next, in turn. Larger ones, up to ``MAX_SIDE``, are pages of
+    English words; the model reads all of them.
+
+    Args:
+        count: number of samples.
+        seed: index of the first sample's seed in ``PROFILE_SEEDS``, from 0.
+        side: width and height of the pictures, in pixels.
 
     Raises:
-        DataError: for another side, or seeds that do not exist.
+        DataError: if no pictures have this side, or there are not so many seeds.
     """
     if not PICTURE_SIZE <= side <= MAX_SIDE:
         raise DataError(

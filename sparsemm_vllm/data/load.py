@@ -1,4 +1,4 @@
-"""From a name or a path to samples."""
+"""The way from a name or a path to samples."""
 
 import re
 from collections import Counter
@@ -21,13 +21,14 @@ def load_samples(source: str, count: int, seed: int) -> SampleSet:
     """Choose samples: the same arguments and files give the same ones.
 
     Args:
-        source: ``ocr``, pictures that are drawn, as the bundled reader knows them; ``ocr-SIDE``,
-            drawn pages of English words, that many pixels a side (448 to 672 suit larger models);
-            or the path of a folder or file of the synthdog-en-detection data set or of one in the
-            format of COCO detection: Parquet, a folder written by `datasets`' ``save_to_disk``,
-            JSON or JSON Lines with pictures beside.
-        count: of samples; fewer if the data set does not hold as many usable ones.
-        seed: of a data set's order; of drawn pictures, the first one's number.
+        source: name or path. ``ocr`` means drawn pictures, as the bundled reader knows them;
+            ``ocr-SIDE`` means drawn pages of English words, with that many pixels a side (448 to
+            672 suit larger models). A path names a folder or file of the synthdog-en-detection
+            data set, or of one in the format of COCO detection: Parquet, a folder that `datasets`'
+            ``save_to_disk`` wrote, JSON or JSON Lines with pictures beside.
+        count: number of samples, from 1; fewer are chosen if the data set has fewer usable ones.
+        seed: number from 0. It decides the order in which the rows of a data set are tried; for
+            drawn pictures, it is the number of the first one.
 
     Raises:
         DataError: if the source cannot be read, is in neither format, or has no usable sample.

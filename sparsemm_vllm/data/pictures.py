@@ -36,7 +36,7 @@ Task = Literal["read", "query"]
 Line = tuple["Word", ...]
 
 PICTURE_SIZE = 224  # pixels a side
-CLUTTERED_SIZE = 256  # of a cluttered picture
+CLUTTERED_SIZE = 256  # pixels a side of a cluttered picture
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ23456789"
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif")
 

@@ -17,11 +17,11 @@ from sparsemm_vllm.data.samples import DataError
 Row = dict[str, Any]
 
 IMAGE_COLUMNS = ("image", "image_name", "file_name", "image_path")
-OVERHANG = 1.0  # pixels that a box may reach over the picture's edge, by rounding
+OVERHANG = 1.0  # pixels by which a rounded box may reach over the picture's edge
 
 
 class SkippedError(Exception):
-    """A sample or a word that cannot be used; the message is the reason, to be counted."""
+    """A sample or a word cannot be used; the message is the reason, to be counted."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Table:
     """A data set's rows, read one at a time.
 
     Attributes:
-        path: what the user named, for messages.
-        count: of rows.
-        columns: names that rows have.
-        read: the row of an index.
-        folders: where pictures lie that rows name by relative path.
-        category_names: names of the numbers in `category` columns, if the files tell them.
+        path: file or folder that the user named, for messages.
+        count: number of rows.
+        columns: names of the columns; a row may lack some of them.
+        read: function from the index of a row, from 0, to the row.
+        folders: folders of the pictures that rows name by relative path.
+        category_names: names of the numbers in `category` columns; empty if no file tells them.
     """
 
     path: Path
@@ -83,7 +83,7 @@ def read_image(row: Row, folders: Sequence[Path]) -> Image.Image:
 
 
 def _find(name: str, folders: Sequence[Path]) -> Path:
-    """The file of that name: where it says, or by its last part alone, in the likely folders."""
+    """The file of that name in the likely folders: by the whole name, or by its last part alone."""
     candidates = [folder / part for part in (name, Path(name).name) for folder in folders]
     for path in candidates:
         if path.is_file():
@@ -115,9 +115,9 @@ def make_words(
     """Words of one picture; what is wrong with the others is counted.
 
     Args:
-        annotated: text and corners ``((x, y), ...)`` in pixels of each word.
-        size: of the picture: width, height.
-        skipped: counts, changed in place.
+        annotated: text and corners ``((x, y), ...)`` of each word, in pixels of the picture.
+        size: width and height of the picture, in pixels.
+        skipped: counts of words by reason, changed in place.
 
     Raises:
         SkippedError: if no word is left.

@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from sparsemm_vllm.data.pictures import Sample
+from sparsemm_vllm.errors import UserError
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that cannot be read or holds nothing to measure; one line: which, and what to do."""
 
 
@@ -16,10 +17,10 @@ class SampleSet:
     """Samples that were chosen from a source.
 
     Attributes:
-        samples: in the order in which they were chosen.
-        name: of the source, without paths.
+        samples: samples, in the order in which they were chosen.
+        name: name of the source, without paths.
         hash: SHA-256, hexadecimal, of all that the samples hold, pixels included.
-        skipped: how many samples and words were left out, by reason.
+        skipped: number of samples and words that were left out, by reason.
     """
 
     samples: list[Sample]

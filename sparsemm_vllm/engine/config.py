@@ -10,12 +10,13 @@ from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.budget.profile import HeadProfile
 from sparsemm_vllm.budget.request import RequestLimits
 from sparsemm_vllm.budget.settings import NO_PROFILE, Settings
+from sparsemm_vllm.errors import UserError
 from sparsemm_vllm.names import NAME
 
-_MADE = "_sparsemm_serving"  # of a `VllmConfig`: what it was made of, and `Serving`
+_MADE = "_sparsemm_serving"  # attribute of a `VllmConfig`: what it was made of, and `Serving`
 
 
-class UnsupportedError(ValueError):
+class UnsupportedError(UserError):
     """A configuration that SPARSEMM cannot serve; the message says what and why."""
 
 
@@ -33,7 +34,7 @@ class Serving:
     Attributes:
         settings: settings of the server, with the head profile's contents.
         layout: cache layout of the whole model.
-        limits: what requests may ask for.
+        limits: limits of what requests may ask for.
     """
 
     settings: Settings
@@ -102,17 +103,10 @@ def build_layout(vllm_config: VllmConfig, settings: Settings) -> CacheLayout:
         first, end = get_pp_indices(layers, stage, parallel.pipeline_parallel_size)
         stages.append((sum(x < first for x in pruned), sum(x < end for x in pruned)))
     try:
-        return CacheLayout.from_scores(
+        return CacheLayout.from_settings(
+            settings,
             profile.tensor()[pruned],
             kv_heads,
-            settings.budget,
-            settings.window,
-            settings.rho,
-            settings.method,
-            redistribute=settings.redistribute,
-            pool_kernel=settings.pool_kernel,
-            min_prompt_tokens=settings.min_prompt_tokens,
-            largest_budget=settings.largest_budget,
             stages=tuple(stages),
             tensor_parallel=parallel.tensor_parallel_size,
         )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from typing_extensions import override
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
@@ -24,9 +25,9 @@ class SparseMMSpec(FullAttentionSpec):
     attention for it there, without a word.
 
     Args:
-        layout: the server's budgets.
-        prune_when_free_below: see `Settings`.
-        limits: what requests may ask for; only what the layout lets them if not given.
+        layout: cache layout of the server, for requests that ask for no other budget.
+        prune_when_free_below: share of the pool's blocks, 0 to 1; see `Settings`.
+        limits: limits of what requests may ask for; if not given, the layout's.
     """
 
     layout: CacheLayout
@@ -42,22 +43,26 @@ class SparseMMSpec(FullAttentionSpec):
         self.__dict__.update(state)
 
     @classmethod
+    @override
     def merge(cls, specs: list["SparseMMSpec"]) -> "SparseMMSpec":
-        """The spec of a group: that of its layers, which must be equal."""
+        """Ours asks that the layers of a group have equal specs, and takes the first."""
         assert all(spec == specs[0] for spec in specs), "SPARSEMM layers must have equal specs"
         return specs[0]
 
+    @override
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
-        """Whether all layers can share one group."""
+        """Ours lets only equal specs share a group."""
         return all(spec == self for spec in kv_cache_specs.values())
 
+    @override
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
-        """Entries of a block table row: both copies of a prompt of up to that length."""
+        """Ours adds entries for the compact blocks, beside those for the prompt blocks."""
         compact = self.layout.most_compact_blocks(max_len, self.block_size)
         return cdiv(max_len, self.block_size) + compact
 
+    @override
     def max_memory_usage_bytes(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> int:
-        """Bytes that suffice for one request of up to the longest length at its peak."""
+        """Ours adds the compact blocks of one request of the greatest length."""
         longest = vllm_config.model_config.max_model_len
         compact = self.layout.most_compact_blocks(longest, self.block_size)
         dense = super().max_memory_usage_bytes(vllm_config, *args, **kwargs)

@@ -31,12 +31,12 @@ def image_tokens(
     """The image tokens of one picture.
 
     Args:
-        config: the model's transformers config (`AutoConfig`).
-        processor: its transformers processor (`AutoProcessor`) or image processor, with the
-            settings that the engine uses (`mm_processor_kwargs`).
-        image_size: width and height of the picture in pixels. Boxes are given in these pixels.
-        resized_to: width and height that the processor is given, if the picture is resized before
-            (as by `qwen_vl_utils.fetch_image`); none = `image_size`.
+        config: transformers config of the model (`AutoConfig`).
+        processor: transformers processor of the model (`AutoProcessor`), or its image processor,
+            with the settings that the engine uses (`mm_processor_kwargs`).
+        image_size: width and height of the picture, in pixels. Boxes are given in these pixels.
+        resized_to: width and height that the processor is given, in pixels, if the picture was
+            resized before (as by `qwen_vl_utils.fetch_image`); none = `image_size`.
 
     Raises:
         ValueError: unknown family (`config.model_type`), a size that is not positive, or settings

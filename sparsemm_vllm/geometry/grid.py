@@ -16,11 +16,11 @@ class Geometry:
     """Which part of one picture each of its image tokens shows.
 
     Args:
-        image_size: width and height of the picture in pixels.
-        patches: left, top, right, bottom of each token's patch, in pixels of the picture and in the
-            order of the tokens in the prompt, float64 ``[num_tokens, 4]``. A patch that shows
-            padding reaches over the picture's edge. A token without a patch (a class token, the
-            newline tokens of LLaVA-NeXT) has NaN.
+        image_size: width and height of the picture, in pixels.
+        patches: edges of each token's patch (left, top, right, bottom), in pixels of the picture
+            and in the order of the tokens in the prompt, float64 ``[num_tokens, 4]``. A patch that
+            shows padding reaches over the picture's edge. A token without a patch (a class token,
+            the newline tokens of LLaVA-NeXT) has NaN.
     """
 
     image_size: Size
@@ -39,8 +39,8 @@ class Geometry:
         the model does not see the box, as outside of a centre crop.
 
         Args:
-            box: left, top, right, bottom in pixels of the picture; right and bottom are the first
-                column and row that no longer belong to it.
+            box: edges of the box (left, top, right, bottom), in pixels of the picture; right and
+                bottom are the first column and row that no longer belong to it.
 
         Raises:
             ValueError: the box is empty, or not wholly inside the picture.
@@ -59,11 +59,11 @@ def spans(starts: np.ndarray, patch: int, resized: int, original: int) -> np.nda
     """Where patches begin and end along one axis, in pixels of the original, ``[count, 2]``.
 
     Args:
-        starts: first pixel of each patch in the resized picture; outside of it where a patch shows
-            padding.
-        patch: pixels of a patch.
-        resized: pixels of the resized picture along this axis.
-        original: the same of the original.
+        starts: first pixel of each patch in the resized picture, int64 ``[count]``; outside of the
+            picture where a patch shows padding.
+        patch: length of a patch, in pixels of the resized picture.
+        resized: length of the resized picture along this axis, in pixels.
+        original: length of the original picture along this axis, in pixels.
     """
     # One rounding, of a quotient of integers: a border on a whole pixel is exactly on it.
     return np.stack([starts, starts + patch], axis=-1) * original / resized
@@ -78,14 +78,14 @@ def cells(columns: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def select_features(config: Any, patches: np.ndarray) -> np.ndarray:
-    """The tokens that the model takes of its vision tower's output for one view.
+    """The patches of the tokens that the model takes from its vision tower for one view.
 
     The tower puts its class tokens first; the strategy "default" leaves out the first of all
     tokens, "full" takes all.
 
     Args:
-        config: of a LLaVA or LLaVA-NeXT model.
-        patches: of the view, ``[count, 4]``.
+        config: transformers config of a LLaVA or LLaVA-NeXT model.
+        patches: edges of the patches of the view, in pixels of the picture, float64 ``[count, 4]``.
     """
     class_tokens = {"clip_vision_model": 1, "siglip_vision_model": 0}
     tower = config.vision_config.model_type
@@ -100,6 +100,12 @@ def select_features(config: Any, patches: np.ndarray) -> np.ndarray:
 
 
 def agree(what: str, model: object, processor: object) -> None:
-    """Refuse a processor that prepares pictures for another model."""
+    """Refuse a processor that prepares pictures for another model.
+
+    Args:
+        what: name of the setting, for the message.
+        model: value in the model's config.
+        processor: value in the processor's settings.
+    """
     if model != processor:
         raise ValueError(f"{what}: {model} in the model's config, {processor} in its processor")

@@ -16,11 +16,11 @@ from sparsemm_vllm.profiler.worker import gather_attention
 
 @dataclass(frozen=True)
 class Scores:
-    """Of some samples.
+    """What was counted of some samples.
 
     Attributes:
         hits: sum of each sample's hits, float32 ``[samples, L, Hq]``.
-        tokens: of each sample that belong to a word, int64 ``[samples]``.
+        tokens: number of each sample's tokens that belong to a word, int64 ``[samples]``.
     """
 
     hits: np.ndarray
@@ -32,9 +32,9 @@ class Request:
     """A sample as the engine is asked it.
 
     Attributes:
-        sample: the sample.
-        queries: of its prompt that are recorded.
-        max_tokens: to generate.
+        sample: picture, question and true answer.
+        queries: number of its prompt's queries that are recorded.
+        max_tokens: number of tokens to generate.
     """
 
     sample: Sample
@@ -52,7 +52,7 @@ class AttentionScorer:
 
     Args:
         llm: a `vllm.LLM`.
-        mode: what the model is made to say.
+        mode: way in which samples become requests.
     """
 
     method = (
@@ -143,10 +143,10 @@ def picture_tokens(
     """Where the tokens of a prompt's picture are, and what they show.
 
     Args:
-        model_config: vLLM's.
-        processor: the model's.
+        model_config: model configuration of vLLM.
+        processor: the model's processor, from transformers.
         size: width and height of the picture in pixels.
-        prompt: its tokens, those of the picture included.
+        prompt: token ids of the prompt, those of the picture included, ``[n]``.
 
     Returns:
         The `Geometry`, and the index of the image token at each position or -1, int ``[n]``.

@@ -23,7 +23,7 @@ class CausalScorer:
 
     Args:
         llm: a `vllm.LLM`.
-        mode: what the model is made to say.
+        mode: way in which samples become requests.
     """
 
     method = (

@@ -16,7 +16,7 @@ def check_model(model: str, options: dict[str, Any]) -> Any:
 
     Args:
         model: name or folder.
-        options: of the engine.
+        options: engine options, as `vllm.LLM` takes them.
 
     Returns:
         Its transformers config.
@@ -72,20 +72,20 @@ def open_engine(
         model: name or folder.
         config: its transformers config.
         rows: queries that are recorded between two readings.
-        options: of `vllm.LLM`, which win over the defaults here.
-        settings: of SPARSEMM, beside the recording.
+        options: engine options, as `vllm.LLM` takes them; they win over the defaults here.
+        settings: settings of SPARSEMM, beside the recording.
 
     Raises:
         ProfilerError: for options that the profiler sets itself, or if vLLM cannot start.
     """
-    own = {
+    fixed = {
         "attention_backend": "SPARSEMM",
         "enforce_eager": True,
         "enable_prefix_caching": False,
         "worker_extension_cls": "sparsemm_vllm.profiler.worker.AttentionReader",
         "additional_config": {"sparsemm": settings | {"record_attention": rows}},
     }
-    if taken := sorted(own.keys() & options.keys()):
+    if taken := sorted(fixed.keys() & options.keys()):
         raise ProfilerError(f"--{taken[0].replace('_', '-')} is set by the profiler itself")
     defaults: dict[str, Any] = {"limit_mm_per_prompt": {"image": 1}}
     if getattr(config.get_text_config(), "max_position_embeddings", 0) > MAX_MODEL_LEN:
@@ -95,7 +95,7 @@ def open_engine(
     from vllm import LLM
 
     try:
-        return LLM(model=model, **(defaults | options | own))
+        return LLM(model=model, **(defaults | options | fixed))
     except (ValueError, RuntimeError, OSError) as error:
         raise ProfilerError(f"vLLM cannot start {model!r}: {first_line(error)}") from error
 

@@ -18,7 +18,7 @@ class Mode(Protocol):
 
     @property
     def name(self) -> Literal["forced", "free", "causal"]:
-        """Of the mode."""
+        """The name of the mode."""
 
     @property
     def answers(self) -> str:

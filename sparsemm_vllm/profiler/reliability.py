@@ -25,7 +25,7 @@ def split_half(hits: np.ndarray) -> float | None:
     """Rank correlation of the mean scores of two halves of the samples, drawn at random.
 
     Args:
-        hits: ``[samples, L, Hq]``.
+        hits: hits of each head, ``[samples, L, Hq]``.
 
     Returns:
         None for a single sample, or a half without any hit.
@@ -45,9 +45,9 @@ def samples_missing(samples: int, correlation: float, wanted: float = WANTED) ->
     mental abilities.
 
     Args:
-        samples: that the correlation was measured with.
-        correlation: of their halves.
-        wanted: correlation.
+        samples: number of samples that were measured.
+        correlation: rank correlation of their two halves, -1 to 1.
+        wanted: rank correlation that two halves should have.
 
     Returns:
         None if no number would: the halves have nothing in common.

@@ -40,16 +40,16 @@ def profile_model(
     """Measure a model's visual heads in vLLM; on the CPU where there is no GPU.
 
     Args:
-        model: name, also that of the bundled one, or folder.
-        samples: that it is asked.
-        mode: one of `MODES`.
-        seed: of the choice of samples; written down.
-        model_id: of the profile; `model` if not given, of a folder its name.
+        model: name of a model, also that of the bundled one, or its folder.
+        samples: samples that the model is asked.
+        mode: name in `MODES`.
+        seed: seed that the samples were chosen with; only written down.
+        model_id: name of the model in the profile; if not given, `model`, or the folder's name.
         partial: file that keeps what is done, if the run shall survive an interruption; to be
             deleted when the profile is safe.
-        resume: continue what `partial` keeps, if it exists.
-        on_progress: called with the number of samples done, at first and after each batch.
-        engine_options: of `vllm.LLM`.
+        resume: whether to continue what `partial` keeps, if it exists.
+        on_progress: function that is told the number of samples done, first and after each batch.
+        engine_options: options of `vllm.LLM`.
 
     Raises:
         ProfilerError: if no profile can be made of them; one line that says why.
@@ -89,11 +89,11 @@ def profile_engine(
 
     Args:
         llm: a `vllm.LLM` that records `ROWS` queries.
-        samples: that the model is asked.
-        run: what is written down.
-        partial: where to keep what is done.
-        done: what was done before.
-        on_progress: called with the number of samples done.
+        samples: samples that the model is asked.
+        run: facts about the run that the profile keeps.
+        partial: file that keeps what is done.
+        done: scores of the samples that were done before.
+        on_progress: function that is told the number of samples done.
 
     Raises:
         ProfilerError: if no head ever looked at a word, or a sample cannot be asked.

@@ -16,8 +16,8 @@ class Place:
     """A word of a picture where a text says it.
 
     Attributes:
-        word: its index in the picture's words.
-        span: characters of the text.
+        word: index in the picture's words.
+        span: characters of the text that say it.
     """
 
     word: int
@@ -43,9 +43,9 @@ def words_of_tokens(text: str, spans: Sequence[Span], places: Sequence[Place]) -
     """The word that each token lies in, white space aside; none if in no word, or not in one only.
 
     Args:
-        text: of the tokens.
-        spans: of each token.
-        places: of words.
+        text: text of the tokens.
+        spans: characters of the text that each token adds.
+        places: words of the picture, where the text says them.
     """
     owners: list[int | None] = []
     for start, end in spans:
@@ -70,7 +70,7 @@ def places_in_answer(text: str, sample: Sample) -> list[Place]:
 
 
 def places_anywhere(text: str, sample: Sample) -> list[Place]:
-    """Everywhere that a text says a word of the picture, as a word of its own."""
+    """Everywhere that a text says a word of the picture, as a separate word."""
     places = []
     for index, word in enumerate(sample.words):
         start = text.find(word.text)

@@ -24,6 +24,6 @@ def gather_attention(llm: Any, rows: int, num_layers: int, num_query_heads: int)
     """
     keys = np.full((num_layers, rows, num_query_heads), -1, dtype=np.int32)
     for layers, first, heads, data in llm.collective_rpc("read_attention", args=(rows,)):
-        own = np.frombuffer(data, dtype=np.int32).reshape(len(layers), rows, heads)
-        keys[layers, :, first : first + heads] = own
+        of_rank = np.frombuffer(data, dtype=np.int32).reshape(len(layers), rows, heads)
+        keys[layers, :, first : first + heads] = of_rank
     return keys

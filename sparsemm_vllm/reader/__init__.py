@@ -7,5 +7,5 @@ READER = "sparsemm-reader"
 
 
 def reader_folder() -> Path:
-    """Where it lies."""
+    """The folder with the model's files."""
     return Path(str(resources.files(__name__)))

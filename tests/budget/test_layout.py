@@ -16,6 +16,7 @@ from sparsemm_vllm.budget import layout as layout_module
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.budget.methods import adakv_split
 from sparsemm_vllm.budget.random_scores import random_scores
+from sparsemm_vllm.budget.settings import Settings
 from support.layouts import PRUNING, W, method_layouts
 
 BASE = 6
@@ -64,31 +65,14 @@ def simulate(layout, n, block_size, kept=None):
     return max(1, *needs)
 
 
-SPREADS = [
-    {},
-    {"tensor_parallel": 2},
-    {"tensor_parallel": 4},
-    {"stages": ((0, 2), (2, 4))},
-    {"stages": ((0, 1), (1, 4))},  # as when layers do not divide evenly
-    {"stages": ((0, 3), (3, 4)), "tensor_parallel": 2},
-]
 # W + base is the first pruned prompt; then page edges of the prompt and of the kept part.
 PROMPTS = [10, 11, 15, 16, 17, 19, 20, 21, 31, 32, 33, 36, 37, 64, 100, 164, 165, 1000]
 
 
-@pytest.mark.parametrize("block_size", [1, 16, 32])
-@pytest.mark.parametrize("spread", SPREADS)
-@pytest.mark.parametrize("n", PROMPTS)
-def test_compact_blocks_as_placed(n, spread, block_size):
-    layout = make_layout(**spread)
-    assert layout.is_pruned(n)
-    assert layout.compact_blocks(n, block_size) == simulate(layout, n, block_size)
-
-
+# At and beside the edges of pages, and more than any prompt here has.
+one_head = st.one_of(st.integers(0, 200), st.sampled_from([0, 1, 15, 16, 17, 31, 32, 33, 5000]))
 capacity_tables = st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 4, 8])).flatmap(
-    lambda shape: st.tuples(
-        *[st.tuples(*[st.integers(0, 200)] * shape[1]) for _ in range(shape[0])]
-    )
+    lambda shape: st.tuples(*[st.tuples(*[one_head] * shape[1]) for _ in range(shape[0])])
 )
 
 
@@ -430,6 +414,17 @@ def test_from_scores_passes_everything_on():
     assert (layout.min_prompt_tokens, layout.tensor_parallel, layout.stages) == (9, 2, ((0, 2),))
     # floor 8, the other 8 * 4 tokens by 9 : 1 : 4 : 34 of 48
     assert layout.capacities == ((14, 9), (11, 31))
+
+
+def test_from_settings_passes_everything_on():
+    scores = torch.tensor([[8.0, 1.0, 1.0, 0.0], [2.0, 2.0, 30.0, 4.0]])
+    values = {"budget": 20, "window": 4, "rho": 0.5, "method": "random_heads"}
+    more = {"redistribute": True, "pool_kernel": 7, "min_prompt_tokens": 9}
+    settings = Settings(**values, **more, max_request_budget=33)
+    layout = CacheLayout.from_settings(settings, scores, 2, tensor_parallel=2)
+    assert layout == CacheLayout.from_scores(
+        scores, 2, **values, **more, largest_budget=33, tensor_parallel=2
+    )
 
 
 def test_equal_layouts_are_interchangeable():

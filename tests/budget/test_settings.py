@@ -62,6 +62,16 @@ def test_settings_pass_through_the_configuration_unchanged():
     assert again.profile.tensor().equal(settings.profile.tensor())
 
 
+def test_settings_are_written_as_they_were_given():
+    """Nothing that was left out: `sparsemm eval` compares them with those of an earlier run."""
+    values = {"profile": INLINE, "budget": 64, "mask_heads": [[0, 3]]}
+    given = Settings.from_values(values)
+    assert json.loads(json.dumps(given.as_values())) == values
+    assert Settings.from_values(given.as_values()) == given
+    changed = given.model_copy(update={"record_kept": "folder"})
+    assert changed.as_values() == values | {"record_kept": "folder"}
+
+
 @pytest.mark.parametrize(
     ("key", "nearest"),
     [

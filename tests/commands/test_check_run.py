@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.cli import app
-from sparsemm_vllm.commands.check import child, parent
+from sparsemm_vllm.commands.check import run_child, run_parent
 from sparsemm_vllm.commands.check.cases import (
     BUDGET,
     CASES,
@@ -35,8 +35,8 @@ from sparsemm_vllm.commands.check.cases import (
 from sparsemm_vllm.commands.check.engine import Answer, Engine
 from sparsemm_vllm.commands.check.judge import TOLERANCES, Reference, References, compare, judge
 from sparsemm_vllm.commands.check.model import KV_HEADS, make_llava, skewed_profile
-from sparsemm_vllm.commands.check.parent import END, CheckRun, run_check
 from sparsemm_vllm.commands.check.results import Line, Results, Row
+from sparsemm_vllm.commands.check.run_parent import END, CheckRun, run_check
 from sparsemm_vllm.engine.scheduler.manager import SparseMMManager
 from sparsemm_vllm.environment import has_gpu
 
@@ -50,8 +50,8 @@ WRONG = "its process wrote what is no result"
 PRELUDE = """
 import os, sys, time
 from pathlib import Path
-from sparsemm_vllm.check_run.cases import names
-from sparsemm_vllm.check_run.results import Line, Results, Row
+from sparsemm_vllm.commands.check.cases import names
+from sparsemm_vllm.commands.check.results import Line, Results, Row
 results = Results(Path(sys.argv[2]))
 expected = names(sys.argv[3].split(","))
 def report(names):
@@ -105,7 +105,7 @@ def test_all_rows_ok(tmp_path: Path) -> None:
     document = json.loads(record.read_text())
     assert document["passed"] is True
     assert document["versions"]["vllm"] == version("vllm")
-    assert document["versions"].keys() == {*parent.PACKAGES, "python"}
+    assert document["versions"].keys() == {*run_parent.PACKAGES, "python"}
     assert [Row.model_validate(row) for row in document["rows"]] == rows
     assert document["device"]
     assert document["seconds"] > 0
@@ -331,11 +331,11 @@ def test_this_vllm_passes(tmp_path: Path) -> None:
 UNWRAPPED = """
 from sparsemm_vllm.engine import patches
 from sparsemm_vllm.engine.vllm_api import compatibility, hooks
-from sparsemm_vllm.commands.check import child
+from sparsemm_vllm.commands.check import run_child
 del patches.WRAPPERS[hooks.COMPUTED_BLOCKS]
 compatibility.IN_EVERY_PROCESS = tuple(patches.WRAPPERS)
 compatibility.version = {"vllm": "0.99.0"}.__getitem__
-child.main()
+run_child.main()
 """
 
 
@@ -356,10 +356,10 @@ def test_an_engine_that_dies_at_the_first_request() -> None:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, References]]:
     folder = tmp_path_factory.mktemp("served")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    model = make_llava(folder / "model", layers=child.LAYERS)
-    profile = skewed_profile(layers=child.LAYERS)
+    model = make_llava(folder / "model", layers=run_child.LAYERS)
+    profile = skewed_profile(layers=run_child.LAYERS)
     layout = CacheLayout.from_scores(profile.tensor(), KV_HEADS, BUDGET, WINDOW)
-    return child.open_engine(model, "float32"), References(model, layout)
+    return run_child.open_engine(model, "float32"), References(model, layout)
 
 
 def serve(served: tuple[Engine, References], name: str, folder: Path) -> Row:
@@ -371,7 +371,7 @@ def serve(served: tuple[Engine, References], name: str, folder: Path) -> Row:
 
     def work() -> Row:
         for case in cases:
-            answers, seen = child.serve(engine, case)
+            answers, seen = run_child.serve(engine, case)
         return judge(case, answers, seen, references, EXACT)
 
     Results(folder / "rows").run(name, work)
@@ -394,7 +394,7 @@ def _whole_again(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.engine
 def test_a_reference_with_another_budget(served: tuple[Engine, References], tmp_path: Path) -> None:
     engine, references = served
-    scores = skewed_profile(layers=child.LAYERS).tensor()
+    scores = skewed_profile(layers=run_child.LAYERS).tensor()
     other = References.__new__(References)
     other.__dict__ = references.__dict__ | {
         "layout": CacheLayout.from_scores(scores, KV_HEADS, BUDGET, WINDOW, rho=0.5),
@@ -451,7 +451,7 @@ def test_a_prefix_hit_in_the_window(
 def test_no_preemption(served: tuple[Engine, References], monkeypatch: pytest.MonkeyPatch) -> None:
     """A pool that is large enough proves nothing about preemption."""
     (case,) = (case for case in CASES if case.name == "preempted, resumed")
-    answers, seen = child.serve(served[0], replace(case, requests=case.requests[:2]))
+    answers, seen = run_child.serve(served[0], replace(case, requests=case.requests[:2]))
     row = judge(replace(case, requests=case.requests[:2]), answers, seen, served[1], EXACT)
     assert (row.status, row.finding) == (
         "differs",

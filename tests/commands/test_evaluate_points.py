@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsemm_vllm.budget.settings import SettingsError
+from sparsemm_vllm.budget.settings import Settings, SettingsError
 from sparsemm_vllm.commands.evaluate.errors import EvalError
 from sparsemm_vllm.commands.evaluate.points import Point, mask_points, method_points, parse_share
-from sparsemm_vllm.commands.evaluate.questions import hash_questions, load_questions
+from sparsemm_vllm.commands.evaluate.questions import Choice, hash_questions, load_questions
 from sparsemm_vllm.data import DataError
 from sparsemm_vllm.data.pictures import EVAL_SEEDS, make_sample
 from support.tiny import picture, skewed_profile
@@ -29,15 +29,16 @@ def test_methods_by_budget() -> None:
 
 
 def test_settings_of_a_point() -> None:
-    shared = {"window": 16, "rho": 0.1}
-    assert Point("snapkv", 64).settings(shared) == shared | {
+    values = {"window": 16, "rho": 0.1}
+    shared = Settings(**values)
+    assert Point("snapkv", 64).settings(shared).as_values() == values | {
         "method": "snapkv",
         "budget": 64,
         "redistribute": False,
     }
     masked = Point("full", mask="visual", heads=((1, 2),)).settings(shared)
-    assert masked["mask_heads"] == [[1, 2]]
-    assert masked["method"] == "full"
+    assert masked.mask_heads == [[1, 2]]
+    assert masked.method == "full"
     with pytest.raises(SettingsError, match=r"budget .16 tokens. must be larger than window"):
         Point("snapkv", 16).settings(shared)
     with pytest.raises(SettingsError, match=r"snapkw.*did you mean 'snapkv'"):
@@ -82,16 +83,18 @@ def test_shares() -> None:
 
 
 def test_drawn_questions_are_held_out() -> None:
-    questions = load_questions("drawn", ["ocr", "qa"], 2, 1000)
+    questions = load_questions(Choice(source="drawn", tasks=["ocr", "qa"], count=2, seed=1000))
     assert {task: len(some) for task, some in questions.items()} == {"ocr": 2, "qa": 2}
     sample = make_sample(EVAL_SEEDS[1001], "query")
     asked = questions["qa"][1]
     assert (asked.question, asked.answer) == (sample.question, sample.answer)
     assert asked.conversation()[0]["content"][1]["text"] == sample.question
     assert hash_questions(questions) == hash_questions(
-        load_questions("drawn", ["ocr", "qa"], 2, 1000)
+        load_questions(Choice(source="drawn", tasks=["ocr", "qa"], count=2, seed=1000))
     )
-    assert hash_questions(questions) != hash_questions(load_questions("drawn", ["ocr"], 2, 1000))
+    assert hash_questions(questions) != hash_questions(
+        load_questions(Choice(source="drawn", tasks=["ocr"], count=2, seed=1000))
+    )
 
 
 def test_questions_of_a_file(tmp_path: Path) -> None:
@@ -104,7 +107,7 @@ def test_questions_of_a_file(tmp_path: Path) -> None:
     ]
     file = tmp_path / "some.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    questions = load_questions(str(file), ["qa", "ocr"], 2, 0)
+    questions = load_questions(Choice(source=str(file), tasks=["qa", "ocr"], count=2, seed=0))
     assert [one.question for one in questions["qa"]] == ["first?", "second?"]
     assert [one.answer for one in questions["qa"]] == ["1", "2"]
     assert questions["qa"][1].conversation()[0] == {"role": "system", "content": "Be brief."}
@@ -127,7 +130,7 @@ def test_bad_files(tmp_path: Path, row: str, message: str) -> None:
     picture(1).save(tmp_path / "a.png")
     (tmp_path / "some.jsonl").write_text(row)
     with pytest.raises(DataError, match=message):
-        load_questions(str(tmp_path / "some.jsonl"), ["qa"], 2, 0)
+        load_questions(Choice(source=str(tmp_path / "some.jsonl"), tasks=["qa"], count=2, seed=0))
 
 
 @pytest.mark.parametrize(
@@ -141,4 +144,4 @@ def test_bad_files(tmp_path: Path, row: str, message: str) -> None:
 )
 def test_bad_questions(source: str, tasks: list[str], count: int, seed: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        load_questions(source, tasks, count, seed)
+        load_questions(Choice(source=source, tasks=tasks, count=count, seed=seed))

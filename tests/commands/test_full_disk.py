@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from sparsemm_vllm.budget.profile import save_profile
 from sparsemm_vllm.cli import app
-from sparsemm_vllm.commands import demo
+from sparsemm_vllm.commands.demo import command as demo
 from sparsemm_vllm.commands.evaluate.folder import EvalFolder
 from sparsemm_vllm.commands.evaluate.report import save_json
 from sparsemm_vllm.commands.figures import save_figure

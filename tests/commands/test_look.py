@@ -12,8 +12,11 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
+from sparsemm_vllm.budget.plan import Blocks
 from sparsemm_vllm.budget.profile import HeadProfile
+from sparsemm_vllm.budget.settings import Settings
 from sparsemm_vllm.cli import app
+from sparsemm_vllm.commands.kept_map import KeptPicture
 from sparsemm_vllm.commands.look.draw import draw_sight, print_sight
 from sparsemm_vllm.commands.look.run import look, said_words, visual_heads
 from sparsemm_vllm.commands.look.sight import SaidWord, Sight
@@ -32,44 +35,46 @@ def make_sight(**changes: Any) -> Sight:
     looks[5] = 3
     fields: dict[str, Any] = {
         "image": Image.new("RGB", (SIDE * PATCH, SIDE * PATCH), "#30c050"),
-        "question": "What is it?",
-        "answer": "GREEN $x$",
-        "words": [SaidWord("GREEN", looks, 1), SaidWord("$x$", np.zeros(16, dtype=np.int64), 0)],
-        "heads": [(1, 3)],
-        "kept": {
+        "geometry": geometry,
+        "positions": np.arange(2, 18),
+        "prompt_tokens": 24,
+        "window": 4,
+        "by_head": {
             (0, 0): np.arange(20),
             (0, 1): np.array([0, 2]),
             (1, 0): np.array([], dtype=np.int64),
             (1, 1): np.array([7, 19]),
         },
-        "geometry": geometry,
-        "positions": np.arange(2, 18),
-        "prompt_tokens": 24,
-        "window": 4,
-        "group": 2,
-        "blocks": (3, 6),
     }
-    return Sight(**fields | changes)
+    return Sight(
+        kept=KeptPicture(**fields | changes),
+        question="What is it?",
+        answer="GREEN $x$",
+        words=[SaidWord("GREEN", looks, 1), SaidWord("$x$", np.zeros(16, dtype=np.int64), 0)],
+        heads=[(1, 3)],
+        group=2,
+        blocks=Blocks(dense=6, peak=8, pruned=3),
+    )
 
 
 def test_kept_tokens_of_the_picture() -> None:
-    sight = make_sight()
-    assert sight.kept_of((0, 0)).all()
-    assert sight.kept_of((0, 1)).nonzero()[0].tolist() == [0]
-    assert sight.kept_of((1, 1)).nonzero()[0].tolist() == [5]
-    assert sight.kept_share()[[0, 5, 9]].tolist() == [0.5, 0.5, 0.25]
-    assert [sight.tokens_of(head) for head in sight.kept] == [24, 6, 4, 6]
+    kept = make_sight().kept
+    assert kept.mask_of((0, 0)).all()
+    assert kept.mask_of((0, 1)).nonzero()[0].tolist() == [0]
+    assert kept.mask_of((1, 1)).nonzero()[0].tolist() == [5]
+    assert kept.share()[[0, 5, 9]].tolist() == [0.5, 0.5, 0.25]
+    assert [kept.tokens_of(head) for head in kept.by_head] == [24, 6, 4, 6]
 
 
 def test_the_window_may_reach_into_the_picture() -> None:
-    sight = make_sight(prompt_tokens=20)
-    assert sight.kept_of((1, 0)).nonzero()[0].tolist() == [14, 15]
+    kept = make_sight(prompt_tokens=20).kept
+    assert kept.mask_of((1, 0)).nonzero()[0].tolist() == [14, 15]
 
 
 def test_a_prompt_within_the_budget_is_kept_whole() -> None:
-    sight = make_sight(kept={})
-    assert (sight.kept_share() == 1).all()
-    assert sight.tokens_of((0, 0)) == 24
+    kept = make_sight(by_head={}).kept
+    assert (kept.share() == 1).all()
+    assert kept.tokens_of((0, 0)) == 24
 
 
 def test_words_and_looks() -> None:
@@ -103,7 +108,7 @@ def test_visual_heads_are_the_best_twentieth() -> None:
 
 @pytest.mark.parametrize("kept", ["pruned", "whole"])
 def test_picture(kept: str, tmp_path: Path) -> None:
-    sight = make_sight() if kept == "pruned" else make_sight(kept={})
+    sight = make_sight() if kept == "pruned" else make_sight(by_head={})
     draw_sight(sight, tmp_path / "look.png")
     with Image.open(tmp_path / "look.png") as picture:
         colours = picture.convert("RGB").quantize(256).convert("RGB").getcolors(2**20)
@@ -154,19 +159,19 @@ def test_the_reader_looks_at_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     sample: Sample = make_demo_sample(DEMO_SEEDS[3], "read")
     small = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 8, "max_model_len": 1024}
-    settings = {"profile": "sparsemm-reader", "budget": 96, "window": 16}
+    settings = Settings(profile="sparsemm-reader", budget=96, window=16)
     sight = look("sparsemm-reader", sample.image, sample.question, settings, 64, **small)
 
     true = {word.text: word for word in sample.words}
     right = [word for word in sight.words if word.text in true]
     assert len(right) >= 7
-    inside = [word.looks[sight.geometry.covered(true[word.text].box)].sum() for word in right]
+    inside = [word.looks[sight.kept.geometry.covered(true[word.text].box)].sum() for word in right]
     assert sum(inside) > 0.8 * sum(word.looks.sum() + word.elsewhere for word in right)
-    assert len(sight.positions) == 196
-    counts = [sight.tokens_of(head) for head in sorted(sight.kept)]
+    assert len(sight.kept.positions) == 196
+    counts = [sight.kept.tokens_of(head) for head in sorted(sight.kept.by_head)]
     assert len(counts) == 24
-    assert min(counts) < 40 < max(counts) == sight.prompt_tokens == 214
-    assert sight.blocks[0] < sight.blocks[1] == 14
+    assert min(counts) < 40 < max(counts) == sight.kept.prompt_tokens == 214
+    assert sight.blocks.pruned < sight.blocks.dense == 14
 
 
 def test_importing_the_command_leaves_triton_alone() -> None:

@@ -17,10 +17,12 @@ from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.budget.methods import METHODS
 from sparsemm_vllm.budget.plan import DTYPE_BYTES, PlanError, make_plan, readable_bytes
 from sparsemm_vllm.budget.profile import HeadProfile, save_profile
-from sparsemm_vllm.budget.settings import SettingsError
+from sparsemm_vllm.budget.settings import Settings, SettingsError
 from sparsemm_vllm.cli import app
 from sparsemm_vllm.commands.plan import print_plan
 from support import tiny
+
+BUDGET_100 = Settings(budget=100)
 
 
 @pytest.fixture
@@ -52,7 +54,9 @@ def expected_kept(profile, budget, window, rho, n):
 @pytest.mark.parametrize("n", [99, 100, 101, 1600, 1601])
 @pytest.mark.parametrize("block_size", [7, 16, 64])
 def test_bytes_of_one_request(profile, n, block_size):
-    plan = make_plan(profile, 100, n, block_size=block_size, window=8, rho=0.2, head_size=80)
+    plan = make_plan(
+        profile, Settings(budget=100, window=8, rho=0.2), n, block_size=block_size, head_size=80
+    )
     heads = profile.num_layers * profile.num_kv_heads
     kept = expected_kept(profile, 100, 8, 0.2, n)
     pages = np.ceil((kept - 8) / block_size).sum()  # the window stays in the prompt's blocks
@@ -81,7 +85,7 @@ def test_a_block_is_as_large_as_vllm_makes_it(profile, dtype):
     spec = FullAttentionSpec(
         block_size=16, num_kv_heads=profile.num_kv_heads, head_size=96, dtype=torch_dtype
     )
-    plan = make_plan(profile, 100, 500, head_size=96, dtype=dtype)
+    plan = make_plan(profile, BUDGET_100, 500, head_size=96, dtype=dtype)
     assert plan.block_bytes == spec.page_size_bytes * profile.num_layers
 
 
@@ -90,11 +94,11 @@ def test_what_fits_is_the_most_that_does(profile):
 
     Memory from none to several requests, and no whole number of blocks.
     """
-    some = make_plan(profile, 100, 500, answer_tokens=33)
+    some = make_plan(profile, BUDGET_100, 500, answer_tokens=33)
     seen = set()
     for blocks in np.arange(0.5, 4.5 * some.peak_blocks):
         gigabytes = float(blocks) * some.block_bytes / 1e9
-        plan = make_plan(profile, 100, 500, answer_tokens=33, kv_memory=gigabytes)
+        plan = make_plan(profile, BUDGET_100, 500, answer_tokens=33, kv_memory=gigabytes)
         usable = int(blocks) - 1
         most = max(plan.peak_blocks, plan.pruned_blocks)
         fitting = [m for m in range(99) if m == 0 or most + (m - 1) * plan.pruned_blocks <= usable]
@@ -106,7 +110,7 @@ def test_what_fits_is_the_most_that_does(profile):
 
 
 def test_the_answer_is_kept_by_every_head(profile):
-    without, with_answer = (make_plan(profile, 100, 500, answer_tokens=a) for a in (0, 160))
+    without, with_answer = (make_plan(profile, BUDGET_100, 500, answer_tokens=a) for a in (0, 160))
     assert with_answer.pruned_blocks == without.pruned_blocks + 10
     assert with_answer.dense_blocks == without.dense_blocks + 10
     assert with_answer.peak_blocks == without.peak_blocks
@@ -115,7 +119,7 @@ def test_the_answer_is_kept_by_every_head(profile):
 
 
 def test_a_long_answer_needs_more_than_the_step_that_prunes(profile):
-    plan = make_plan(profile, 100, 500, answer_tokens=5000, kv_memory=0.04)
+    plan = make_plan(profile, BUDGET_100, 500, answer_tokens=5000, kv_memory=0.04)
     assert plan.pruned_blocks > plan.peak_blocks
     assert plan.pruned_requests == (40_000_000 // plan.block_bytes - 1) // plan.pruned_blocks
 
@@ -126,7 +130,7 @@ def test_published_scores(published):
         model_id="llava-next-vicuna-7b", num_layers=32, num_query_heads=32, num_kv_heads=32,
         scores=published[0].tolist(),
     )  # fmt: skip
-    plan = make_plan(profile, 256, 3072, kv_memory=40)
+    plan = make_plan(profile, Settings(), 3072, kv_memory=40)
     assert (plan.dense_blocks, plan.pruned_blocks) == (192, 17)
     assert plan.dense_bytes == 3072 * 512 * 1024
     assert (plan.kept_median, plan.kept_max) == (66, 3072)
@@ -140,7 +144,10 @@ def test_published_scores(published):
 )
 def test_no_plan_is_impossible(budget, n, answer, block_size):
     profile = tiny.skewed_profile()
-    plan = make_plan(profile, budget, n, answer_tokens=answer, block_size=block_size, kv_memory=0.1)
+    plan = make_plan(
+        profile, Settings(budget=budget), n, answer_tokens=answer, block_size=block_size,
+        kv_memory=0.1,
+    )  # fmt: skip
     assert plan.ideal_bytes <= plan.pruned_bytes
     assert plan.dense_ideal_bytes <= plan.dense_bytes
     assert plan.window <= plan.kept_min <= plan.kept_max <= n or not plan.pruned
@@ -155,7 +162,7 @@ def test_every_method(file, profile, method):
     """Blocks are the layout's; of even heads the mean is the budget."""
     done = run(file, "--prompt-tokens", 500, "--budget", 100, "--method", method)
     assert done.exit_code == 0, done.output
-    plan = make_plan(profile, 100, 500, method=method)
+    plan = make_plan(profile, Settings(budget=100, method=method), 500)
     layout = CacheLayout.from_scores(profile.tensor(), profile.num_kv_heads, 100, method=method)
     assert plan.pruned_blocks == layout.held_blocks(500, 500, 16)
     assert f"; {method}, budget 100" in done.stdout.replace("\n", " ")
@@ -167,7 +174,9 @@ def test_every_method(file, profile, method):
 
 
 def test_redistribution_uses_the_budget_up(file, profile):
-    plain, given = (make_plan(profile, 100, 300, redistribute=r) for r in (False, True))
+    plain, given = (
+        make_plan(profile, Settings(budget=100, redistribute=r), 300) for r in (False, True)
+    )
     assert plain.kept_mean < 99.5 < given.kept_mean < 100.5
     assert given.kept_max == plain.kept_max == 300
     assert "redistributed" in printed(given)
@@ -180,8 +189,8 @@ def test_json_has_all_numbers(file, profile):
     done = run(file, *arguments, *sizes, "--answer-tokens", 9, "--json")
     assert done.exit_code == 0, done.output
     plan = make_plan(
-        profile, 100, 500, answer_tokens=9, kv_memory=0.5, block_size=32, head_size=64,
-        dtype="fp8", window=16, rho=0.3,
+        profile, Settings(budget=100, window=16, rho=0.3), 500, answer_tokens=9, kv_memory=0.5,
+        block_size=32, head_size=64, dtype="fp8",
     )  # fmt: skip
     assert json.loads(done.stdout) == asdict(plan)
 
@@ -189,7 +198,7 @@ def test_json_has_all_numbers(file, profile):
 def test_the_table_has_the_numbers(file, profile):
     done = run(file, "--prompt-tokens", 3000, "--budget", 100, "--kv-memory", 1)
     assert done.exit_code == 0, done.output
-    plan = make_plan(profile, 100, 3000, kv_memory=1)
+    plan = make_plan(profile, BUDGET_100, 3000, kv_memory=1)
     lines = {line.strip()[:12]: line for line in done.stdout.splitlines()}
     for name, values in {
         "blocks of 16": (plan.dense_blocks, plan.pruned_blocks),
@@ -220,19 +229,19 @@ def printed(plan):
 
 def test_a_budget_that_covers_the_prompt_says_so(profile):
     note = "nothing is pruned"
-    assert note in printed(make_plan(profile, 256, 100))
-    assert note not in printed(make_plan(profile, 256, 1000))
+    assert note in printed(make_plan(profile, Settings(), 100))
+    assert note not in printed(make_plan(profile, Settings(), 1000))
 
 
 def test_a_cache_that_is_too_small_says_so(profile):
-    assert "too small" in printed(make_plan(profile, 100, 3000, kv_memory=1e-6))
-    assert "too small" not in printed(make_plan(profile, 100, 3000, kv_memory=1))
-    assert "too small" not in printed(make_plan(profile, 100, 3000))
+    assert "too small" in printed(make_plan(profile, BUDGET_100, 3000, kv_memory=1e-6))
+    assert "too small" not in printed(make_plan(profile, BUDGET_100, 3000, kv_memory=1))
+    assert "too small" not in printed(make_plan(profile, BUDGET_100, 3000))
 
 
 def test_a_name_is_not_markup_and_no_control_code(profile):
     odd = profile.model_copy(update={"model_id": "[red]a\x1b[2J\nb"})
-    assert "[red]a?[2J?b" in printed(make_plan(odd, 100, 500))
+    assert "[red]a?[2J?b" in printed(make_plan(odd, BUDGET_100, 500))
 
 
 @pytest.mark.parametrize(
@@ -267,8 +276,10 @@ def test_readable_bytes(count, text):
 )
 def test_plans_that_are_refused(file, profile, change, message):
     asked = {"budget": 100, "prompt_tokens": 500} | change
+    values = {name: value for name, value in asked.items() if name in Settings.model_fields}
+    sizes = {name: value for name, value in asked.items() if name not in values}
     with pytest.raises((PlanError, SettingsError)) as error:
-        make_plan(profile, **asked)
+        make_plan(profile, Settings.from_values(values), **sizes)
     assert message in str(error.value)
     options = [part for k, v in asked.items() for part in (f"--{k.replace('_', '-')}", v)]
     done = run(file, *options)

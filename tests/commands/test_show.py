@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from sparsemm_vllm.budget.plan import build_layout
 from sparsemm_vllm.budget.profile import HeadProfile, load_profile, save_profile
+from sparsemm_vllm.budget.settings import Settings
 from sparsemm_vllm.cli import app
 from sparsemm_vllm.commands.figures import STYLE
 from sparsemm_vllm.commands.show import (
@@ -53,7 +54,7 @@ def printed(profile, budget=256, prompt_tokens=3072, width=80, colour=False):
         width=width, force_terminal=colour, color_system="truecolor" if colour else None,
         file=io.StringIO(),
     )  # fmt: skip
-    print_profile(profile, budget, prompt_tokens, console)
+    print_profile(profile, Settings(budget=budget), prompt_tokens, console)
     return console.file.getvalue()
 
 
@@ -131,7 +132,7 @@ def test_steps_are_those_of_matplotlibs_uniform_maps():
 def test_tokens_of_each_head_are_numbers_where_they_fit(budget):
     profile = load_profile("sparsemm-reader")
     rows = map_rows(printed(profile, budget, 214), f"Budget {budget:,}")
-    layout = build_layout(profile, budget)
+    layout = build_layout(profile, Settings(budget=budget))
     kept = layout.kept_tokens(214) + 32 if budget <= 214 else np.full((6, 4), 214)
     assert [[int(cell) for cell in row] for row in rows] == kept.tolist()
 
@@ -139,7 +140,7 @@ def test_tokens_of_each_head_are_numbers_where_they_fit(budget):
 def test_tokens_of_many_heads_are_digits():
     profile = make(32, 32, 32)
     text = printed(profile)
-    kept = kept_per_head(profile, 256, 3072)
+    kept = kept_per_head(profile, Settings(), 3072)
     steps = np.rint(9 * np.sqrt(kept / 3072)).astype(int)
     assert [[int(c) for c in row] for row in map_rows(text, "Budget 256")] == steps.tolist()
     assert "9 = 3,072" in text
@@ -151,7 +152,7 @@ def test_tokens_of_many_heads_are_digits():
 def test_the_summary_and_the_width(shape):
     profile = make(*shape)
     text = printed(profile)
-    kept = kept_per_head(profile, 256, 3072)
+    kept = kept_per_head(profile, Settings(), 3072)
     for value in (f"{kept.min():,} min", f"{np.median(kept):,g} median", f"{kept.max():,} max"):
         assert value in text
     assert f"{(kept == 3072).sum():,} of {kept.size:,} keep the whole prompt" in text
@@ -203,8 +204,8 @@ def test_no_text_of_the_picture_overlaps_or_is_cut_off(shape, budget, n, concent
     )
     profile = profile.model_copy(update={"model_id": "organisation/" + "long-name-" * 20})
     with matplotlib.rc_context(STYLE):
-        kept, note = kept_per_head(profile, budget, n), "random_heads, redistributed"
-        figure = profile_figure(profile, kept, budget, n, note)
+        settings = Settings(budget=budget, method="random_heads", redistribute=True)
+        figure = profile_figure(profile, settings, kept_per_head(profile, settings, n), n)
         boxes = texts(figure)
     assert len(boxes) > 30
     for name, box in boxes.items():
@@ -225,9 +226,10 @@ def axes_by_title(figure):
 
 def test_what_the_picture_shows():
     profile = load_profile("sparsemm-reader")
-    kept = kept_per_head(profile, 64, 214)
+    settings = Settings(budget=64)
+    kept = kept_per_head(profile, settings, 214)
     with matplotlib.rc_context(STYLE):
-        axes = axes_by_title(profile_figure(profile, kept, 64, 214))
+        axes = axes_by_title(profile_figure(profile, settings, kept, 214))
     scores, tokens, mass, ranked = (
         axes[t] for t in ("Visual scores", "Tokens kept", "Cumulative score", "By rank")
     )
@@ -252,9 +254,9 @@ def test_what_the_picture_shows():
 
 
 def test_numbers_stand_out_from_their_cells():
-    profile = load_profile("sparsemm-reader")
+    profile, settings = load_profile("sparsemm-reader"), Settings(budget=64)
     with matplotlib.rc_context(STYLE):
-        figure = profile_figure(profile, kept_per_head(profile, 64, 214), 64, 214)
+        figure = profile_figure(profile, settings, kept_per_head(profile, settings, 214), 214)
         FigureCanvasAgg(figure).draw()
     for axes in figure.axes[:2]:
         colours = axes.collections[0].get_facecolors()
@@ -282,13 +284,13 @@ def test_picture_file(tmp_path):
 @pytest.mark.parametrize("name", ["a$b$c_{1}", r"$\frac{$", "$", "模型", "[bold]", "a\nb"])
 def test_names_are_drawn_as_they_are(tmp_path, name):
     profile = make(2, 4, 4).model_copy(update={"model_id": name})
-    draw_profile(profile, 64, 500, tmp_path / "p.png")
+    draw_profile(profile, Settings(budget=64), 500, tmp_path / "p.png")
     assert (tmp_path / "p.png").is_file()
 
 
 def test_settings_of_the_process_are_left_alone(tmp_path):
     with matplotlib.rc_context({"font.size": 3}):
-        draw_profile(make(2, 4, 4), 64, 500, tmp_path / "p.png")
+        draw_profile(make(2, 4, 4), Settings(budget=64), 500, tmp_path / "p.png")
         assert matplotlib.rcParams["font.size"] == 3
 
 

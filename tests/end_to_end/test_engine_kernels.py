@@ -4,6 +4,7 @@ The CPU backend serves with the kernels' torch twins; here it is given the kerne
 everything that they are told by the scheduler, the block tables and the slot mapping of a real run.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,28 +39,41 @@ def start(model: Path, folder: Path, kernels: bool, **options: Any) -> Engine:
         return Engine(model, settings(BUDGET, folder), limit_mm_per_prompt={"image": 2}, **options)
 
 
-def same(model: Path, folder: Path, **options: Any) -> tuple[list[Answer], list[Answer]]:
+@pytest.fixture(scope="module")
+def twins(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """What it answers and keeps depends neither on the size of blocks nor on drafts."""
+    return start(model, tmp_path_factory.mktemp("twins"), kernels=False)
+
+
+def same(kernels: Engine, twins: Engine, *prompts: Any) -> Iterator[tuple[Answer, Answer]]:
     """Answers of the kernels and of the twins, all prompts in one batch, chunked."""
-    engines = [start(model, folder / str(x), kernels=x, **options) for x in (True, False)]
-    ours, theirs = (engine.generate(*PROMPTS, max_tokens=4, chunk=90) for engine in engines)
-    for a, b in zip(ours[:2], theirs[:2], strict=True):  # the third prompt is not pruned
-        assert_same_kept(engines[0].kept(a), engines[1].kept(b))
-    assert all(engine.all_free() for engine in engines)
-    return ours, theirs
+    both = [engine.generate(*prompts, max_tokens=4, chunk=90) for engine in (kernels, twins)]
+    assert kernels.all_free()
+    for ours, theirs in zip(*both, strict=True):
+        if ours.prompt_tokens > BUDGET:
+            assert_same_kept(kernels.kept(ours), twins.kept(theirs))
+        yield ours, theirs
 
 
 # Group of 2 and a head size of 32 in the tiny model; pages of vLLM's size on GPUs, and larger ones.
 @pytest.mark.parametrize(
-    "block_size",
-    [16, *(pytest.param(size, marks=pytest.mark.slow) for size in (32, 64)), 128],
+    ("block_size", "prompts"),
+    [
+        (16, PROMPTS),
+        *(pytest.param(size, PROMPTS, marks=pytest.mark.slow) for size in (32, 64, 128)),
+        (128, PROMPTS[::2]),
+    ],
 )
-def test_kernels_serve_as_their_twins_do(model: Path, tmp_path: Path, block_size: int) -> None:
-    for ours, theirs in zip(*same(model, tmp_path, block_size=block_size), strict=True):
+def test_kernels_serve_as_their_twins_do(
+    model: Path, twins: Engine, tmp_path: Path, block_size: int, prompts: tuple[Any, ...]
+) -> None:
+    kernels = start(model, tmp_path, kernels=True, block_size=block_size)
+    for ours, theirs in same(kernels, twins, *prompts):
         assert_same(ours, theirs)
 
 
 def test_kernels_verify_drafts(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, twins: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ngram speculation: several queries a row."""
     config = {
@@ -76,10 +90,9 @@ def test_kernels_verify_drafts(
         queries.update(batch.buffers.tiles[: batch.query_tiles, QUERIES].tolist())
         sparse_decode(*args)
 
-    plain = start(model, tmp_path / "plain", kernels=False)
-    prompts = PROMPTS[0], PROMPTS[2]
-    expected = plain.generate(*prompts, max_tokens=6)
-    drafting = start(model, tmp_path / "drafts", kernels=True, speculative_config=config)
+    prompts = PROMPTS[::2]
+    expected = twins.generate(*prompts, max_tokens=6)
+    drafting = start(model, tmp_path, kernels=True, speculative_config=config)
     monkeypatch.setattr(triton_ops, "sparse_decode", watch)
     for ours, theirs in zip(drafting.generate(*prompts, max_tokens=6), expected, strict=True):
         assert_same(ours, theirs)
@@ -96,9 +109,14 @@ def test_kernels_verify_drafts(
         pytest.param({"dtype": "float16"}, id="float16", marks=pytest.mark.slow),
     ],
 )
-def test_rounded_caches(model: Path, tmp_path: Path, options: dict[str, str]) -> None:
-    ours, theirs = same(model, tmp_path, **options)
-    for a, b in zip(ours, theirs, strict=True):
-        assert_close(a, b)
-    (exact,) = start(model, tmp_path / "exact", kernels=False).generate(PROMPTS[1], max_tokens=6)
-    assert exact.logprobs != theirs[1].logprobs, "this cache is not rounded"
+def test_rounded_caches(
+    model: Path, twins: Engine, tmp_path: Path, options: dict[str, str]
+) -> None:
+    kernels, rounded = (
+        start(model, tmp_path / str(x), kernels=x, **options) for x in (True, False)
+    )
+    answers = list(same(kernels, rounded, *PROMPTS))
+    for ours, theirs in answers:
+        assert_close(ours, theirs)
+    (exact,) = twins.generate(PROMPTS[1], max_tokens=4)
+    assert exact.logprobs != answers[1][1].logprobs, "this cache is not rounded"

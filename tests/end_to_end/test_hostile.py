@@ -178,7 +178,7 @@ def fuzzed(examples: int) -> Any:
     )
 
 
-@fuzzed(60)
+@fuzzed(40)
 @given(st.lists(calls(), min_size=AT_ONCE, max_size=AT_ONCE))
 def test_requests_of_any_kind(
     server: Server, front_end: str, answer: str, asked: list[Call]

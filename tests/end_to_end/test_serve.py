@@ -243,20 +243,6 @@ def test_the_profile_file_may_change_while_it_is_served(
         assert complete(client) == before
 
 
-def test_a_taken_port_is_vllms_own_error(
-    server: Server, client: openai.OpenAI, model: Path, tmp_path: Path
-) -> None:
-    before = complete(client)
-    options = serve_options(settings(BUDGET), port=str(server.port))
-    with Server(str(model), options, tmp_path / "log") as second:
-        with pytest.raises(ServerError, match="ended with code 1") as error:
-            second.wait_until_ready(timeout=120)
-        log = second.log.read_text()
-    assert "Address already in use" in log
-    assert str(error.value).endswith(log.strip().splitlines()[-1])
-    assert complete(client) == before
-
-
 def kill_while_it_decodes(server: Server, name: str, count: int = 1) -> None:
     """End the first of so many processes whose command line has the name; the server must end."""
     stream = connect(server).completions.create(

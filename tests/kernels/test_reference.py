@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsemm_vllm.budget.layout import CacheLayout
-from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
+from sparsemm_vllm.engine.worker.state import Capacity, Heads, PrunedCache, SparseState
 from sparsemm_vllm.triton_kernels.reference import (
     compact_kv,
     dense_attention,
@@ -42,9 +42,8 @@ def head_lengths(P):
 def make_state(cache, layout, own):
     """A rank with room for four requests."""
     L, _, Hkv, *_ = cache.shape
-    state = SparseState(
-        layout, own, Heads(L, Hkv, Hkv, D), cache.dtype, 4, 1, 1, torch.device("cpu")
-    )
+    heads = Heads(L, Hkv, Hkv, D, cache.dtype)
+    state = SparseState(layout, own, heads, Capacity(4, 1, 1), torch.device("cpu"))
     state.attach(PrunedCache(cache, {}))
     return state
 

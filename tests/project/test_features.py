@@ -54,8 +54,8 @@ def reasons(source: str) -> Iterator[str]:
 
 def refusals() -> set[str]:
     """The reasons of every module that refuses configurations."""
-    sources = {file.name: file.read_text() for file in PACKAGE.glob("*.py")}
-    refusing = [text for name, text in sources.items() if REFUSE in text or name in ALSO_REFUSE]
+    sources = [(file.name, file.read_text()) for file in PACKAGE.rglob("*.py")]
+    refusing = [text for name, text in sources if REFUSE in text or name in ALSO_REFUSE]
     return {reason for text in refusing for reason in reasons(text) if reason.strip(".")}
 
 
@@ -85,7 +85,7 @@ def test_every_refusal_is_on_the_page() -> None:
 def test_every_reason_on_the_page_is_in_the_code() -> None:
     """Ours, or what vLLM says when it asks the backend."""
     asked = textwrap.dedent(inspect.getsource(SparseMMBackend.validate_configuration.__func__))  # type: ignore[attr-defined]
-    ours = (PACKAGE / "cuda_backend.py").read_text()
+    ours = (PACKAGE / "engine" / "attention" / "cuda.py").read_text()
     strings = {literal(node) for text in (asked, ours) for node in ast.walk(ast.parse(text))}
     quoted = [q for _, reason, _ in table("Refused") for q in re.findall(r'"([^"]+)"', reason)]
     assert sorted(set(quoted) - refusals() - strings) == []

@@ -14,14 +14,15 @@ import importlib.util, json
 from importlib.metadata import distribution, entry_points, files
 from importlib import resources
 installed = [str(f) for f in files('sparsemm-vllm')]
+package = resources.files('sparsemm_vllm')
 print(json.dumps({
     'top': sorted({f.split('/')[0] for f in installed if not f.startswith('..')}),
     'foreign': importlib.util.find_spec('triton_kernels') is not None,
     'kernels': importlib.util.find_spec('sparsemm_vllm.triton_kernels.reference') is not None,
     'profiles': [p.name for p in resources.files('sparsemm_vllm.head_profiles').iterdir()],
-    'page': resources.files('sparsemm_vllm').joinpath('page.html').is_file(),
-    'contracts': [p.name for p in resources.files('sparsemm_vllm').joinpath('contracts').iterdir()],
-    'reader': [p.name for p in resources.files('sparsemm_vllm').joinpath('reader').iterdir()],
+    'page': (package / 'engine/frontend/page.html').is_file(),
+    'contracts': [p.name for p in (package / 'engine/vllm_api/contracts').iterdir()],
+    'reader': [p.name for p in (package / 'reader').iterdir()],
     'plugins': sorted((p.group, p.name) for g in ('vllm.endpoint_plugins', 'vllm.general_plugins',
                                                           'vllm.platform_plugins')
                       for p in entry_points(group=g)),

@@ -20,7 +20,7 @@ class Request:
     Attributes:
         text: prompt, with an ``<image>`` for each picture.
         pictures: seeds of the pictures.
-        budget: tokens per KV head; 0 asks for no pruning.
+        budget: tokens per KV head on average, window included; 0 asks for no pruning.
     """
 
     text: str
@@ -44,7 +44,7 @@ class Seen:
     """What was seen while the requests of a case were served.
 
     Attributes:
-        prompt_tokens: length of each prompt.
+        prompt_tokens: length of each prompt, in tokens.
         cached_tokens: tokens of each prompt that came from the prefix cache.
         blocks: KV blocks that all requests held after the steps, repetitions left out.
         preemptions: number of preemptions.
@@ -93,9 +93,9 @@ class Case:
     """Requests that are served at once.
 
     Attributes:
-        name: what is served, for the table.
+        name: name of the row in the table.
         requests: requests; each answer must equal its reference.
-        condition: what must be true of the way that it was served.
+        condition: condition that the way in which it was served must meet.
         keeps_cache: whether the prefix cache of the case before is kept.
     """
 
@@ -146,8 +146,8 @@ def expected_blocks(layout: "CacheLayout", prompt_tokens: int) -> list[int]:
     """Blocks that one request holds, by the formula, from the step that ends its prompt on.
 
     Args:
-        layout: its budgets.
-        prompt_tokens: length of its prompt.
+        layout: cache layout of the request.
+        prompt_tokens: length of the prompt, in tokens.
 
     Returns:
         The numbers after each step, repetitions left out; 0 at the end.

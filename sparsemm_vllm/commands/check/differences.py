@@ -26,9 +26,9 @@ class Finding:
     """One thing of vLLM's that SPARSEMM needs.
 
     Attributes:
-        use: what SPARSEMM does with it.
-        symbol: `module:qualified.name`.
-        problem: what is different, if anything.
+        use: kind of use that SPARSEMM makes of it.
+        symbol: name of the thing, `module:qualified.name`.
+        problem: difference from what was recorded; none if there is none.
         breaks: whether SPARSEMM fails with it as it is.
     """
 

@@ -22,7 +22,7 @@ class Answer:
         request_id: name of the request.
         prompt_tokens: length `n` of the prompt, pictures included.
         cached_tokens: prompt tokens that came from the prefix cache.
-        tokens: generated token ids.
+        tokens: token ids of the answer.
         logprobs: log-probability of each of them.
         gaps: difference between the two best log-probabilities at each of them.
     """
@@ -49,7 +49,7 @@ class Engine:
 
     Args:
         model: folder of the model.
-        settings: SPARSEMM's; none for dense attention.
+        settings: settings of SPARSEMM; none for dense attention.
         options: options of `vllm.LLM`, which win over the defaults here.
     """
 
@@ -101,7 +101,7 @@ class Engine:
             max_tokens: tokens to generate for each.
             watch: function to call after every step.
             options: arguments of `LLMEngine.add_request`, of each prompt.
-            extra_args: `SamplingParams.extra_args`, of all prompts or of each.
+            extra_args: value of `SamplingParams.extra_args`, for all prompts or for each.
             patience: seconds until answers must be complete.
 
         Raises:

@@ -32,8 +32,8 @@ class Tolerance:
     """Differences of log-probabilities that rounding explains.
 
     Attributes:
-        largest: bound of each token's.
-        median: bound of an answer's median. A wrong budget moves it by 1 and more.
+        largest: bound of the difference at each token.
+        median: bound of the median of an answer. A wrong budget moves it by 1 and more.
     """
 
     largest: float
@@ -119,8 +119,8 @@ def judge(
     Args:
         case: requests that were served.
         answers: answers of the engine.
-        seen: how they came about.
-        references: what they should be.
+        seen: observations while they were served.
+        references: reference that says what they should be.
         tolerance: differences that rounding explains.
     """
     problems, compared, largest = [], 0, 0.0

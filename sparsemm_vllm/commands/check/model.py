@@ -120,7 +120,7 @@ def save_llava(
         folder: folder to make.
         model: model, with random weights.
         processor_class: class of its processor.
-        image_processor: what makes pictures into pixels for it.
+        image_processor: image processor of transformers that prepares its pictures.
     """
     model.to(torch.float32).save_pretrained(folder)
     processor_class(

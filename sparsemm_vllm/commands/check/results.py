@@ -14,13 +14,13 @@ class Row(BaseModel):
     """One line of the table.
 
     Attributes:
-        name: what was served.
-        status: `ok`; `differs` from the reference or the formula; `failed` or `not run` if there
-            is nothing to compare.
-        tokens: generated tokens that were compared; none if there is no answer.
+        name: name of what was served.
+        status: result in a word: `ok`; `differs` from the reference or the formula; `failed` or
+            `not run` if there is nothing to compare.
+        tokens: number of generated tokens that were compared; none if there is no answer.
         difference: largest difference of their log-probabilities.
         blocks: KV blocks that were held, one number after the other.
-        finding: what was seen, or what is wrong, in one line.
+        finding: sentence on what was seen, or on what is wrong.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,7 +39,7 @@ class Line(BaseModel):
     Attributes:
         begins: name of the row that is worked on from now on.
         device: name of what the engine runs on.
-        row: a result.
+        row: result of a row.
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -1,6 +1,6 @@
 """`sparsemm eval`: what the command does and says."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
@@ -19,20 +19,19 @@ from rich.progress import (
 
 from sparsemm_vllm import __version__
 from sparsemm_vllm.budget.profile import HeadProfile, load_profile
-from sparsemm_vllm.budget.settings import NO_PROFILE
+from sparsemm_vllm.budget.settings import NO_PROFILE, Settings
 from sparsemm_vllm.commands.evaluate.engine import OWN_OPTIONS, Job, Result
 from sparsemm_vllm.commands.evaluate.errors import EvalError
 from sparsemm_vllm.commands.evaluate.figure import draw_records
 from sparsemm_vllm.commands.evaluate.folder import EvalFolder
-from sparsemm_vllm.commands.evaluate.points import (
-    DENSE,
-    Point,
-    mask_points,
-    method_points,
-    parse_share,
+from sparsemm_vllm.commands.evaluate.points import Comparison, Point
+from sparsemm_vllm.commands.evaluate.questions import (
+    Choice,
+    Questions,
+    hash_questions,
+    load_questions,
 )
-from sparsemm_vllm.commands.evaluate.questions import hash_questions, load_questions
-from sparsemm_vllm.commands.evaluate.records import make_records
+from sparsemm_vllm.commands.evaluate.records import Record, make_records
 from sparsemm_vllm.commands.evaluate.report import print_records, save_json
 from sparsemm_vllm.commands.evaluate.run import measure
 from sparsemm_vllm.profiler.engine import parse_engine_options, prepare_process
@@ -44,33 +43,22 @@ class Evaluation:
     """What is asked for; see the command's options.
 
     Attributes:
-        model: name or folder.
-        methods, budgets, redistribute: points to measure beside the dense cache.
-        tasks, samples, source, seed: see `load_questions`.
-        profile: name or file; that of the bundled model if it is not given.
-        window, rho: settings of all points.
-        max_tokens: of an answer.
-        mask_share: share of the query heads to silence, as text; none for no such points.
-        masks, draws: see `mask_points`.
-        out: folder.
+        model: name or folder of the model.
+        profile: name or file of its head profile; that of the bundled model if it is not given.
+        settings: settings of all points; their profile is not looked at.
+        comparison: points to measure.
+        choice: questions to ask.
+        max_tokens: most tokens of an answer.
+        out: folder for results.
         engine_arguments: options of `vllm serve`.
     """
 
     model: str
-    methods: list[str]
-    budgets: list[int]
-    redistribute: bool
-    tasks: list[str]
-    samples: int
-    source: str
-    seed: int
     profile: str | None
-    window: int
-    rho: float
+    settings: Settings
+    comparison: Comparison
+    choice: Choice
     max_tokens: int
-    mask_share: str | None
-    masks: list[str]
-    draws: int
     out: Path
     engine_arguments: list[str]
 
@@ -82,45 +70,24 @@ def run_eval(asked: Evaluation, console: Console) -> int:
         The exit code: 0, or 130 after Ctrl-C.
 
     Raises:
-        EvalError, DataError, ProfileError, ProfilerError, SettingsError, OSError: in one line.
+        UserError, OSError: one line that says why.
     """
     profile = _profile(asked)
-    shared: dict[str, Any] = {
-        "window": asked.window,
-        "rho": asked.rho,
-        "profile": NO_PROFILE if profile is None else profile.model_dump(mode="json"),
-    }
-    points = _points(asked, profile)
-    for point in points:
-        point.settings(shared)
+    shared = asked.settings.model_copy(update={"profile": profile or NO_PROFILE})
+    points = asked.comparison.points(asked.model, profile)
+    settings = {point: point.settings(shared).as_values() for point in points}
     prepare_process()
     _check_engine_options(asked.engine_arguments)
-    questions = load_questions(asked.source, asked.tasks, asked.samples, asked.seed)
-    configuration = {
-        "model": asked.model,
-        "profile": None if profile is None else _hash(profile),
-        "window": asked.window,
-        "rho": asked.rho,
-        "data": asked.source if asked.source.isidentifier() else Path(asked.source).name,
-        "seed": asked.seed,
-        "questions": {task: len(some) for task, some in questions.items()},
-        "questions_hash": hash_questions(questions),
-        "max_tokens": asked.max_tokens,
-        "engine_arguments": asked.engine_arguments,
-        "version": __version__,
-        "vllm_version": version("vllm"),
-    }
+    questions = load_questions(asked.choice)
+    configuration = _configuration(asked, profile, questions)
     folder = EvalFolder(asked.out, configuration)
 
     def job_of(point: Point) -> Job:
         return Job(
             model=str(reader_folder()) if asked.model == READER else asked.model,
             engine_arguments=asked.engine_arguments,
-            settings=point.settings(shared),
-            source=asked.source,
-            tasks=asked.tasks,
-            samples=asked.samples,
-            seed=asked.seed,
+            settings=settings[point],
+            choice=asked.choice,
             max_tokens=asked.max_tokens,
             result=folder.point(point),
         )
@@ -131,13 +98,42 @@ def run_eval(asked: Evaluation, console: Console) -> int:
         console.print(f"\nInterrupted; the same command goes on from {asked.out}.", markup=False)
         return 130
     truths = {task: [one.answer for one in some] for task, some in questions.items()}
-    records = make_records(truths, results)
+    _show(asked, configuration, make_records(truths, results), console)
+    return 0
+
+
+def _configuration(
+    asked: Evaluation, profile: HeadProfile | None, questions: Questions
+) -> dict[str, Any]:
+    """What all points of a folder have in common, in JSON types."""
+    source = asked.choice.source
+    return {
+        "model": asked.model,
+        "profile": None if profile is None else _hash(profile),
+        "window": asked.settings.window,
+        "rho": asked.settings.rho,
+        "data": source if source.isidentifier() else Path(source).name,
+        "seed": asked.choice.seed,
+        "questions": {task: len(some) for task, some in questions.items()},
+        "questions_hash": hash_questions(questions),
+        "max_tokens": asked.max_tokens,
+        "engine_arguments": asked.engine_arguments,
+        "version": __version__,
+        "vllm_version": version("vllm"),
+    }
+
+
+def _show(
+    asked: Evaluation,
+    configuration: dict[str, Any],
+    records: Sequence[Record],
+    console: Console,
+) -> None:
     print_records(records, asked.model, console)
     save_json(asked.out / "results.json", configuration, records)
     draw_records(records, asked.model, asked.out / "accuracy.png")
     for name in ("results.json", "accuracy.png"):
         console.print(f"saved {asked.out / name}", highlight=False, markup=False, soft_wrap=True)
-    return 0
 
 
 def split_words(text: str) -> list[str]:
@@ -164,28 +160,6 @@ def _profile(asked: Evaluation) -> HeadProfile | None:
 
 def _hash(profile: HeadProfile) -> str:
     return sha256(profile.model_dump_json().encode()).hexdigest()
-
-
-def _points(asked: Evaluation, profile: HeadProfile | None) -> list[Point]:
-    """All points, the dense cache first.
-
-    Raises:
-        EvalError: if there is nothing to compare, or a profile is wanting.
-    """
-    points = [Point(DENSE)]
-    points += method_points(asked.methods, asked.budgets, asked.redistribute)
-    if profile is None and any(point.method == "sparsemm" for point in points):
-        raise EvalError(
-            f"sparsemm needs a head profile of {asked.model}: give --profile (`sparsemm profile` "
-            "makes one)"
-        )
-    if asked.mask_share is not None:
-        if profile is None:
-            raise EvalError(f"--mask-heads needs a head profile of {asked.model}: give --profile")
-        points += mask_points(profile, parse_share(asked.mask_share), asked.masks, asked.draws)
-    if len(points) == 1:
-        raise EvalError("nothing to compare with the dense cache: give --methods and --budgets")
-    return points
 
 
 def _check_engine_options(arguments: list[str]) -> None:

@@ -16,10 +16,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from sparsemm_vllm.commands.evaluate.questions import Question, load_questions
+from sparsemm_vllm.commands.evaluate.questions import Choice, Question, load_questions
 from sparsemm_vllm.environment import has_gpu
-from sparsemm_vllm.files import write_whole
+from sparsemm_vllm.names import KEY
 from sparsemm_vllm.profiler.engine import parse_engine_options
+from sparsemm_vllm.store import Settings, Store
 
 CPU_OPTIONS = {
     "dtype": "float32",
@@ -35,34 +36,32 @@ class Job(BaseModel):
     """What a process is to do.
 
     Attributes:
-        model: name or folder.
+        model: name or folder of the model.
         engine_arguments: options of `vllm serve`.
-        settings: of SPARSEMM.
-        source, tasks, samples, seed: see `load_questions`.
-        max_tokens: of an answer.
+        settings: settings of SPARSEMM, as they are given to vLLM.
+        choice: questions to ask.
+        max_tokens: most tokens of an answer.
         result: file to write a `Result` to.
     """
 
     model: str
     engine_arguments: list[str]
     settings: dict[str, Any]
-    source: str
-    tasks: list[str]
-    samples: int
-    seed: int
+    choice: Choice
     max_tokens: int
     result: Path
 
 
 class TaskResult(BaseModel):
-    """Of each question of a task, in order.
+    """What was found of the questions of a task, one number or text a question, in order.
 
     Attributes:
-        answers: the model's.
-        prompt_tokens: `n`, the picture's among them.
-        answer_tokens: generated.
-        held_bytes: KV blocks that the prompt holds after it was pruned, over all layers and ranks.
-        kept_tokens: of the prompt, mean over all heads, the window included.
+        answers: answers of the model.
+        prompt_tokens: tokens of each prompt, those of the picture among them.
+        answer_tokens: tokens of each answer.
+        held_bytes: size of the KV blocks that each prompt holds after it was pruned, in bytes over
+            all layers and ranks.
+        kept_tokens: prompt tokens that a KV head keeps on average, the window included.
     """
 
     answers: list[str] = []
@@ -76,13 +75,13 @@ class Result(BaseModel):
     """What a process found.
 
     Attributes:
-        settings: of SPARSEMM.
-        tasks: by name.
-        block_size: tokens of a KV block.
-        block_bytes: of a KV block, over all layers and ranks.
-        pool_blocks: that the block pool had given out while the first question was answered alone,
-            as the layout says.
-        seconds: from the start of the process to the end.
+        settings: settings of SPARSEMM, as they were given to vLLM.
+        tasks: results by name of the task.
+        block_size: tokens in a KV block.
+        block_bytes: size of a KV block over all layers and ranks, in bytes.
+        pool_blocks: blocks that the block pool had given out while the first question was answered
+            alone; as many as the layout says.
+        seconds: time from the start of the process to the end, in seconds.
     """
 
     settings: dict[str, Any]
@@ -91,6 +90,24 @@ class Result(BaseModel):
     block_bytes: int
     pool_blocks: int
     seconds: float
+
+
+def result_store(path: Path, settings: dict[str, Any]) -> Store[Result]:
+    """The file of a result.
+
+    Args:
+        path: file of a point.
+        settings: settings of SPARSEMM that the point is measured with.
+    """
+
+    def read(data: bytes) -> tuple[Settings, Result]:
+        result = Result.model_validate_json(data)
+        return {"settings": result.settings}, result
+
+    def write(settings: Settings, result: Result) -> str:
+        return result.model_dump_json(indent=1) + "\n"
+
+    return Store(path, {"settings": settings}, read, write)
 
 
 class HeldBytesError(RuntimeError):
@@ -128,7 +145,7 @@ class Evaluated:
             defaults |= CPU_OPTIONS
         own = {
             "attention_backend": "SPARSEMM",
-            "additional_config": {"sparsemm": job.settings},
+            "additional_config": {KEY: job.settings},
             "enable_prefix_caching": False,
             "seed": 0,
         }
@@ -204,9 +221,9 @@ class Evaluated:
 def run(job: Job, on_answer: Callable[[int], None]) -> Result:
     """Do the job."""
     start = time.monotonic()
-    questions = load_questions(job.source, job.tasks, job.samples, job.seed)
+    questions = load_questions(job.choice)
     engine = Evaluated(job)
-    pool_blocks = engine.check_pool(questions[job.tasks[0]][0])
+    pool_blocks = engine.check_pool(questions[job.choice.tasks[0]][0])
     tasks = {
         task: engine.answer(asked, job.max_tokens, on_answer) for task, asked in questions.items()
     }
@@ -234,7 +251,7 @@ def main() -> None:
             print(answered, file=progress)
 
     result = run(job, on_answer)
-    write_whole(job.result, result.model_dump_json(indent=1) + "\n")
+    result_store(job.result, job.settings).save(result)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """An evaluation as a picture: accuracy against the KV cache that is really held."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sparsemm_vllm.budget.plan import printable, readable_bytes
 from sparsemm_vllm.commands.evaluate.records import KEPT_SHARE, Record, curves, dense_record
 from sparsemm_vllm.commands.evaluate.report import tasks_of
-from sparsemm_vllm.commands.figures import ACCENT, FADED, INK, STYLE, save_figure
+from sparsemm_vllm.commands.figures import ACCENT, FADED, FRAME, INK, plot_axes, save_figure, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +27,7 @@ LOOKS = {
 TASK_TITLES = {"ocr": "Read all the text", "qa": "Answer about one line"}
 MASK_COLOURS = {"visual": ACCENT, "random": "#9aa1ab"}
 WIDTH = 5.6  # inches a task
+LETTERS = 7.5  # of the title, in an inch
 
 
 def draw_records(records: Sequence[Record], model: str, path: Path) -> None:
@@ -34,9 +36,7 @@ def draw_records(records: Sequence[Record], model: str, path: Path) -> None:
     Raises:
         OSError: if the file cannot be written.
     """
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
+    with styled():
         save_figure(records_figure(records, model), path)
 
 
@@ -52,7 +52,7 @@ def records_figure(records: Sequence[Record], model: str) -> "Figure":
         rows.append((_masks_panel, 0.75 + 0.35 * len({r.mask for r in records})))
     heights = [height for _, height in rows]
     width = max(WIDTH * len(tasks), 8)
-    figure = Figure(figsize=(width, sum(heights) + 1.6), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(width, sum(heights) + 1.6), layout="constrained")
     panels = figure.subplots(len(rows), len(tasks), squeeze=False, height_ratios=heights)
     for (draw, _), line in zip(rows, panels, strict=True):
         for index, (axes, task) in enumerate(zip(line, tasks, strict=True)):
@@ -65,10 +65,9 @@ def _headline(figure: Any, records: Sequence[Record], model: str) -> None:
     from matplotlib.lines import Line2D
 
     dense = dense_record(records, records[0].task)
-    figure.suptitle(
-        f"{printable(model)}: accuracy against the KV cache that a prompt holds",
-        x=0.01, ha="left", fontsize=14, fontweight="bold", color=INK,
-    )  # fmt: skip
+    title = f"{printable(model)}: accuracy against the KV cache that a prompt holds"
+    wide = int(LETTERS * figure.get_figwidth())
+    figure.suptitle(textwrap.fill(title, wide), x=0.01, ha="left")
     names = list(dict.fromkeys(r.curve for r in records if r.budget is not None))
     handles = []
     for name in names:
@@ -121,7 +120,8 @@ def _curves_panel(axes: Any, records: Sequence[Record], task: str, first: bool) 
     axes.set_xlabel("KV cache held by a prompt, in whole blocks, log scale")
     if first:
         axes.set_ylabel("words exactly right")
-    _plain(axes, TASK_TITLES.get(task, task))
+    axes.set_title(TASK_TITLES.get(task, task), pad=8)
+    plot_axes(axes)
 
 
 def _masks_panel(axes: Any, records: Sequence[Record], task: str, first: bool) -> None:
@@ -134,7 +134,7 @@ def _masks_panel(axes: Any, records: Sequence[Record], task: str, first: bool) -
         accuracy = record.exact_words
         colour = INK if record.mask is None else MASK_COLOURS[record.mask]
         axes.barh(place, accuracy.value, 0.62, color=colour)
-        axes.plot([accuracy.low, accuracy.high], [place] * 2, color="#d0d4da", linewidth=2)
+        axes.plot([accuracy.low, accuracy.high], [place] * 2, color=FRAME, linewidth=2)
         axes.annotate(
             f"{accuracy.value:.1%}", (accuracy.high, place), (5, 0), va="center", fontsize=9,
             textcoords="offset points", color=INK,
@@ -148,13 +148,5 @@ def _masks_panel(axes: Any, records: Sequence[Record], task: str, first: bool) -
     axes.set_xlim(0, 1.12)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("words exactly right")
-    _plain(axes, f"{shown[-1].masked_heads} query heads silenced, nothing pruned")
-
-
-def _plain(axes: Any, title: str) -> None:
-    axes.set_title(title, fontsize=11.5, color=INK, loc="left", fontweight="bold", pad=8)
-    axes.grid(color="#eceef1", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.set_title(f"{shown[-1].masked_heads} query heads silenced, nothing pruned", pad=8)
+    plot_axes(axes)

@@ -36,7 +36,7 @@ def anls(truths: Sequence[str], answer: str) -> float:
 
     Args:
         truths: accepted answers, at least one.
-        answer: the model's.
+        answer: answer of the model.
     """
     return max(_similarity(truth.strip().lower(), answer.strip().lower()) for truth in truths)
 
@@ -48,14 +48,14 @@ def _similarity(truth: str, answer: str) -> float:
 
 @dataclass(frozen=True)
 class Marks:
-    """Of answers to pictures, float64 ``[N]`` each.
+    """Marks of the answers to pictures, float64 ``[N]`` each.
 
     Attributes:
-        right: words exactly right, in their place.
-        words: in the true answer.
-        errors: edits from the answer to the true one, in characters.
-        characters: in the true answer.
-        anls: see `anls`.
+        right: number of words that are exactly right, in their place.
+        words: number of words in the true answer.
+        errors: number of edits from the answer to the true one, in characters.
+        characters: number of characters in the true answer.
+        anls: similarity to the true answer, 0 to 1; see `anls`.
     """
 
     right: np.ndarray

@@ -1,7 +1,7 @@
 """What is compared: methods with budgets, and models with some of their heads silenced."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,12 @@ class Point:
     """One engine configuration.
 
     Attributes:
-        method: see `METHODS`.
-        budget: tokens per KV head on average; none for the dense cache.
-        redistribute: give what heads cannot use to the others.
-        mask: which query heads are silenced, of `MASKS`, if any.
-        draw: of random ones.
-        heads: that are silenced: layer and query head.
+        method: way to divide the budget among heads, one of `METHODS`.
+        budget: tokens per KV head on average, window included; none for the dense cache.
+        redistribute: whether the other heads get what a head cannot use of a short prompt.
+        mask: kind of the query heads that are silenced, of `MASKS`; none if there are none.
+        draw: number of the draw, from 0; for random heads only.
+        heads: query heads that are silenced, (layer, query head).
     """
 
     method: str
@@ -48,8 +48,8 @@ class Point:
         parts = [self.curve.replace(" ", "-"), self.budget, self.draw]
         return "-".join(str(part) for part in parts if part is not None)
 
-    def settings(self, shared: dict[str, Any]) -> dict[str, Any]:
-        """SPARSEMM's settings, checked.
+    def settings(self, shared: Settings) -> Settings:
+        """Settings of this point's engine.
 
         Args:
             shared: settings of all points.
@@ -61,12 +61,56 @@ class Point:
         if self.budget is not None:
             own["budget"] = self.budget
         else:
-            own["budget"] = max(2, shared["window"] + 1)  # allowed, and of no consequence
+            own["budget"] = max(2, shared.window + 1)  # allowed, and of no consequence
         if self.heads:
             own["mask_heads"] = [list(head) for head in self.heads]
-        settings = shared | own
-        Settings.from_additional_config({"sparsemm": settings})
-        return settings
+        return Settings.from_values(shared.as_values() | own)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared with the dense cache.
+
+    Attributes:
+        methods: methods to measure, of `METHODS`.
+        budgets: budgets to measure each method with, in tokens per KV head on average.
+        redistribute: whether redistributed budgets are measured too.
+        mask_share: share of the query heads to silence, as text; none for no such points.
+        masks: kinds of heads to silence, of `MASKS`.
+        draws: number of draws of random heads.
+    """
+
+    methods: list[str]
+    budgets: list[int]
+    redistribute: bool = False
+    mask_share: str | None = None
+    masks: list[str] = field(default_factory=lambda: list(MASKS))
+    draws: int = 3
+
+    def points(self, model: str, profile: HeadProfile | None) -> list[Point]:
+        """All points, the dense cache first.
+
+        Args:
+            model: name of the model.
+            profile: head profile of the model, if there is one.
+
+        Raises:
+            EvalError: if there is nothing to compare, or a profile is wanting.
+        """
+        points = [Point(DENSE)]
+        points += method_points(self.methods, self.budgets, self.redistribute)
+        if profile is None and any(point.method == "sparsemm" for point in points):
+            raise EvalError(
+                f"sparsemm needs a head profile of {model}: give --profile (`sparsemm profile` "
+                "makes one)"
+            )
+        if self.mask_share is not None:
+            if profile is None:
+                raise EvalError(f"--mask-heads needs a head profile of {model}: give --profile")
+            points += mask_points(profile, parse_share(self.mask_share), self.masks, self.draws)
+        if len(points) == 1:
+            raise EvalError("nothing to compare with the dense cache: give --methods and --budgets")
+        return points
 
 
 def method_points(
@@ -93,10 +137,10 @@ def mask_points(profile: HeadProfile, share: float, masks: list[str], draws: int
     """The dense model with the best visual heads silenced, and with as many random others.
 
     Args:
-        profile: whose scores say which heads are visual.
-        share: of all query heads, 0 to 1; at least one head is silenced.
-        masks: of `MASKS`.
-        draws: of random heads.
+        profile: head profile of the model: its scores say which heads are visual.
+        share: share of all query heads to silence, 0 to 1; at least one head is silenced.
+        masks: kinds of heads to silence, of `MASKS`.
+        draws: number of draws of random heads.
 
     Raises:
         EvalError: for another kind of mask, a share out of range, or no draws.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pydantic import BaseModel, ConfigDict
 
 from sparsemm_vllm.data import DataError, load_samples
 from sparsemm_vllm.data.pictures import EVAL_SEEDS, Sample, Task, make_sample
@@ -38,22 +39,35 @@ class Question:
 Questions = dict[str, list[Question]]  # by task
 
 
-def load_questions(source: str, tasks: list[str], count: int, seed: int) -> Questions:
-    """Choose questions: the same arguments and files give the same ones.
+class Choice(BaseModel):
+    """Which questions are asked: the same values and files give the same ones.
 
-    Args:
-        source: ``drawn``: held-out pictures of the bundled generator. Or a JSON Lines file like the
-            ``metadata.jsonl`` of `datasets`' imagefolder: `file_name` of a picture beside it,
-            `question`, `answer`, and if there are any `task` (of `TASKS`; ``qa`` if not given) and
-            `context`, a system message. Or anything else that `load_samples` reads, which asks for
-            all words: ``ocr``.
-        tasks: of `TASKS`.
-        count: of questions of each task; fewer if a file has no more.
-        seed: of drawn pictures the first one's number; of others the choice.
+    Attributes:
+        source: place of the questions. ``drawn``: held-out pictures of the bundled generator. Or a
+            JSON Lines file like the ``metadata.jsonl`` of `datasets`' imagefolder: `file_name` of
+            a picture beside it, `question`, `answer`, and if there are any `task` (of `TASKS`;
+            ``qa`` if not given) and `context`, a system message. Or anything else that
+            `load_samples` reads, which asks for all words: ``ocr``.
+        tasks: tasks to ask, of `TASKS`.
+        count: number of questions of each task; fewer if a file has no more.
+        seed: number of the first picture if they are drawn, seed of the choice if not.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    source: str
+    tasks: list[str]
+    count: int
+    seed: int
+
+
+def load_questions(choice: Choice) -> Questions:
+    """Read or draw the questions of a choice.
 
     Raises:
         DataError: for an unknown task, a count below 1, or a source without such questions.
     """
+    source, tasks, count, seed = choice.source, choice.tasks, choice.count, choice.seed
     if not tasks:
         raise DataError(f"give at least one of the tasks {', '.join(TASKS)}")
     for task in tasks:

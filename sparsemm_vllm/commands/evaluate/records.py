@@ -27,19 +27,19 @@ class Record:
     """What was found of one point, or of several draws of random heads together, in one task.
 
     Attributes:
-        task: asked.
-        curve: what points with other budgets have in common; see `Point`.
-        method, budget, redistribute, mask: of the point.
-        masked_heads: how many query heads are silenced.
-        engines: that the figures are means of.
-        pictures: asked about.
-        prompt_tokens: mean.
-        kept_tokens: of the prompt, mean over heads, the window included.
-        held_bytes: KV blocks of a prompt after it was pruned, mean.
-        exact_words: exactly right in their place, of all words of the true answers.
-        character_errors: edits a character of the true answers.
-        anls: mean over pictures.
-        change: of these three from the dense cache, paired by picture.
+        task: name of the task.
+        curve: name that points with other budgets share; see `Point`.
+        method, budget, redistribute, mask: values of the point; see `Point`.
+        masked_heads: number of query heads that are silenced.
+        engines: number of engines that the figures are means of.
+        pictures: number of pictures that were asked about.
+        prompt_tokens: tokens of a prompt, mean.
+        kept_tokens: prompt tokens that a KV head keeps, the window included, mean.
+        held_bytes: size of the KV blocks of a prompt after it was pruned, in bytes, mean.
+        exact_words: share of the words of the true answers that are exactly right in their place.
+        character_errors: edits for each character of the true answers.
+        anls: similarity to the true answers, mean over pictures; see `anls`.
+        change: differences of these three from the dense cache, by name, paired by picture.
     """
 
     task: str
@@ -65,7 +65,7 @@ def make_records(truths: dict[str, list[str]], results: dict[Point, Result]) -> 
 
     Args:
         truths: true answers by task.
-        results: by point; the dense cache among them.
+        results: results by point; that of the dense cache is among them.
     """
     groups: dict[tuple[str, int | None], list[Point]] = {}
     for point in results:

@@ -27,11 +27,11 @@ def measure(
     """Results of all points: those that the folder has, and what is measured now.
 
     Args:
-        points: all different.
-        job_of: what to do for a point.
-        folder: where results are kept.
-        on_point: called with a point before it is measured, or with True if it was before.
-        on_answer: called with the number of questions that the point has answered.
+        points: points to measure, all different.
+        job_of: function that says what to do for a point.
+        folder: folder that keeps the results.
+        on_point: function to call with each point, and whether it was measured before.
+        on_answer: function to call with the number of questions that the point has answered.
 
     Raises:
         EvalError: if an engine fails; what is done is kept.

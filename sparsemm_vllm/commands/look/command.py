@@ -1,7 +1,6 @@
 """`sparsemm look`: what the command does and says."""
 
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
@@ -10,7 +9,6 @@ from sparsemm_vllm.budget.settings import Settings
 from sparsemm_vllm.commands.figures import PictureError
 from sparsemm_vllm.commands.look.draw import check_picture, draw_sight, print_sight
 from sparsemm_vllm.commands.look.run import look
-from sparsemm_vllm.names import KEY
 from sparsemm_vllm.profiler.engine import parse_engine_options, prepare_process
 
 
@@ -19,7 +17,7 @@ def run_look(
     image: Path,
     question: str,
     out: Path,
-    settings: dict[str, Any],
+    settings: Settings,
     max_tokens: int,
     engine_arguments: list[str],
     console: Console,
@@ -27,20 +25,19 @@ def run_look(
     """Ask, print and draw; see `look`.
 
     Args:
-        model: name or folder.
+        model: name or folder of the model.
         image: file of the picture.
-        question: about it.
-        out: PNG to write.
-        settings: of SPARSEMM.
-        max_tokens: of the answer.
+        question: text beside the picture.
+        out: file for the PNG.
+        settings: settings of SPARSEMM.
+        max_tokens: most tokens of the answer.
         engine_arguments: options of `vllm serve`.
-        console: to print on.
+        console: terminal to print on.
 
     Raises:
-        PictureError, ProfilerError, ProfileError, SettingsError, OSError: one line that says why.
+        UserError, OSError: one line that says why.
     """
     check_picture(out)
-    Settings.from_additional_config({KEY: settings})
     picture = _open(image)
     prepare_process()
     options = parse_engine_options(engine_arguments)

@@ -11,7 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsemm_vllm.budget.plan import printable
-from sparsemm_vllm.commands.figures import FADED, INK, STYLE, PictureError, save_figure
+from sparsemm_vllm.commands.figures import FADED, PictureError, picture_axes, save_figure, styled
+from sparsemm_vllm.commands.kept_map import (
+    Head,
+    draw_kept,
+    grey,
+    patch_inside,
+    show_pixels,
+    token_map,
+)
 from sparsemm_vllm.commands.look.sight import Sight
 
 # One for each word of an answer, in turn; told apart by people who do not see red and green too.
@@ -46,152 +54,86 @@ def draw_sight(sight: Sight, path: Path) -> None:
     Raises:
         OSError: if it cannot be written.
     """
-    import matplotlib
+    from matplotlib.figure import Figure  # takes longer than all that comes before the engine
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(9.4, 8.0), facecolor="white")
+    with styled():
+        figure = Figure(figsize=(9.4, 8.0))
         grid = figure.add_gridspec(
             3, 2, width_ratios=(3, 1), left=0.02, right=0.98, top=0.80, bottom=0.06,
-            wspace=0.05, hspace=0.36,
+            wspace=0.05, hspace=0.42,
         )  # fmt: skip
         _draw_looks(figure.add_subplot(grid[:, 0]), sight)
         _draw_share(figure.add_subplot(grid[0, 1]), sight)
         for row, (title, head) in enumerate(_examples(sight), 1):
-            _draw_kept(figure.add_subplot(grid[row, 1]), sight, title, head)
+            draw_kept(figure.add_subplot(grid[row, 1]), sight.kept, head, title)
         _write_answer(figure, sight)
         save_figure(figure, path)
-        plt.close(figure)
 
 
-def _examples(sight: Sight) -> list[tuple[str, tuple[int, int]]]:
+def _examples(sight: Sight) -> list[tuple[str, Head]]:
     """The KV head of the best visual head, and one of median budget, where any was pruned."""
-    if not sight.kept:
+    if not sight.kept.pruned:
         return []
     layer, query_head = sight.heads[0]
-    ranked = sorted(sight.kept, key=sight.tokens_of)
+    ranked = sorted(sight.kept.by_head, key=sight.kept.tokens_of)
     return [
         ("the best visual head", (layer, query_head // sight.group)),
         ("a head of median budget", ranked[len(ranked) // 2]),
     ]
 
 
-def _panel(axes: Any, title: str, note: str) -> None:
-    axes.set_anchor("NW")
-    axes.set_title(title, fontsize=10, color=INK, loc="left", fontweight="bold")
-    axes.set_xlabel(note, fontsize=8, color=FADED, loc="left")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_color("#d0d4da")
-
-
-def _show(axes: Any, sight: Sight, picture: np.ndarray) -> None:
-    """Show pixels in the picture's own coordinates, in which patches are drawn."""
-    width, height = sight.image.size
-    axes.imshow(picture, extent=(0, width, height, 0), interpolation="nearest")
-    axes.set_xlim(0, width)
-    axes.set_ylim(height, 0)
-
-
-def _grey(sight: Sight, strength: float) -> np.ndarray:
-    """The picture without colours, washed out to that strength, ``[height, width, 3]``."""
-    grey = np.asarray(sight.image.convert("L"), dtype=np.float64)
-    return np.repeat((255 - strength * (255 - grey))[..., None], 3, axis=2).astype(np.uint8)
-
-
-def _patch(sight: Sight, token: int) -> tuple[tuple[float, float], float, float]:
-    """Corner, width and height of a token's patch inside the picture."""
-    width, height = sight.image.size
-    left, top, right, bottom = sight.geometry.patches[token]
-    left, right = max(left, 0), min(right, width)
-    top, bottom = max(top, 0), min(bottom, height)
-    return (left, top), right - left, bottom - top
-
-
 def _draw_looks(axes: Any, sight: Sight) -> None:
-    from matplotlib.patches import Rectangle
-
-    _show(axes, sight, _grey(sight, 0.55))
+    kept = sight.kept
+    show_pixels(axes, grey(kept.image, 0.55))
     for index, word in enumerate(sight.words):
-        most = max(1, int(word.looks.max(initial=0)))
-        for token in np.flatnonzero(word.looks):
-            if np.isnan(sight.geometry.patches[token]).any():  # a token that shows no part of it
-                continue
-            corner, width, height = _patch(sight, token)
-            strength = 0.25 + 0.5 * word.looks[token] / most
-            axes.add_patch(
-                Rectangle(
-                    corner, width, height, facecolor=word_colour(index), alpha=strength, linewidth=0
-                )
-            )
+        _draw_word(axes, sight, word.looks, word_colour(index))
     heads = f"{len(sight.heads)} visual heads" if len(sight.heads) > 1 else "the best visual head"
-    _panel(
+    picture_axes(
         axes,
         "where it looked while it said each word",
-        f"largest attention weights of {heads}\n{len(sight.positions)} of the prompt's "
-        f"{sight.prompt_tokens} tokens are the picture's",
+        f"largest attention weights of {heads}\n{len(kept.positions)} of the prompt's "
+        f"{kept.prompt_tokens} tokens are the picture's",
     )
 
 
-def _token_map(sight: Sight, values: np.ndarray) -> np.ndarray:
-    """Mean of the tokens' values at each pixel, 0 where no token shows it, ``[height, width]``."""
-    width, height = sight.image.size
-    total, count = np.zeros((2, height, width))
-    for token in np.flatnonzero(~np.isnan(sight.geometry.patches).any(axis=1)):
-        (left, top), wide, high = _patch(sight, token)
-        rows = slice(round(top), round(top + high))
-        columns = slice(round(left), round(left + wide))
-        total[rows, columns] += values[token]
-        count[rows, columns] += 1
-    return total / np.maximum(count, 1)
+def _draw_word(axes: Any, sight: Sight, looks: np.ndarray, colour: str) -> None:
+    """Colour the patches that a word was read from, the stronger the more heads looked there."""
+    from matplotlib.patches import Rectangle
+
+    for token in np.flatnonzero(looks):
+        if (patch := patch_inside(sight.kept.geometry, token)) is not None:
+            left, top, right, bottom = patch
+            strength = 0.25 + 0.5 * looks[token] / looks.max()
+            area = Rectangle((left, top), right - left, bottom - top, facecolor=colour)
+            area.set(alpha=strength, linewidth=0)
+            axes.add_patch(area)
 
 
 def _draw_share(axes: Any, sight: Sight) -> None:
-    share = _token_map(sight, sight.kept_share())
+    kept = sight.kept
+    share = token_map(kept.geometry, kept.share())
     top = max(float(share.max()), 1e-9)
-    _show(axes, sight, _grey(sight, 0.35))
-    axes.imshow(
-        share,
-        extent=axes.get_xlim() + axes.get_ylim(),
-        cmap="inferno",
-        alpha=0.62,
-        vmin=0,
-        vmax=top,
-    )
-    axes.set_xlim(0, sight.image.size[0])
-    axes.set_ylim(sight.image.size[1], 0)
-    if sight.kept:
-        _panel(
-            axes, "how many heads kept it", f"of {len(sight.kept)} KV heads; brightest: {top:.0%}"
+    show_pixels(axes, grey(kept.image, 0.35))
+    show_pixels(axes, share, cmap="inferno", alpha=0.62, vmin=0, vmax=top)
+    title, note = "nothing was pruned", "the budget covers the prompt"
+    if kept.pruned:
+        title, note = (
+            "how many heads kept it",
+            f"of {len(kept.by_head)} KV heads; brightest: {top:.0%}",
         )
-    else:
-        _panel(axes, "nothing was pruned", "the budget covers the prompt")
-
-
-def _draw_kept(axes: Any, sight: Sight, title: str, head: tuple[int, int]) -> None:
-    kept = sight.kept_of(head)
-    mask = _token_map(sight, kept.astype(float))[..., None] > 0
-    picture = np.asarray(sight.image.convert("RGB"))
-    _show(axes, sight, np.where(mask, picture, _grey(sight, 0.12)))
-    _panel(
-        axes, title, f"layer {head[0]}, KV head {head[1]}: {sight.tokens_of(head)} tokens,\n"
-        f"{kept.sum()} of the picture"
-    )  # fmt: skip
+    picture_axes(axes, title, note)
 
 
 def _write_answer(figure: Any, sight: Sight) -> None:
     """The question, and the answer's words in their colours."""
-    held, dense = sight.blocks
-    figure.text(
-        0.02, 0.955, f"{held} KV blocks instead of {dense}" if sight.kept else f"{dense} KV blocks",
-        fontsize=15, color=INK, fontweight="bold",
-    )  # fmt: skip
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    blocks = f"{sight.blocks.pruned} KV blocks instead of {sight.blocks.dense}"
+    title = blocks if sight.kept.pruned else f"{sight.blocks.dense} KV blocks"
+    figure.suptitle(title, x=0.02, y=0.975, ha="left")
     question = textwrap.shorten(sight.question, 110, placeholder=" ...")
     figure.text(0.02, 0.922, question, fontsize=10, color=FADED)
-    renderer = figure.canvas.get_renderer()
+    renderer = FigureCanvasAgg(figure).get_renderer()
     x, y = 0.02, 0.888
     for index, word in enumerate(sight.words):
         text = figure.text(
@@ -223,7 +165,7 @@ def print_sight(sight: Sight, console: Console) -> None:
     table.add_column("looks at the picture", justify="right")
     table.add_column("patches", justify="right")
     table.add_column("kept by the heads", justify="right")
-    share = sight.kept_share()
+    share = sight.kept.share()
     for index, word in enumerate(sight.words):
         seen = word.looks > 0
         kept = np.average(share, weights=word.looks) if seen.any() else 0.0
@@ -234,14 +176,15 @@ def print_sight(sight: Sight, console: Console) -> None:
             f"{kept:.0%}" if seen.any() else "-",
         )
     console.print(table)
-    held, dense = sight.blocks
-    if sight.kept:
-        counts = np.array([sight.tokens_of(head) for head in sight.kept])
-        console.print(
-            f"Of {sight.prompt_tokens} prompt tokens a head keeps {counts.min()} to "
-            f"{counts.max()}, {np.median(counts):g} in the median: {held} KV blocks instead of "
-            f"{dense}.",
-            highlight=False,
-        )
-    else:
-        console.print("The budget covers the prompt: nothing was pruned.")
+    console.print(_summary(sight), highlight=False)
+
+
+def _summary(sight: Sight) -> str:
+    if not sight.kept.pruned:
+        return "The budget covers the prompt: nothing was pruned."
+    counts = np.array([sight.kept.tokens_of(head) for head in sight.kept.by_head])
+    return (
+        f"Of {sight.kept.prompt_tokens} prompt tokens a head keeps {counts.min()} to "
+        f"{counts.max()}, {np.median(counts):g} in the median: {sight.blocks.pruned} KV blocks "
+        f"instead of {sight.blocks.dense}."
+    )

@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sparsemm_vllm.budget.plan import count_blocks
 from sparsemm_vllm.budget.profile import HeadProfile
+from sparsemm_vllm.budget.settings import Settings
+from sparsemm_vllm.commands.kept_map import KeptPicture
 from sparsemm_vllm.commands.look.sight import SaidWord, Sight
 from sparsemm_vllm.commands.show import heads_in
 from sparsemm_vllm.data.pictures import Sample
+from sparsemm_vllm.names import RECORD
 from sparsemm_vllm.profiler.attention import picture_tokens
 from sparsemm_vllm.profiler.engine import check_model, open_engine, prepare_process
 from sparsemm_vllm.profiler.errors import ProfilerError
@@ -27,7 +31,7 @@ def look(
     model: str,
     image: Image.Image,
     question: str,
-    settings: dict[str, Any],
+    settings: Settings,
     max_tokens: int = 128,
     **engine_options: Any,
 ) -> Sight:
@@ -37,12 +41,12 @@ def look(
     prompt ends with that answer: attention to the whole prompt, as heads are profiled.
 
     Args:
-        model: name, also that of the bundled one, or folder.
-        image: the picture.
-        question: about it.
-        settings: of SPARSEMM: its profile, budget and so on.
-        max_tokens: of the answer.
-        engine_options: of `vllm.LLM`.
+        model: name or folder of the model, or the name of the bundled one.
+        image: picture to ask about.
+        question: text beside the picture.
+        settings: settings of SPARSEMM.
+        max_tokens: most tokens of the answer.
+        engine_options: options of `vllm.LLM`.
 
     Raises:
         ProfilerError: if the model cannot be asked, has no head profile, or says nothing.
@@ -53,35 +57,70 @@ def look(
     config = check_model(folder, engine_options)
     sample = Sample(image, (), question, "", ())
     with tempfile.TemporaryDirectory(prefix="sparsemm-look-") as kept_folder:
-        recording = {"record_kept": kept_folder}
+        recording = settings.model_copy(update={"record_kept": kept_folder})
         rows = 2 * max_tokens + 64  # an answer may be cut into other tokens when it is read again
-        llm = open_engine(folder, config, rows, engine_options, settings | recording)
+        llm = open_engine(folder, config, rows, engine_options, recording.as_values())
         return _see(llm, sample, max_tokens, rows, Path(kept_folder))
 
 
 def _see(llm: Any, sample: Sample, max_tokens: int, rows: int, kept_folder: Path) -> Sight:
-    from vllm import SamplingParams
-    from vllm.transformers_utils.processor import cached_processor_from_config
-
-    from sparsemm_vllm.budget.settings import Settings
-    from sparsemm_vllm.engine.config import build_layout
+    from sparsemm_vllm.engine.config import Serving
     from sparsemm_vllm.engine.worker.probes.kept import load_kept
-    from sparsemm_vllm.names import RECORD
 
     vllm_config = llm.llm_engine.vllm_config
-    settings = Settings.from_additional_config(vllm_config.additional_config)
-    profile = settings.profile
+    serving = Serving.of(vllm_config)
+    layout, profile = serving.layout, serving.settings.profile
     if not isinstance(profile, HeadProfile):
         raise ProfilerError("there is no head profile for this model: no visual heads are known")
-
-    params = SamplingParams(temperature=0, max_tokens=max_tokens)
-    said = llm.chat(messages(sample, MODES["free"]), params, use_tqdm=False)[0]
+    said = _ask(llm, sample, max_tokens)
     answer = said.outputs[0].text.strip()
     if not answer:
         raise ProfilerError("the model answers nothing: ask another question")
+    queries = min(len(said.outputs[0].token_ids) + max_tokens // 2, rows)
+    geometry, tokens, words = _look_again(llm, sample, answer, queries, profile)
+
+    n = len(said.prompt_token_ids)
+    by_head = load_kept(kept_folder, said.request_id) if layout.is_pruned(n) else {}
+    positions = np.flatnonzero(tokens >= 0)
+    return Sight(
+        kept=KeptPicture(sample.image, geometry, positions, n, layout.window, by_head),
+        question=sample.question,
+        answer=answer,
+        words=words,
+        heads=visual_heads(profile),
+        group=profile.num_query_heads // profile.num_kv_heads,
+        blocks=count_blocks(layout, n, n, vllm_config.cache_config.block_size),
+    )
+
+
+def _ask(llm: Any, sample: Sample, max_tokens: int) -> Any:
+    """The output of vLLM for the question, answered from the pruned cache."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=max_tokens)
+    return llm.chat(messages(sample, MODES["free"]), params, use_tqdm=False)[0]
+
+
+def _look_again(
+    llm: Any, sample: Sample, answer: str, queries: int, profile: HeadProfile
+) -> tuple[Any, np.ndarray, list[SaidWord]]:
+    """Let the model read its answer, and record where the visual heads look.
+
+    Args:
+        llm: engine that records attention.
+        sample: picture and question.
+        answer: answer that the model has given.
+        queries: number of tokens at the end of the prompt whose attention is recorded.
+        profile: head profile of the model.
+
+    Returns:
+        The `Geometry` of the picture, the index of the image token at each position of the prompt
+        or -1, int ``[n]``, and the words of the answer.
+    """
+    from vllm import SamplingParams
+    from vllm.transformers_utils.processor import cached_processor_from_config
 
     answered = Sample(sample.image, (), sample.question, answer, ())
-    queries = min(len(said.outputs[0].token_ids) + max_tokens // 2, rows)
     params = SamplingParams(temperature=0, max_tokens=1, extra_args={RECORD: [0, queries]})
     again = llm.chat(
         messages(answered, MODES["forced"]),
@@ -90,34 +129,14 @@ def _see(llm: Any, sample: Sample, max_tokens: int, rows: int, kept_folder: Path
         add_generation_prompt=False,
         continue_final_message=True,
     )[0]
+    prompt = again.prompt_token_ids
     keys = gather_attention(llm, queries, profile.num_layers, profile.num_query_heads)
-
     model_config = llm.llm_engine.model_config
     processor = cached_processor_from_config(model_config)
-    geometry, tokens = picture_tokens(
-        model_config, processor, sample.image.size, again.prompt_token_ids
-    )
-    heads = visual_heads(profile)
-    text, spans = token_spans(llm.get_tokenizer(), again.prompt_token_ids[1 - queries :])
-    words = said_words(text, spans, answer, keys, heads, tokens)
-
-    n = len(said.prompt_token_ids)
-    layout = build_layout(vllm_config, settings)
-    block_size = vllm_config.cache_config.block_size
-    return Sight(
-        image=sample.image,
-        question=sample.question,
-        answer=answer,
-        words=words,
-        heads=heads,
-        kept=load_kept(kept_folder, said.request_id) if layout.is_pruned(n) else {},
-        geometry=geometry,
-        positions=np.flatnonzero(tokens >= 0),
-        prompt_tokens=n,
-        window=layout.window,
-        group=profile.num_query_heads // profile.num_kv_heads,
-        blocks=(layout.held_blocks(n, n, block_size), -(-n // block_size)),
-    )
+    geometry, tokens = picture_tokens(model_config, processor, sample.image.size, prompt)
+    text, spans = token_spans(llm.get_tokenizer(), prompt[1 - queries :])
+    words = said_words(text, spans, answer, keys, visual_heads(profile), tokens)
+    return geometry, tokens, words
 
 
 def visual_heads(profile: HeadProfile) -> list[tuple[int, int]]:
@@ -138,11 +157,12 @@ def said_words(
     """The answer's words, and where heads looked while their tokens were predicted.
 
     Args:
-        text: the end of a prompt, of which `answer` is the end.
-        spans: characters of each token of the text.
-        answer: of the model.
-        keys: top-1 position of the query that predicts each token, int ``[L, >= tokens, Hq]``.
-        heads: (layer, query head) to watch.
+        text: end of a prompt; `answer` is the end of it.
+        spans: first character of each token of the text, and the one after its last.
+        answer: answer of the model.
+        keys: position that the query that predicts each token looked at most, int
+            ``[L, >= tokens, Hq]``.
+        heads: visual heads to watch, (layer, query head).
         tokens: index of the image token at each position of the prompt, or -1; int ``[n]``.
 
     Raises:

@@ -18,7 +18,7 @@ def named_in(arguments: list[str]) -> bool:
     """Whether a command line of vLLM's asks for the backend, or its configuration file does.
 
     A model or a path whose name is like ours does not. What is missed, such as a shortened option,
-    gets an error of vLLM's own later.
+    gets an error from vLLM later.
 
     Args:
         arguments: words after the program's name.

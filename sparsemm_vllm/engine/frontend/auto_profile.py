@@ -112,8 +112,8 @@ def find_profile(vllm_config: VllmConfig, engine_args: Any) -> HeadProfile | Non
     Bundled ones come first, then those in the cache; then one is made, in a minute or so.
 
     Args:
-        vllm_config: of the engine that will be built.
-        engine_args: what it was made of.
+        vllm_config: configuration of the engine that will be built.
+        engine_args: arguments that the configuration was made from.
 
     Raises:
         ProfileError: if one had to be made and could not.
@@ -245,8 +245,8 @@ def profile_command(engine_args: Any, out: Path, pictures: str) -> list[str]:
     command += ["--samples", str(SAMPLES)]
     for field in fields(engine_args):
         value = getattr(engine_args, field.name)
-        own_executor = field.name == "distributed_executor_backend" and value == EXTERNAL
-        if field.name in MODEL_OPTIONS and not isinstance(value, type) and not own_executor:
+        external = field.name == "distributed_executor_backend" and value == EXTERNAL
+        if field.name in MODEL_OPTIONS and not isinstance(value, type) and not external:
             command += _option(field, value)
     return [*command, "--hf-token"] if engine_args.hf_token else command
 

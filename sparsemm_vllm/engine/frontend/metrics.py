@@ -1,22 +1,22 @@
 """SPARSEMM's numbers on vLLM's `/metrics`: from the engine to the API server, and there.
 
-The scheduler runs in the engine's process, Prometheus is asked in the API server's. vLLM sends its
-own numbers there in a `SchedulerStats` a step, to one API server each; ours ride in the one field
-of it whose contents are free, and are taken out before anyone else looks. So they arrive from every
-engine that vLLM's own numbers arrive from: spawned, data parallel, on another machine.
+The scheduler runs in the engine's process; Prometheus asks the API server's. With each step vLLM
+sends a `SchedulerStats` to one API server. Ours ride in the one field of it whose contents are
+free, and are taken out before anyone else looks. So they arrive from every engine that vLLM's
+numbers arrive from: spawned, data parallel, on another machine.
 """
 
 import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import REGISTRY, Counter, Gauge
 from pydantic import TypeAdapter, ValidationError
+from typing_extensions import override
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
@@ -24,6 +24,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from sparsemm_vllm.budget.profile import HeadProfile
 from sparsemm_vllm.engine.config import Serving
 from sparsemm_vllm.engine.scheduler.stats import Outcome, RequestRecord
+from sparsemm_vllm.files import write_whole
 from sparsemm_vllm.names import OTHERS, OURS
 
 logger = init_logger("vllm.sparsemm.metrics")
@@ -34,7 +35,7 @@ RECENT_FILE = re.compile(rf"{RECENT}(\d+)-\d+\.json")  # engine, process
 
 
 def take(scheduler_stats: Any) -> dict[str, Any] | None:
-    """Take out what `send` put in; the statistics are vLLM's own again."""
+    """Take out what `send` put in; the statistics are as vLLM made them."""
     carrier = scheduler_stats and scheduler_stats.ec_connector_stats
     if not carrier or OURS not in carrier:
         return None
@@ -95,6 +96,7 @@ class SparseMMStatLogger(AggregateStatLoggerBase):
         for labels in self._labels.values():
             info.labels(*labels, *config.values()).set(1)
 
+    @override
     def record(
         self,
         scheduler_stats: Any,
@@ -102,7 +104,7 @@ class SparseMMStatLogger(AggregateStatLoggerBase):
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
-        """Add what an engine sent."""
+        """Take our numbers out of the statistics and add them; vLLM's are left to its loggers."""
         ours = take(scheduler_stats)
         if ours is None:
             return
@@ -126,13 +128,9 @@ class SparseMMStatLogger(AggregateStatLoggerBase):
     def _write_recent(self, folder: Path, engine_idx: int) -> None:
         """Tell the others, if the folder takes it. vLLM calls this where it passes answers on."""
         file = folder / f"{RECENT}{engine_idx}-{os.getpid()}.json"
-        partial = file.with_suffix(".partial")
         try:
-            partial.write_text(json.dumps(self._recent[engine_idx]))
-            partial.replace(file)
+            write_whole(file, json.dumps(self._recent[engine_idx]), durable=False)
         except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
             logger.warning_once(
                 "SPARSEMM: the page of the other API servers lacks requests of this one: %s: %s",
                 error.strerror, folder,
@@ -146,8 +144,9 @@ class SparseMMStatLogger(AggregateStatLoggerBase):
                 latest[engine] = told
         return {engine: told["requests"] for engine, told in latest.items()}
 
+    @override
     def log_engine_initialized(self) -> None:
-        """The engine logs for itself."""
+        """Nothing: the workers log at startup what is served."""
 
 
 @dataclass(frozen=True)

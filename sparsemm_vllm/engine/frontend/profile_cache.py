@@ -15,6 +15,7 @@ from vllm.logger import init_logger
 
 from sparsemm_vllm.budget.profile import HeadProfile, ProfileError, load_profile, save_profile
 from sparsemm_vllm.environment import cache_folder
+from sparsemm_vllm.files import write_whole
 
 logger = init_logger("vllm.sparsemm.cache")
 
@@ -25,8 +26,8 @@ class ProfileCache:
     """The profile of one model, in the user's cache, or in `/tmp` where that cannot be written.
 
     Args:
-        model: its name or path.
-        config_hash: of its configuration. The same name may stand for another model later.
+        model: name or path of the model.
+        config_hash: hash of its configuration. The same name may stand for another model later.
     """
 
     def __init__(self, model: str, config_hash: str) -> None:
@@ -67,7 +68,8 @@ class ProfileCache:
             return
         holder = Path(f"{lock.lock_file}.holder")
         with suppress(OSError):  # only what those who wait say depends on it
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            said = f"process {os.getpid()} on {socket.gethostname()}"
+            write_whole(holder, said, durable=False)
         try:
             yield True
         finally:

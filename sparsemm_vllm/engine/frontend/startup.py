@@ -35,8 +35,8 @@ def prepare_config(vllm_config: VllmConfig, engine_args: Any) -> None:
     it.
 
     Args:
-        vllm_config: changed in place.
-        engine_args: what it was made of.
+        vllm_config: configuration of the engine that will be built; changed in place.
+        engine_args: arguments that the configuration was made from.
 
     Raises:
         SettingsError, ProfileError, UnsupportedError: with one line that says what to change.

@@ -9,12 +9,12 @@ from sparsemm_vllm.engine.scheduler.stats import Outcome
 def prefix_hit_limit(kv_cache_manager: Any, request: Any) -> int | None:
     """Tell the manager the request's prompt and settings; how many tokens a hit may have then.
 
-    For a request that is resumed after preemption too: another chat may have cached its prompt and
-    answer, but its own answer was computed from a pruned prompt and must be again.
+    For a request that is resumed after preemption too: another chat may have cached the same prompt
+    and answer, but this request's answer was computed from a pruned prompt, and must be again.
 
     Args:
-        kv_cache_manager: vLLM's.
-        request: vLLM's.
+        kv_cache_manager: vLLM's manager of all KV caches.
+        request: request that vLLM looks up in the prefix cache.
 
     Returns:
         ``n - W`` for a prompt that will be pruned, whose window queries must be computed; None for
@@ -35,8 +35,8 @@ def shape_chunk(
     """Tokens to schedule, so that a chunk ends with the prompt or leaves the whole window.
 
     Args:
-        kv_cache_manager: vLLM's.
-        request: vLLM's.
+        kv_cache_manager: vLLM's manager of all KV caches.
+        request: request that gets the chunk.
         num_computed_tokens: tokens before the chunk.
         num_new_tokens: tokens that vLLM would schedule.
 

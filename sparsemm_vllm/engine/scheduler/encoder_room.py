@@ -18,7 +18,7 @@ class Lent:
 
     Attributes:
         usual_step: encoder embeddings that vLLM lets a step compute.
-        slots: embeddings that the cache may hold beyond its own size.
+        slots: embeddings that the cache may hold beyond the size that vLLM gave it.
         waiting: computed tokens of each request that waits for room, by its id.
     """
 
@@ -34,10 +34,10 @@ def make_room_for_window(scheduler: Any, request: Any, start: int, end: int) -> 
     request that holds a picture already does not wait for others, which may wait for the same.
 
     Args:
-        scheduler: vLLM's.
-        request: whose last chunk ended at `end`, inside its window.
-        start: tokens before the chunk.
-        end: position of what had no room.
+        scheduler: scheduler of the engine.
+        request: request with a last chunk that ended at `end`, inside its window.
+        start: number of tokens before the chunk.
+        end: position in the prompt of the picture that had no room, in tokens.
     """
     cache = scheduler.encoder_cache_manager
     held = cache.get_cached_input_ids(request)
@@ -64,7 +64,7 @@ def take_room_back(scheduler: Any) -> None:
     anew. Pictures that are only cached beyond the size are the first that vLLM drops for others.
 
     Args:
-        scheduler: vLLM's.
+        scheduler: scheduler of the engine.
     """
     lent = getattr(scheduler, LENT, None)
     if lent is None:

@@ -5,14 +5,15 @@ A request's blocks, `P` tokens each, for a prompt of `n` tokens::
     [ prompt blocks 0..N-1 | C compact blocks | growth blocks ... ],  N = ceil(n / P)
 
 Prompt blocks are filled by ordinary prefill and never written again, so prefix caching works on
-them. In the step that computes the last prompt token the request gets `C` more, the workers copy
-each head's kept tokens there, and when that step has been processed the prompt blocks older than
-the window go back to the pool.
+them. In the step that computes the last prompt token the request gets `C` compact blocks. The
+workers copy each head's kept tokens into them, as head pages. When that step has been processed,
+the prompt blocks before the window go back to the pool.
 """
 
 from dataclasses import dataclass, replace
 from typing import Any
 
+from typing_extensions import override
 from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -27,7 +28,7 @@ from sparsemm_vllm.engine.spec import SparseMMSpec
 
 logger = init_logger("vllm.sparsemm")
 
-ACCEPTED = "_sparsemm_accepted"  # of a `Request`, which no client can write to
+ACCEPTED = "_sparsemm_accepted"  # attribute of a `Request`, which no client can write to
 
 
 @dataclass(slots=True)
@@ -35,11 +36,11 @@ class Prompt:
     """What the scheduler knows of a request's prompt, until the request gives its blocks back.
 
     Attributes:
-        tokens: `n`.
-        layout: by the request's own budget.
-        outcome: why it is pruned or not.
-        compact_blocks: `C`.
-        freed_blocks: prompt blocks that go back to the pool.
+        tokens: length `n` of the prompt, in tokens.
+        layout: cache layout for the budget that the request gets.
+        outcome: reason why the prompt is pruned or not.
+        compact_blocks: number of compact blocks, `C`; 0 if the prompt is not pruned.
+        freed_blocks: number of prompt blocks that go back to the pool, counted from the first.
         is_complete: whether the step that ends it has been processed, and these blocks are free.
     """
 
@@ -67,9 +68,11 @@ class SparseMMManager(FullAttentionManager):
         self.refused: dict[str, str] = {}  # requests that no worker can serve, and why
 
     def register_prompt(self, request: Request) -> Prompt:
-        """Learn a request's prompt and settings, before it is admitted and when it is resumed.
+        """Decide how this request's prompt will be pruned.
 
-        Until it is admitted first, a request whose prompt could stay whole is looked at anew.
+        vLLM asks for prefix hits before it admits a request, on every try; this is called each
+        time. The decision may change until the request is first admitted (the pool fills and
+        empties). After a preemption it stays.
         """
         n = request.num_prompt_tokens
         accepted = self._accept(request)
@@ -85,7 +88,7 @@ class SparseMMManager(FullAttentionManager):
         return prompt
 
     def _accept(self, request: Request) -> Accepted:
-        """What the request gets, remembered with it; its parameters then say so to the workers."""
+        """What the request gets: kept on the request, and sent to workers in its parameters."""
         before: Accepted | None = getattr(request, ACCEPTED, None)
         accepted = before or self._check(request)
         if self.prune_when_free_below is not None and not request.num_preemptions:
@@ -137,19 +140,24 @@ class SparseMMManager(FullAttentionManager):
             return Outcome.POOL_AMPLE
         return Outcome.TOO_SHORT if layout.rules.prunes else Outcome.OPTED_OUT
 
+    @override
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> int:
-        """As vLLM's, the compact blocks counted once the prompt is complete."""
+        """Ours adds the compact blocks, once the tokens reach the end of the prompt."""
         prompt = self.prompts[request_id]
         if num_tokens >= prompt.tokens:
             num_tokens += prompt.compact_blocks * self.block_size
         return super().get_num_blocks_to_allocate(request_id, num_tokens, *args, **kwargs)
 
+    @override
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> Any:
-        """As vLLM's, the compact blocks between the prompt's and the growth blocks."""
+        """Ours puts the compact blocks between the prompt blocks and the growth blocks.
+
+        It also counts the request, when the end of its prompt is scheduled for the first time.
+        """
         prompt = self.prompts[request_id]
         if num_tokens >= prompt.tokens:
             num_tokens += prompt.compact_blocks * self.block_size
@@ -158,27 +166,30 @@ class SparseMMManager(FullAttentionManager):
                 self.stats.complete(request_id, prompt.outcome, prompt.tokens, kept)
         return super().allocate_new_blocks(request_id, num_tokens, *args, **kwargs)
 
+    @override
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Enter computed blocks into the prefix cache, of a pruned request only its prompt's.
+        """Ours enters only the prompt blocks of a pruned request into the prefix cache.
 
-        Tokens generated from a pruned cache have other keys and values than a prefill would give.
+        Tokens generated after pruning have other keys and values than a prefill would give.
         """
         if self.prompts[request.request_id].compact_blocks:
             num_tokens = min(num_tokens, request.num_prompt_tokens)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
+    @override
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
-        """Free the older prompt blocks of a request whose prune step has been processed."""
+        """Ours frees the prompt blocks before the window, when the pruning step is processed."""
         prompt = self.prompts[request_id]
         if processed_computed_tokens >= prompt.tokens and not prompt.is_complete:
             prompt.is_complete = True
             self._remove_blocks_in_range(request_id, 0, prompt.freed_blocks)
             self.stats.free(request_id, prompt.freed_blocks, prompt.compact_blocks)
 
+    @override
     def pop_blocks_for_free(self, request_id: str, *args: Any, **kwargs: Any) -> Any:
-        """Forget a request that finished, was aborted or preempted, and return its blocks."""
+        """Ours also forgets the request, which finished, was aborted or preempted."""
         self.prompts.pop(request_id, None)
         self.stats.release(request_id)
         return super().pop_blocks_for_free(request_id, *args, **kwargs)

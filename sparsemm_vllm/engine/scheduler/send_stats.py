@@ -1,4 +1,4 @@
-"""What happened in a step rides to the API server in vLLM's own statistics."""
+"""What happened in a step rides to the API server in the statistics that vLLM sends."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ def send(scheduler: Any, runner_output: Any, outputs: dict[int, Any]) -> None:
     """Put what happened in a step into the statistics that the step sends, if it sends any.
 
     Args:
-        scheduler: vLLM's.
-        runner_output: the worker's, of this step.
+        scheduler: scheduler of the engine.
+        runner_output: output of the model runner for this step.
         outputs: `EngineCoreOutputs` of each API server.
     """
     manager = find_manager(scheduler.kv_cache_manager)

@@ -27,12 +27,12 @@ class RequestRecord:
     """A request whose prompt has been scheduled to its end. Never holds what was asked.
 
     Attributes:
-        request_id: vLLM's.
-        outcome: of its prompt.
-        prompt_tokens: `n`.
-        kept_tokens: of the prompt, by a KV head on average.
-        completed: when the last of its prompt was scheduled, in seconds since 1970.
-        finished: when it was found to have ended, or nothing.
+        request_id: id that vLLM gave the request.
+        outcome: reason why its prompt was pruned or not.
+        prompt_tokens: length `n` of its prompt.
+        kept_tokens: prompt tokens that a KV head keeps on average, window included.
+        completed: time at which the end of its prompt was scheduled, in seconds since 1970.
+        finished: time at which it was found to have ended, in seconds since 1970; None until then.
     """
 
     request_id: str
@@ -86,7 +86,7 @@ class RequestStats:
         return first
 
     def free(self, request_id: str, freed_blocks: int, compact_blocks: int) -> None:
-        """A pruned prompt's older blocks are given back; asked in every step, counted once."""
+        """Count the blocks that a pruned prompt gave back, once, however often this is called."""
         if request_id not in self._pruned:
             self._pruned[request_id] = (freed_blocks, compact_blocks)
             self._freed_now += freed_blocks
@@ -110,7 +110,7 @@ class RequestStats:
         """The counts since the last call, and what is held now, as plain data.
 
         Args:
-            table_entries: of all requests' block tables, freed ones included.
+            table_entries: number of entries in all requests' block tables, freed ones included.
 
         Returns:
             `requests`, `prompt_tokens` and `kept_tokens` by outcome, `freed_blocks` and

@@ -20,7 +20,7 @@ def order_by_priority(scheduler: Any) -> None:
     the smallest difference that two times can have.
 
     Args:
-        scheduler: vLLM's, before it schedules a step.
+        scheduler: scheduler of the engine, before it schedules a step.
     """
     if scheduler.policy is not SchedulingPolicy.PRIORITY:
         return
@@ -34,8 +34,8 @@ def end_refused(scheduler: Any, manager: SparseMMManager) -> None:
     """End the requests that the manager found no worker can serve, with an error.
 
     Args:
-        scheduler: vLLM's.
-        manager: of its pruned layers.
+        scheduler: scheduler of the engine.
+        manager: manager of the pruned layers' blocks.
     """
     for request_id, message in manager.refused.items():
         if request_id in scheduler.requests:
@@ -44,13 +44,13 @@ def end_refused(scheduler: Any, manager: SparseMMManager) -> None:
 
 
 def free_pruned_blocks(scheduler: Any, scheduler_output: Any) -> None:
-    """Give back the older blocks of prompts that a step has pruned, as soon as it is processed.
+    """Give back the prompt blocks before the window, as soon as the step that pruned is processed.
 
     vLLM alone does so when the request itself needs a block; until then others would be preempted.
 
     Args:
-        scheduler: vLLM's.
-        scheduler_output: of the step.
+        scheduler: scheduler of the engine.
+        scheduler_output: output of the scheduler for the step.
     """
     manager = find_manager(scheduler.kv_cache_manager)
     if manager is None:

@@ -21,7 +21,7 @@ class Watchdog:
     Then the next step finds what this one found, and so do all others.
 
     Args:
-        patience: such steps, one after another, until a request is ended.
+        patience: number of such steps, one after another, until a request is ended.
     """
 
     def __init__(self, patience: int = PATIENCE) -> None:
@@ -32,8 +32,8 @@ class Watchdog:
         """Look at a step; end a request with an error if too many were idle.
 
         Args:
-            scheduler: vLLM's.
-            scheduler_output: what it just scheduled.
+            scheduler: scheduler of the engine.
+            scheduler_output: output of the scheduler for the step.
         """
         stuck = None
         if not scheduler_output.total_num_scheduled_tokens:

@@ -34,7 +34,7 @@ from sparsemm_vllm.engine.vllm_api.signatures import (
 from sparsemm_vllm.files import write_whole
 
 FOLDER = Path(__file__).parent / "contracts"
-NO_SIGNATURE = "..."  # of what takes calls and does not tell which, and of what only must be there
+NO_SIGNATURE = "..."  # stands for what tells no signature, and for what only must be there
 VALUE = "= "  # before the value of a flag
 INHERITED = "inherited"
 
@@ -107,7 +107,7 @@ class Contract:
     """A release and the signatures of what SPARSEMM needs of it.
 
     Attributes:
-        vllm: version that was recorded.
+        vllm: version of vLLM that was recorded.
         signatures: texts of `signatures.to_text` by symbol, ``module:qualified.name``.
     """
 
@@ -144,7 +144,7 @@ class Use:
 
         Args:
             before: recorded signature.
-            after: that of the installed vLLM.
+            after: signature in the installed vLLM.
         """
         found = [
             f"{name} does not take {call}"
@@ -160,10 +160,10 @@ class Difference:
     """A symbol that is not as it was recorded.
 
     Attributes:
-        symbol: ``module:qualified.name``.
-        kind: what SPARSEMM does with it.
+        symbol: path of the symbol, ``module:qualified.name``.
+        kind: use that SPARSEMM makes of it, as in `Use.kinds`, or `INHERITED`.
         what: changes, as phrases.
-        breaks: why SPARSEMM fails with it; empty if it does not.
+        breaks: reasons why SPARSEMM fails with it; empty if it does not.
     """
 
     symbol: str
@@ -199,7 +199,7 @@ def recorded() -> list[Contract]:
 
 
 def nearest(installed: str) -> Contract:
-    """The contract of a version's own release, else of the newest before it, else the oldest.
+    """The contract of a version's release; else of the newest before it, else the oldest.
 
     Args:
         installed: version of vLLM.
@@ -273,8 +273,8 @@ def _inherited() -> list[str]:
     for base in dict.fromkeys(base for bases in OVERRIDES.values() for base in bases):
         holder, name = resolve(base)
         cls = getattr(holder, name)
-        own = [c for c in cls.__mro__ if c.__module__.startswith("vllm")]
-        names = {name for c in own for name in vars(c) if not name.startswith("_")}
+        theirs = [c for c in cls.__mro__ if c.__module__.startswith("vllm")]
+        names = {name for c in theirs for name in vars(c) if not name.startswith("_")}
         symbols += [f"{base}.{name}" for name in sorted(names)]
     return symbols
 
@@ -283,7 +283,7 @@ def is_recorded(symbol: str) -> bool:
     """Whether a function of the installed vLLM is as it was in any supported release.
 
     Args:
-        symbol: ``module:qualified.name``.
+        symbol: path of the function, ``module:qualified.name``.
     """
     try:
         text = _text(symbol)
@@ -296,7 +296,7 @@ def _text(symbol: str, wanted: bool = True) -> str:
     """The text of a symbol's signature in the installed vLLM.
 
     Args:
-        symbol: ``module:qualified.name``.
+        symbol: path of the symbol, ``module:qualified.name``.
         wanted: whether its signature counts, and not only that it is there.
     """
     holder, name = resolve(symbol)
@@ -317,7 +317,7 @@ def compare(
     """What is not in the installed vLLM as it was recorded.
 
     Args:
-        contract: what was recorded.
+        contract: recorded signatures.
         hooks: functions that are wrapped.
         loaded_only: whether to look only into modules that this process has imported, and not for
             methods of vLLM's that are new under the name of one of ours. Takes milliseconds if

@@ -17,7 +17,7 @@ class Hook:
     Attributes:
         symbol: path of vLLM's function, ``module:qualified.name``.
         wrapper: path of the function of ours that makes the new one from vLLM's, ``module:name``.
-        reason: sentence why no hook of vLLM's own serves.
+        reason: sentence that says why no hook that vLLM offers serves.
         until: change in vLLM that would make this one unnecessary.
     """
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from inspect import Parameter, Signature
 from typing import Any
 
-OWN = ("self", "cls")  # names of a method's first parameter, which no caller gives
+BOUND = ("self", "cls")  # names of a method's first parameter, which no caller gives
 BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 BY_NAME = (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -161,18 +161,19 @@ def refused(ours: Signature, theirs: Signature) -> list[str]:
     places = [p for p in mine.values() if p.kind in BY_POSITION]
     found = []
     for place, p in enumerate(wanted.values()):
-        own = mine.get(p.name)
+        same = mine.get(p.name)
         if p.kind in BY_POSITION:
             if place < len(places):
-                if places[place].name != p.name and not {p.name, places[place].name} <= set(OWN):
+                if places[place].name != p.name and not {p.name, places[place].name} <= set(BOUND):
                     found.append(f"{p.name} in place {place}, where ours has {places[place].name}")
-            elif not rest or own is not None:
+            elif not rest or same is not None:
                 found.append(f"{p.name} by position")
-        if p.name in OWN:
+        if p.name in BOUND:
             continue
-        if p.kind in BY_NAME and (not names if own is None else own.kind not in BY_NAME):
+        if p.kind in BY_NAME and (not names if same is None else same.kind not in BY_NAME):
             found.append(f"{p.name} by name")
-        if own is not None and own.default is Parameter.empty and p.default is not Parameter.empty:
+        needed = same is not None and same.default is Parameter.empty
+        if needed and p.default is not Parameter.empty:
             found.append(f"no {p.name}, which has a default")
     if any_position and not rest:
         found.append("any number of positions")
@@ -180,14 +181,14 @@ def refused(ours: Signature, theirs: Signature) -> list[str]:
         found.append("any name")
     taken = sum(p.kind in BY_POSITION for p in wanted.values())
     misread = {p.name for p in places[taken:] if any_position}
-    for own in mine.values():
-        theirs_own = wanted.get(own.name)
-        if theirs_own is None and own.default is Parameter.empty and own.name not in OWN:
-            found.append(f"no {own.name}, which ours needs")
+    for p in mine.values():
+        same = wanted.get(p.name)
+        if same is None and p.default is Parameter.empty and p.name not in BOUND:
+            found.append(f"no {p.name}, which ours needs")
             continue
-        by_name = theirs_own is not None and theirs_own.kind in BY_NAME
-        if any_name and not by_name and own.kind in BY_NAME and own.name not in OWN:
-            misread.add(own.name)
+        by_name = same is not None and same.kind in BY_NAME
+        if any_name and not by_name and p.kind in BY_NAME and p.name not in BOUND:
+            misread.add(p.name)
     return found + [f"what ours would read as {name}" for name in sorted(misread)]
 
 
@@ -240,7 +241,7 @@ class CallSite:
             before: its signature when the call was written; another parameter in the place of one
                 that is given by position is found only with it.
         """
-        parameters = [p for p in _ordinary(theirs).values() if p.name not in OWN]
+        parameters = [p for p in _ordinary(theirs).values() if p.name not in BOUND]
         places = [p for p in parameters if p.kind in BY_POSITION]
         found = []
         if self.positions > len(places) and not _has(theirs, Parameter.VAR_POSITIONAL):
@@ -267,7 +268,7 @@ class CallSite:
 
 def _places(signature: Signature) -> Iterator[str]:
     for p in signature.parameters.values():
-        if p.kind in BY_POSITION and p.name not in OWN:
+        if p.kind in BY_POSITION and p.name not in BOUND:
             yield p.name
 
 

@@ -47,9 +47,9 @@ def end_with_error(scheduler: Any, request_id: str, message: str) -> None:
     Since 0.33 the client is told why. Before it only gets an error.
 
     Args:
-        scheduler: vLLM's.
-        request_id: of a request that is not finished.
-        message: for the client.
+        scheduler: scheduler of the engine.
+        request_id: id of a request that is not finished.
+        message: sentence for the client.
     """
     failed = scheduler.grammar_compile_error_reqs
     if isinstance(failed, set):

@@ -2,41 +2,32 @@
 
 import hashlib
 import json
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import CacheConfig, VllmConfig, get_layers_from_vllm_config
+from typing_extensions import override
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention.attention import Attention
-from vllm.platforms import current_platform
-from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
-from vllm.v1.kv_cache_interface import KVCacheConfig, is_quantized_kv_cache
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.budget.request import received
 from sparsemm_vllm.engine.config import Serving, UnsupportedError, pruned_layers
 from sparsemm_vllm.engine.spec import SparseMMSpec
-from sparsemm_vllm.engine.worker.probes.kept import KeptRecorder
+from sparsemm_vllm.engine.worker.allocate import allocate_state, pruned_cache
+from sparsemm_vllm.engine.worker.probes.holders import Holder, block_contents
 from sparsemm_vllm.engine.worker.probes.masked_heads import mask_layers
-from sparsemm_vllm.engine.worker.probes.poison import Holder, Poison, block_contents
+from sparsemm_vllm.engine.worker.probes.poison import Poison
 from sparsemm_vllm.engine.worker.startup_log import describe_serving
-from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
 from sparsemm_vllm.engine.worker.step import Step, capture_step, plan_step
 from sparsemm_vllm.engine.worker.warm_up import warm_up
 from sparsemm_vllm.names import NAME
 from sparsemm_vllm.triton_kernels.batch import Rows
-from sparsemm_vllm.triton_kernels.tile_sizes import decode_options
 
 logger = init_logger("vllm.sparsemm")
-
-# Programs of the decode kernel on each multiprocessor that there is scratch memory for. As many are
-# launched as its registers and shared memory allow, which `warm_up` asks the compiled kernel.
-MOST_PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
 class SparseMMModelState(DefaultModelState):
@@ -53,13 +44,12 @@ class SparseMMModelState(DefaultModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device, *args, **kwargs)
         self._serving = Serving.of(vllm_config)
-        self._state = _allocate_state(
+        self._state = allocate_state(
             vllm_config, self.max_num_reqs, max(self.max_model_len, self.max_num_tokens), device
         )
         self._group = 0
         self._block_tables: Any = None
         settings = self._serving.settings
-        self._poisons = settings.poison_freed
         if settings.mask_heads:
             layers = get_layers_from_vllm_config(vllm_config, Attention)
             rank = get_tp_group().rank_in_group
@@ -71,59 +61,49 @@ class SparseMMModelState(DefaultModelState):
         if self.device.type == "cuda":
             torch.accelerator.empty_cache()
 
+    @override
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, block_tables: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Find the pruned layers' cache, now that it has been allocated."""
+        """As vLLM's, and find the pruned layers' cache, now that it has been allocated."""
         super().initialize_kv_cache(kv_cache_config, block_tables, *args, **kwargs)
-        groups = [
-            i
-            for i, group in enumerate(kv_cache_config.kv_cache_groups)
-            if isinstance(group.kv_cache_spec, SparseMMSpec)
-        ]
-        if len(groups) != 1:
-            raise UnsupportedError(
-                f"SPARSEMM: vLLM put the layers to prune into {len(groups)} KV cache groups, not "
-                "into one; their budgets cannot be counted together"
-            )
-        self._group = groups[0]
+        self._group = _pruned_group(kv_cache_config)
+        self._block_tables = block_tables
         group = kv_cache_config.kv_cache_groups[self._group]
-        cache = _pruned_cache(self.vllm_config, group.kv_cache_spec, group.layer_names)
-        expected = self._state.heads.L
-        if len(cache.layers) != expected:
+        cache = pruned_cache(self.vllm_config, group.kv_cache_spec, group.layer_names)
+        if len(cache.layers) != (expected := self._state.heads.L):
             raise UnsupportedError(
                 f"SPARSEMM: this rank has {len(cache.layers)} layers to prune, the layout expects "
                 f"{expected}"
             )
         self._state.attach(cache)
-        self._block_tables = block_tables
-        if self._poisons:
-            window = self._state.layout.window
-            self._state.poison = Poison(cache.tensor, window, self.max_num_tokens)
-            if len(kv_cache_config.kv_cache_groups) > 1:
-                # vLLM reads the null block where a sliding window has passed, and masks it.
-                cache.tensor[:, 0] = 0
-        # vLLM also comes here before it knows the number of blocks, to try CUDA graphs.
-        sized = kv_cache_config.num_blocks == self.vllm_config.cache_config.num_gpu_blocks
-        if sized and get_pp_group().is_first_rank and get_tp_group().is_first_rank:
-            logger.info(
-                describe_serving(
-                    self.vllm_config,
-                    self._serving,
-                    kv_cache_config.num_blocks,
-                    group.kv_cache_spec.block_size,
-                    group.kv_cache_spec.page_size_bytes,
-                )
-            )
+        if self._serving.settings.poison_freed:
+            self._poison(cache.tensor, len(kv_cache_config.kv_cache_groups))
+        self._describe_serving(kv_cache_config.num_blocks, group.kv_cache_spec)
         if self.device.type == "cuda":
             self._warm_up(kv_cache_config, block_tables.input_block_tables)
+
+    def _poison(self, cache: torch.Tensor, groups: int) -> None:
+        """Fill the pruned layers' cache with NaN, and watch it from now on."""
+        window = self._state.layout.window
+        self._state.poison = Poison(cache, window, self.max_num_tokens)
+        if groups > 1:
+            # vLLM reads the null block where a sliding window has passed, and masks it.
+            cache[:, 0] = 0
+
+    def _describe_serving(self, num_blocks: int, spec: Any) -> None:
+        """Log what is served, once: vLLM also comes here before it knows the number of blocks."""
+        sized = num_blocks == self.vllm_config.cache_config.num_gpu_blocks
+        if sized and get_pp_group().is_first_rank and get_tp_group().is_first_rank:
+            sizes = num_blocks, spec.block_size, spec.page_size_bytes
+            logger.info(describe_serving(self.vllm_config, self._serving, *sizes))
 
     def _warm_up(self, kv_cache_config: KVCacheConfig, block_tables: list[torch.Tensor]) -> None:
         """Compile what serving launches, also in layers that stay dense.
 
         Args:
-            kv_cache_config: which layers belong to which group.
-            block_tables: int32 ``[max_requests, max_blocks]`` of each group.
+            kv_cache_config: groups of layers.
+            block_tables: block table of each group, int32 ``[max_requests, max_blocks]``.
         """
         warm_up(self._state, self.dtype, block_tables[self._group])
         layers = self.vllm_config.compilation_config.static_forward_context
@@ -132,6 +112,7 @@ class SparseMMModelState(DefaultModelState):
                 if layer.get_attn_backend().get_name() == NAME:
                     layer.impl.warm_up_dense(layer, self.dtype, table)
 
+    @override
     def add_request(self, req_index: int, new_req_data: Any, *args: Any, **kwargs: Any) -> None:
         """Enter a request that starts, or resumes after preemption."""
         super().add_request(req_index, new_req_data, *args, **kwargs)
@@ -173,12 +154,14 @@ class SparseMMModelState(DefaultModelState):
             list(new_req_data.block_ids[self._group]),
         )
 
+    @override
     def remove_request(self, req_id: str, *args: Any, **kwargs: Any) -> None:
         """Forget a request that ended or was preempted."""
         super().remove_request(req_id, *args, **kwargs)
         if self._state.poison is not None:
             self._state.poison.remove(req_id)
 
+    @override
     def postprocess_state(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM's, when a step has run."""
         super().postprocess_state(*args, **kwargs)
@@ -202,6 +185,7 @@ class SparseMMModelState(DefaultModelState):
         """Time that pruning took in steps before, as far as it is known and was not taken yet."""
         return self._state.prune_timer.take()
 
+    @override
     def prepare_attn(
         self,
         input_batch: Any,
@@ -269,6 +253,22 @@ class SparseMMModelState(DefaultModelState):
         return step
 
 
+def _pruned_group(kv_cache_config: KVCacheConfig) -> int:
+    """Index of the KV cache group of the layers to prune.
+
+    Raises:
+        UnsupportedError: if they are not in one group.
+    """
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    groups = [i for i, spec in enumerate(specs) if isinstance(spec, SparseMMSpec)]
+    if len(groups) != 1:
+        raise UnsupportedError(
+            f"SPARSEMM: vLLM put the layers to prune into {len(groups)} KV cache groups, not "
+            "into one; their budgets cannot be counted together"
+        )
+    return groups[0]
+
+
 def request_seed(new_req_data: Any) -> int:
     """64 bits of what a request asks: its prompt and pictures, not its name.
 
@@ -278,90 +278,6 @@ def request_seed(new_req_data: Any) -> int:
     asked = (new_req_data.prompt_token_ids, [f.identifier for f in new_req_data.mm_features])
     digest = hashlib.blake2b(json.dumps(asked).encode(), digest_size=8)
     return int.from_bytes(digest.digest())
-
-
-def _allocate_state(
-    vllm_config: VllmConfig, max_requests: int, max_tokens: int, device: torch.device
-) -> SparseState:
-    """The rank's state, before vLLM measures the memory that is left for the KV cache."""
-    model, cache_config = vllm_config.model_config, vllm_config.cache_config
-    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
-    serving = Serving.of(vllm_config)
-    settings, layout = serving.settings, serving.layout
-    own = layout.slice_of(get_pp_group().rank_in_group, get_tp_group().rank_in_group)
-    heads = Heads(
-        own[0].stop - own[0].start,
-        model.get_num_attention_heads(parallel),
-        model.get_num_kv_heads(parallel),
-        model.get_head_size(),
-    )
-    if is_quantized_kv_cache(cache_config.cache_dtype):
-        cache_dtype = torch.float8_e4m3fn
-    else:
-        cache_dtype = kv_cache_dtype_str_to_dtype(cache_config.cache_dtype, model)
-    drafts = 0 if speculative is None else speculative.num_speculative_tokens or 0
-    multiprocessors = current_platform.num_compute_units() if device.type == "cuda" else 2
-    return SparseState(
-        layout,
-        own,
-        heads,
-        cache_dtype,
-        max_requests,
-        max_tokens,
-        MOST_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors,
-        device,
-        KeptRecorder(Path(settings.record_kept), own) if settings.record_kept else None,
-        1 + drafts,
-        settings.record_attention,
-        model.dtype,
-        _listed_pages(layout, heads, cache_config, model.dtype, cache_dtype, max_tokens),
-    )
-
-
-def _listed_pages(
-    layout: CacheLayout,
-    heads: Heads,
-    cache_config: CacheConfig,
-    query_dtype: torch.dtype,
-    cache_dtype: torch.dtype,
-    longest: int,
-) -> int:
-    """Head pages of a request at most, if the decode kernel is to look up where they are."""
-    if not decode_options(heads.D, cache_dtype, query_dtype, block_m=16).lists_pages:
-        return 0
-    blocks = layout.most_compact_blocks(longest, cache_config.block_size)
-    return blocks * heads.L * heads.Hkv
-
-
-def _pruned_cache(
-    vllm_config: VllmConfig, spec: SparseMMSpec, layer_names: list[str]
-) -> PrunedCache:
-    """One view over the layers' caches, which vLLM puts at equal strides into one allocation."""
-    context = vllm_config.compilation_config.static_forward_context
-    caches = [context[name].kv_cache for name in layer_names]
-    offsets = {b.storage_offset() - a.storage_offset() for a, b in pairwise(caches)}
-    first = caches[0]
-    same = all(
-        c.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        and c.shape == first.shape
-        and c.stride() == first.stride()
-        for c in caches
-    )
-    if not same or len(offsets) > 1:
-        raise UnsupportedError(
-            "SPARSEMM: vLLM did not put the KV caches of the layers to prune at equal distances "
-            "into one allocation; head pages cannot be striped over them"
-        )
-    if first.shape[2] != spec.block_size:
-        raise UnsupportedError(
-            f"SPARSEMM: the attention kernel splits blocks of {spec.block_size} tokens into blocks "
-            f"of {first.shape[2]}; start vLLM with --block-size {first.shape[2]}"
-        )
-    layer_stride = offsets.pop() if offsets else 0
-    tensor = first.as_strided((len(caches), *first.shape), (layer_stride, *first.stride()))
-    if is_quantized_kv_cache(vllm_config.cache_config.cache_dtype):
-        tensor = tensor.view(torch.float8_e4m3fn)
-    return PrunedCache(tensor, {name: index for index, name in enumerate(layer_names)})
 
 
 def sparse_model_state(state_cls: type) -> type:

@@ -30,17 +30,44 @@ class Heads:
         Hq: query heads.
         Hkv: KV heads.
         D: head size, in elements.
+        dtype: type of the KV cache.
+        query_dtype: type of the queries; the cache's if not given, bfloat16 beside fp8.
     """
 
     L: int
     Hq: int
     Hkv: int
     D: int
+    dtype: torch.dtype
+    query_dtype: torch.dtype | None = None
 
     @property
     def G(self) -> int:  # noqa: N802
         """Query heads of a KV head."""
         return self.Hq // self.Hkv
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a rank's memory is made for.
+
+    Attributes:
+        requests: requests that run at once.
+        tokens: tokens of the longest prompt, or of a step if they are more.
+        programs: programs to spread decode attention over, at most; `SparseState.spread` sets
+            fewer.
+        decode_queries: queries of a row, at most, that is taken for a decode.
+        recorded_queries: queries whose attention can be recorded; see `AttentionRecorder`.
+        pages: head pages of a request, at most, if their places are to be listed once; 0 if the
+            decode kernel computes them, see `HeadPages.page_units`.
+    """
+
+    requests: int
+    tokens: int
+    programs: int
+    decode_queries: int = DECODE_QUERIES
+    recorded_queries: int = 0
+    pages: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,20 +99,12 @@ class SparseState:
     that is added writes its head pages, a step its schedule, a prune its workspace.
 
     Args:
-        layout: budgets of the whole model, for requests that have no budget of their own.
-        own: layers and KV heads of the layout that this rank owns.
-        heads: numbers of this rank's heads.
-        cache_dtype: type of the KV cache.
-        max_requests: requests that run at once, at most.
-        max_tokens: tokens of the longest prompt, or of a step if they are more.
-        max_programs: programs to spread decode attention over, at most; `spread` sets fewer.
-        device: device where the kernels run.
+        layout: layout of the whole model, for requests without a budget of their own.
+        own: pruned layers and KV heads of the layout that this rank has.
+        heads: heads of this rank.
+        capacity: sizes of the memory.
+        device: device of the kernels.
         recorder: recorder of the kept tokens, if someone wants to know.
-        max_decode_queries: queries of a row that is taken for a decode, at most.
-        recorded_queries: queries whose attention can be recorded; see `AttentionRecorder`.
-        query_dtype: type of the queries; the cache's if not given, bfloat16 beside fp8.
-        max_pages: head pages of a request at most, if their places are to be listed once; 0 if the
-            decode kernel computes them, see `HeadPages.page_units`.
     """
 
     def __init__(
@@ -93,45 +112,39 @@ class SparseState:
         layout: CacheLayout,
         own: tuple[slice, slice],
         heads: Heads,
-        cache_dtype: torch.dtype,
-        max_requests: int,
-        max_tokens: int,
-        max_programs: int,
+        capacity: Capacity,
         device: torch.device,
         recorder: KeptRecorder | None = None,
-        max_decode_queries: int = DECODE_QUERIES,
-        recorded_queries: int = 0,
-        query_dtype: torch.dtype | None = None,
-        max_pages: int = 0,
     ) -> None:
+        requests, G = capacity.requests, heads.G
         self.layout = layout
         self.own = own
         self.heads = heads
         self.recorder = recorder
-        self.max_decode_queries = max(DECODE_QUERIES, max_decode_queries)
+        self.max_decode_queries = max(DECODE_QUERIES, capacity.decode_queries)
         self.ops = choose_ops(device)
         self.prune_timer = PruneTimer(device)
-        self.layouts = [layout] * max_requests
-        self.request_ids = [""] * max_requests
-        self.prompt_tokens = np.zeros(max_requests, dtype=np.int64)
-        self.compact_blocks = np.zeros(max_requests, dtype=np.int64)
-        self.max_kept = np.zeros(max_requests, dtype=np.int64)
-        self.seeds = [0] * max_requests
-        self.pages = HeadPages.empty(max_requests, heads.L, heads.Hkv, device, max_pages)
+        self.layouts = [layout] * requests
+        self.request_ids = [""] * requests
+        self.prompt_tokens = np.zeros(requests, dtype=np.int64)
+        self.compact_blocks = np.zeros(requests, dtype=np.int64)
+        self.max_kept = np.zeros(requests, dtype=np.int64)
+        self.seeds = [0] * requests
+        self.pages = HeadPages.empty(requests, heads.L, heads.Hkv, device, capacity.pages)
         self.workspace = PruneWorkspace.allocate(
-            max_tokens, heads.Hq, heads.Hkv, layout.window, device
+            capacity.tokens, heads.Hq, heads.Hkv, layout.window, device
         )
-        max_rows = decode_rows(heads.D, cache_dtype)
+        max_rows = decode_rows(heads.D, heads.dtype)
         self.knockouts = Knockouts(own, layout.window)
         self.attention: AttentionRecorder | None = None
-        if recorded_queries:
+        if capacity.recorded_queries:
             self.attention = AttentionRecorder(
-                heads.L, heads.Hq, heads.G, max_rows, recorded_queries, max_requests, device
+                heads.L, heads.Hq, G, max_rows, capacity.recorded_queries, requests, device
             )
         lengths = range(1, self.max_decode_queries + 1)
-        tiles = max(-(-q // decode_queries(q, heads.G, max_rows)) for q in lengths)
-        sizes = max_requests * tiles, heads.L, heads.Hkv, heads.D, cache_dtype, max_programs
-        self.buffers = DecodeBuffers.allocate(*sizes, device, query_dtype)
+        tiles = max(-(-q // decode_queries(q, G, max_rows)) for q in lengths)
+        sizes = requests * tiles, heads.L, heads.Hkv, heads.D, heads.dtype, capacity.programs
+        self.buffers = DecodeBuffers.allocate(*sizes, device, heads.query_dtype)
         self.poison: Poison | None = None
         self._programs: dict[int, int] = {}
         self._cache: PrunedCache | None = None

@@ -19,7 +19,7 @@ from sparsemm_vllm.engine.attention.cuda import (
     SparseMMMetadataBuilder,
 )
 from sparsemm_vllm.engine.spec import SparseMMSpec
-from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
+from sparsemm_vllm.engine.worker.state import Capacity, Heads, PrunedCache, SparseState
 from sparsemm_vllm.engine.worker.step import Step, capture_step, plan_step
 from sparsemm_vllm.triton_kernels import reference, torch_ops, triton_ops
 from sparsemm_vllm.triton_kernels.batch import Rows
@@ -43,10 +43,9 @@ def ops(request: Any) -> ModuleType:
 
 def make_state(ops: ModuleType, dtype: torch.dtype = HALF) -> SparseState:
     torch.manual_seed(0)
-    heads = Heads(L, HKV * G, HKV, D)
-    state = SparseState(
-        LAYOUT, LAYOUT.slice_of(0, 0), heads, dtype, MAX_REQUESTS, 256, 3, DEVICE, None, 3
-    )
+    heads = Heads(L, HKV * G, HKV, D, dtype)
+    capacity = Capacity(MAX_REQUESTS, 256, 3, decode_queries=3)
+    state = SparseState(LAYOUT, LAYOUT.slice_of(0, 0), heads, capacity, DEVICE)
     state.ops = ops
     cache = torch.randn(L, 1 + MAX_REQUESTS * WIDTH, HKV, P, 2 * D).to(DEVICE, dtype)
     cache[:, 0] = torch.nan  # the null block

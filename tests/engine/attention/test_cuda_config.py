@@ -24,7 +24,7 @@ from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.engine.attention import cuda as cuda_backend
 from sparsemm_vllm.engine.attention.cuda import SparseMMBackend, SparseMMMetadataBuilder
 from sparsemm_vllm.engine.spec import SparseMMSpec
-from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
+from sparsemm_vllm.engine.worker.state import Capacity, Heads, PrunedCache, SparseState
 from sparsemm_vllm.engine.worker.step import plan_step
 from support.configs import build, save
 from support.tiny import HEAD_SIZE, KV_HEADS, QUERY_HEADS, skewed_profile, text_config
@@ -114,8 +114,8 @@ def test_flash_attention_schedules_what_it_computes(
     """Real prompts, and batches without a step, as they are when piecewise graphs are captured."""
     config = build(llama, dtype=dtype, kv_cache_dtype=cache)
     builder = make_builder(config, getattr(torch, dtype), cache)
-    heads = Heads(LAYOUT.slice_of(0, 0)[0].stop, QUERY_HEADS, KV_HEADS, HEAD_SIZE)
-    state = SparseState(LAYOUT, LAYOUT.slice_of(0, 0), heads, torch.float32, 2, 256, 2, CPU)
+    heads = Heads(LAYOUT.slice_of(0, 0)[0].stop, QUERY_HEADS, KV_HEADS, HEAD_SIZE, torch.float32)
+    state = SparseState(LAYOUT, LAYOUT.slice_of(0, 0), heads, Capacity(2, 256, 2), CPU)
     state.attach(PrunedCache(torch.empty(heads.L, 1, KV_HEADS, P, 2 * HEAD_SIZE), {}))
     state.add(0, 100)
     dense: Any = builder.build(0, batch(20))

@@ -12,7 +12,7 @@ from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.budget.methods import METHODS
 from sparsemm_vllm.budget.random_scores import random_scores
 from sparsemm_vllm.engine.attention.forward import prune, split_layer
-from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
+from sparsemm_vllm.engine.worker.state import Capacity, Heads, PrunedCache, SparseState
 from sparsemm_vllm.engine.worker.step import plan_step
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
 from sparsemm_vllm.triton_kernels.batch import Prompts
@@ -53,10 +53,8 @@ class Rank:
         query, key = query[heads.start * G : heads.stop * G], key[heads]
         self.L, self.Hkv, self.n = layers.stop - layers.start, len(key), n
         self.N, self.C = -(-n // P), layout.compact_blocks(n, P)
-        state = SparseState(
-            layout, self.own, Heads(self.L, self.Hkv * G, self.Hkv, D),
-            torch.float32, 4, n, 2, DEVICE,
-        )  # fmt: skip
+        sizes = Heads(self.L, self.Hkv * G, self.Hkv, D, torch.float32)
+        state = SparseState(layout, self.own, sizes, Capacity(4, n, 2), DEVICE)
         state.ops = ops or state.ops
         blocks = 1 + self.N + self.C
         cache = torch.full((self.L, blocks, self.Hkv, P, 2 * D), torch.nan, device=DEVICE)
@@ -196,9 +194,8 @@ def test_the_pure_functions_say_the_same():
 def test_prompts_of_a_launch_are_split_one_by_one():
     """Each by its own scores, into its own pages; the layer's share begins where it must."""
     layout = CacheLayout(((9, 9, 9),) * 2, window=4, base=9, method="adakv")
-    state = SparseState(
-        layout, layout.slice_of(0, 0), Heads(2, 3, 3, 8), torch.float32, 4, 400, 1, DEVICE
-    )
+    heads = Heads(2, 3, 3, 8, torch.float32)
+    state = SparseState(layout, layout.slice_of(0, 0), heads, Capacity(4, 400, 1), DEVICE)
     state.attach(PrunedCache(torch.empty(2, 1, 3, 4, 16, device=DEVICE), {}))
     lengths = [60, 33, 90]
     for index, n in zip((3, 0, 1), lengths, strict=True):

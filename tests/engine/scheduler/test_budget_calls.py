@@ -13,7 +13,7 @@ from sparsemm_vllm.budget import layout as layout_module
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.budget.request import RequestLimits, accept
 from sparsemm_vllm.engine import patches
-from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
+from sparsemm_vllm.engine.worker.state import Capacity, Heads, PrunedCache, SparseState
 from support.chats import BASE, SCORES, Chats, P, W
 
 SERVER = CacheLayout.from_scores(
@@ -81,7 +81,9 @@ def test_the_scheduler_counts_a_prompt_length_and_budget_once(calls):
 def test_a_worker_counts_a_prompt_length_and_budget_once(calls):
     layout = pickle.loads(pickle.dumps(SERVER))
     own = layout.slice_of(0, 0)
-    state = SparseState(layout, own, Heads(3, 4, 2, 16), torch.bfloat16, 4, 400, 3, DEVICE)
+    state = SparseState(
+        layout, own, Heads(3, 4, 2, 16, torch.bfloat16), Capacity(4, 400, 3), DEVICE
+    )
     state.attach(PrunedCache(torch.empty(3, 1, 2, P, 32, device=DEVICE), {}))
     for index, (n, asks) in enumerate(REQUESTS * 2):
         state.add(index % 4, n, layout=accept(asks, RequestLimits(W, 40)).layout(layout))

@@ -26,10 +26,12 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.budget.request import RequestLimits
+from sparsemm_vllm.budget.settings import Settings
 from sparsemm_vllm.engine.attention import cuda as cuda_backend
 from sparsemm_vllm.engine.attention.forward import forward_sparse
+from sparsemm_vllm.engine.config import Serving
 from sparsemm_vllm.engine.worker.model_state import DefaultModelState, SparseMMModelState
-from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
+from sparsemm_vllm.engine.worker.state import Capacity, Heads, PrunedCache, SparseState
 from sparsemm_vllm.engine.worker.step import capture_step, plan_step
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
 from sparsemm_vllm.triton_kernels.batch import Rows
@@ -167,8 +169,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def make_state(device: torch.device, layout: CacheLayout = LAYOUT, **options: Any) -> SparseState:
     """Request 0 is pruned."""
-    own, heads = layout.slice_of(0, 0), Heads(L, HKV * G, HKV, D)
-    state = SparseState(layout, own, heads, torch.float32, 4, 256, 3, device, **options)
+    heads, capacity = Heads(L, HKV * G, HKV, D, torch.float32), Capacity(4, 256, 3, **options)
+    state = SparseState(layout, layout.slice_of(0, 0), heads, capacity, device)
     cache = torch.randn(L, 40, HKV, P, 2 * D, device=device)
     state.attach(PrunedCache(cache, {Layer(i).layer_name: i for i in range(L)}))
     state.add(0, N)
@@ -411,7 +413,8 @@ def test_a_step_is_made_without_the_device(
     builder: Any = object.__new__(cuda_backend.SparseMMMetadataBuilder)
     worker: Any = object.__new__(SparseMMModelState)
     state = worker._state = make_state(META, replace(LAYOUT, method=method))
-    worker._group, worker._limits, state.ops = 0, RequestLimits(LAYOUT.window, 0), triton_ops
+    worker._group, state.ops = 0, triton_ops
+    worker._serving = Serving(Settings(), LAYOUT, RequestLimits(LAYOUT.window, 0))
     prompts, seq_lens, queries = zip(*STEPS[name], strict=True)
     starts = np.cumsum([0, *queries]).tolist()
     common = vllm_common(starts, list(seq_lens))

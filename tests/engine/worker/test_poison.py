@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from sparsemm_vllm.engine.worker.probes.holders import Holder, block_contents
 from sparsemm_vllm.engine.worker.probes.knockout import Knockout, attend_without
-from sparsemm_vllm.engine.worker.probes.poison import Holder, Poison, block_contents
+from sparsemm_vllm.engine.worker.probes.poison import Poison
 from sparsemm_vllm.engine.worker.probes.watched_cache import PoisonError, number_slots
 
 L, B, H, P, D, W = 2, 12, 3, 4, 8, 3

@@ -16,6 +16,7 @@ from sparsemm_vllm.engine.attention.cuda import SparseMMBackend
 from sparsemm_vllm.engine.config import UnsupportedError
 from sparsemm_vllm.engine.spec import SparseMMSpec
 from sparsemm_vllm.engine.worker import model_state
+from sparsemm_vllm.engine.worker.state import PrunedCache
 from sparsemm_vllm.plugin import install
 from support.tiny import KV_HEADS, LAYERS, skewed_profile
 
@@ -50,7 +51,7 @@ def caches(page_size: int = P) -> list[torch.Tensor]:
     return list(torch.zeros(LAYERS, 5, KV_HEADS, page_size, 2 * D))
 
 
-def attach(config: Any, *specs: Any, monkeypatch: pytest.MonkeyPatch) -> model_state.PrunedCache:
+def attach(config: Any, *specs: Any, monkeypatch: pytest.MonkeyPatch) -> PrunedCache:
     """What the worker makes of its caches, in groups of these specs; the first has all layers."""
     monkeypatch.setattr(model_state.DefaultModelState, "initialize_kv_cache", lambda *_: None)
     state: Any = object.__new__(model_state.SparseMMModelState)

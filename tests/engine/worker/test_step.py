@@ -10,11 +10,19 @@ from vllm.config.compilation import CUDAGraphMode
 
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.budget.request import RequestLimits
+from sparsemm_vllm.budget.settings import Settings
 from sparsemm_vllm.engine.attention.forward import forward_sparse
+from sparsemm_vllm.engine.config import Serving
 from sparsemm_vllm.engine.worker import warm_up as warm_up_module
 from sparsemm_vllm.engine.worker.model_state import DefaultModelState, SparseMMModelState
 from sparsemm_vllm.engine.worker.probes.attention import AttentionRecorder
-from sparsemm_vllm.engine.worker.state import DECODE_QUERIES, Heads, PrunedCache, SparseState
+from sparsemm_vllm.engine.worker.state import (
+    DECODE_QUERIES,
+    Capacity,
+    Heads,
+    PrunedCache,
+    SparseState,
+)
 from sparsemm_vllm.engine.worker.step import Step, capture_step, plan_step
 from sparsemm_vllm.engine.worker.warm_up import warm_up
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
@@ -51,14 +59,9 @@ def make_state(
     state = SparseState(
         LAYOUT,
         own,
-        Heads(L=3, Hq=2 * G, Hkv=2, D=D),
-        torch.bfloat16,
-        max_requests,
-        max_tokens,
-        max_programs=3,
-        device=DEVICE,
-        max_decode_queries=1 + drafts,
-        max_pages=max_pages,
+        Heads(L=3, Hq=2 * G, Hkv=2, D=D, dtype=torch.bfloat16),
+        Capacity(max_requests, max_tokens, 3, decode_queries=1 + drafts, pages=max_pages),
+        DEVICE,
     )
     state.attach(PrunedCache(torch.empty(3, 1, 2, P, 2 * D, device=DEVICE), {}))
     for index, n in enumerate(prompts):
@@ -126,9 +129,8 @@ def test_an_index_that_is_used_again_forgets_its_last_request(before, after):
 def test_a_rank_knows_its_own_heads():
     """The second of two ranks: its heads' lengths, its own first page."""
     layout = CacheLayout(LAYOUT.capacities, window=W, base=BASE, tensor_parallel=2)
-    state = SparseState(
-        layout, layout.slice_of(0, 1), Heads(3, 2, 1, 16), torch.float32, 2, 100, 1, DEVICE
-    )
+    heads = Heads(3, 2, 1, 16, torch.float32)
+    state = SparseState(layout, layout.slice_of(0, 1), heads, Capacity(2, 100, 1), DEVICE)
     state.attach(PrunedCache(torch.empty(3, 1, 1, P, 32), {}))
     state.add(1, 100)
     assert state.pages.lengths[1].tolist() == [[1], [P + 1], [96]]
@@ -546,7 +548,8 @@ def worker(state, **limits):
     """A model state that has only what planning needs."""
     worker = object.__new__(SparseMMModelState)
     worker._state = state
-    worker._limits = RequestLimits(W, 2 * (W + BASE), **limits)
+    limits = RequestLimits(W, 2 * (W + BASE), **limits)
+    worker._serving = Serving(Settings(), state.layout, limits)
     return worker
 
 

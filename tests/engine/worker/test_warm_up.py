@@ -142,25 +142,14 @@ def make_state(
     listed: int,
 ) -> Any:
     from sparsemm_vllm.budget.layout import CacheLayout
-    from sparsemm_vllm.engine.worker.state import Heads, PrunedCache, SparseState
+    from sparsemm_vllm.engine.worker.state import Capacity, Heads, PrunedCache, SparseState
 
     L, D = 2, 128
     capacities = tuple(tuple(range(layer, layer + Hkv)) for layer in range(L))
     layout = CacheLayout(capacities, window=WINDOW, base=BASE, pool_kernel=5)
-    own, heads = layout.slice_of(0, 0), Heads(L, Hkv * G, Hkv, D)
-    state = SparseState(
-        layout,
-        own,
-        heads,
-        cache_dtype,
-        requests,
-        MAX_TOKENS,
-        264,
-        torch.device("cpu"),
-        max_decode_queries=1 + drafts,
-        query_dtype=dtype,
-        max_pages=listed,
-    )
+    heads = Heads(L, Hkv * G, Hkv, D, cache_dtype, dtype)
+    capacity = Capacity(requests, MAX_TOKENS, 264, decode_queries=1 + drafts, pages=listed)
+    state = SparseState(layout, layout.slice_of(0, 0), heads, capacity, torch.device("cpu"))
     cache = torch.empty(L, 4, Hkv, 16, 2 * D, dtype=cache_dtype)
     state.attach(PrunedCache(cache, {"layers.0": 0, "layers.1": 1}))
     return state

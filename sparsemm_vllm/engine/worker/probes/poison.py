@@ -10,17 +10,15 @@ A read that should be made and is not, nothing here can tell.
 Knows nothing of vLLM. Waits for the device in every step.
 """
 
-import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
+from sparsemm_vllm.engine.worker.probes.holders import Holder
 from sparsemm_vllm.engine.worker.probes.watched_cache import (
     NAN_BYTE,
     PoisonError,
@@ -29,43 +27,12 @@ from sparsemm_vllm.engine.worker.probes.watched_cache import (
 )
 
 
-@dataclass
-class Holder:
-    """A running request and its row of the block table.
-
-    Attributes:
-        request_id: name of the request.
-        prompt_tokens: tokens of its prompt, `n`.
-        compact_blocks: compact blocks, `C`; 0 if its prompt stays whole.
-        hit_tokens: tokens that were computed before it came.
-        contents: digest of all tokens up to the end of each block, as far as they are known.
-        given: blocks that it came with.
-        blocks: entries of its row.
-        generations: generation of each block when the request got it.
-        entries: entry of each block.
-        is_pruning: whether the step under way prunes its prompt.
-        is_pruned: whether a step before did.
-    """
-
-    request_id: str
-    prompt_tokens: int
-    compact_blocks: int
-    hit_tokens: int
-    contents: list[bytes]
-    given: list[int]
-    blocks: list[int] = field(default_factory=list)
-    generations: list[int] = field(default_factory=list)
-    entries: dict[int, int] = field(default_factory=dict)
-    is_pruning: bool = False
-    is_pruned: bool = False
-
-
 class Poison:
     """Fills blocks with NaN and checks who writes and reads them.
 
     Args:
         cache: KV cache of the pruned layers, ``[L, B, Hkv, P, 2 * D]``; all of it is filled.
-        window: `W`, in tokens.
+        window: observation window, `W`, in tokens.
         max_tokens: tokens of a step at most.
     """
 
@@ -134,7 +101,7 @@ class Poison:
             pruned_rows: rows whose prompt the step prunes.
             positions: position of each token of the step in its request, ``[T]``.
             slots: cache slot of each token, as it will be written, ``[T]``.
-            block_table: ``[R, max_blocks]``.
+            block_table: block table of the step, ``[R, max_blocks]``.
             block_counts: entries of each request's row, ``[max_requests]``.
 
         Raises:
@@ -356,7 +323,7 @@ class Poison:
 
         Args:
             layer: layer that attended.
-            output: ``[T, Hq, D]``, of padding tokens too.
+            output: attention of all tokens, padding ones too, ``[T, Hq, D]``.
         """
         is_nan = output.flatten(1).isnan().any(1)[: self._is_nan.shape[1]]
         self._is_nan[layer].fill_(False)
@@ -393,30 +360,3 @@ class Poison:
             f"poison_freed: request {holder.request_id}{what and ' ' + what}: block {block} "
             f"(of {owner}, generation {generation}) {why}"
         )
-
-
-def block_contents(
-    token_ids: Sequence[int],
-    pictures: Sequence[tuple[int, int, str]],
-    adapter: str,
-    page_size: int,
-) -> list[bytes]:
-    """What stands in each full block of a request's tokens, and before it.
-
-    Args:
-        token_ids: tokens that are known before it runs.
-        pictures: first token, tokens and name of each picture.
-        adapter: name of its LoRA adapter.
-        page_size: tokens of a block.
-
-    Returns:
-        A digest of each block; equal for equal tokens and pictures up to the block's end.
-    """
-    digest, contents = adapter.encode(), []
-    for end in range(page_size, len(token_ids) + 1, page_size):
-        first = end - page_size
-        shown = [p for p in pictures if p[0] < end and first < p[0] + p[1]]
-        block = repr((digest, list(token_ids[first:end]), shown))
-        digest = hashlib.blake2b(block.encode(), digest_size=16).digest()
-        contents.append(digest)
-    return contents

@@ -29,7 +29,7 @@ from sparsemm_vllm.processes import LoggedProcess, ended_by_signals
 SECONDS = 300.0  # of each engine, until it counts as hung
 LOG_LINES = 12  # of the log, shown after a failure
 # Without -P the working folder would be on the module path.
-CHILD = (sys.executable, "-P", "-m", "sparsemm_vllm.commands.check.child")
+CHILD = (sys.executable, "-P", "-m", "sparsemm_vllm.commands.check.run_child")
 PACKAGES = ("sparsemm-vllm", "vllm", "torch", "triton", "transformers")
 STYLES = {"ok": "green", "differs": "red", "failed": "red", "not run": "yellow"}
 END = "engine end"
@@ -39,13 +39,13 @@ class CheckRun(LoggedProcess):
     """The process that checks. Starts on entering, is ended on leaving.
 
     Args:
-        seconds: time that it has for each engine.
-        command: program that does the work, for `child.main`'s arguments.
+        seconds: time that it has for each engine, in seconds.
+        command: program that does the work, for `run_child.main`'s arguments.
 
     Attributes:
         device: name of what the engine runs on.
-        problem: what is wrong with the process, if anything.
-        seconds: time that it took, once it has ended.
+        problem: sentence on what is wrong with the process; none if nothing is.
+        seconds: time that it took, in seconds, once it has ended.
     """
 
     def __init__(self, seconds: float = SECONDS, command: Sequence[str] = CHILD) -> None:
@@ -214,7 +214,7 @@ def make_record(rows: Sequence[Row], run: CheckRun, passed: bool) -> dict[str, A
     """What `--json` writes.
 
     Args:
-        rows: all rows.
+        rows: rows of the table, all of them.
         run: process that made them.
         passed: whether all are as they should be.
     """

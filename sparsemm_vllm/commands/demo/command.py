@@ -1,4 +1,4 @@
-"""`sparsemm demo`: the bundled model reads a new picture from a pruned KV cache."""
+"""`sparsemm demo`: what the command does and says."""
 
 import difflib
 import json
@@ -19,21 +19,28 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import override
 
-from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.plan import make_plan
 from sparsemm_vllm.budget.profile import load_profile
+from sparsemm_vllm.budget.settings import Settings
 from sparsemm_vllm.commands.client import data_url, metric, png, pool_blocks
+from sparsemm_vllm.commands.demo.figure import draw_report
+from sparsemm_vllm.commands.kept_map import KeptPicture
 from sparsemm_vllm.commands.server import STAGES, Server, ServerError
 from sparsemm_vllm.data.pictures import DEMO_SEEDS, Sample, make_demo_sample
 from sparsemm_vllm.engine.worker.probes.kept import load_kept
 from sparsemm_vllm.environment import has_gpu
 from sparsemm_vllm.files import write_whole
+from sparsemm_vllm.names import KEY
 from sparsemm_vllm.processes import ended_by_signals
 from sparsemm_vllm.reader import READER, reader_folder
 
 BLOCK_SIZE = 16
 WINDOW = 16
 MAX_TOKENS = 64
+KEPT = "kept"  # folder in which the workers record what heads keep
+OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 @dataclass(frozen=True)
@@ -41,10 +48,10 @@ class Outcome:
     """What was seen of one request.
 
     Attributes:
-        answer: the model's.
-        request_id: the API's.
-        prompt_tokens: `n`, as the server counted it.
-        seconds: to the first token, and to the last.
+        answer: text that the model said.
+        request_id: name of the request in the API.
+        prompt_tokens: length of the prompt in tokens, as the server counted it.
+        seconds: time to the first token, and to the last, in seconds.
         blocks: KV blocks held, by the server's metrics, one reading after the other.
     """
 
@@ -69,13 +76,14 @@ def run_demo(out: Path, seed: int | None, budget: int) -> int:
 
     Args:
         out: folder for the picture, the report and the server's log.
-        seed: of the picture; random if none.
-        budget: tokens per KV head on average.
+        seed: number of the picture; random if none.
+        budget: tokens per KV head on average, window included.
 
     Returns:
         The exit code: 0, or 1 if the server failed, or 130 after Ctrl-C.
 
     Raises:
+        SettingsError: for a budget that a server would refuse.
         OSError: naming the file, if one cannot be written.
     """
     console = Console()
@@ -86,18 +94,9 @@ def run_demo(out: Path, seed: int | None, budget: int) -> int:
     sample = make_demo_sample(DEMO_SEEDS.start + chosen, "read")
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "picture.png", png(sample.image))
-    settings = {
-        "profile": READER,
-        "budget": budget,
-        "window": WINDOW,
-        "record_kept": str((out / "kept").resolve()),
-    }
+    settings = _settings(budget, out / KEPT)
     try:
-        arguments = _arguments(settings)
-        server = Server(str(reader_folder()), arguments, out / "server.log", _OFFLINE)
-        with ended_by_signals(), server:
-            _wait(server, console)
-            outcome = _ask(server, sample, console)
+        outcome = _serve(sample, settings, out / "server.log", console)
     except ServerError as error:
         console.print("[red]sparsemm demo:[/]", Text(str(error)), soft_wrap=True)
         console.print(f"The whole log: {out / 'server.log'}")
@@ -113,10 +112,20 @@ def run_demo(out: Path, seed: int | None, budget: int) -> int:
     return 0
 
 
-_OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+def _settings(budget: int, kept: Path) -> Settings:
+    values = {"profile": READER, "budget": budget, "window": WINDOW}
+    return Settings.from_values(values | {"record_kept": str(kept.resolve())})
 
 
-def _arguments(settings: dict[str, Any]) -> list[str]:
+def _serve(sample: Sample, settings: Settings, log: Path, console: Console) -> Outcome:
+    """Start a server, ask it about the picture, and stop it."""
+    server = Server(str(reader_folder()), _arguments(settings), log, OFFLINE)
+    with ended_by_signals(), server:
+        _wait(server, console)
+        return _ask(server, sample, console)
+
+
+def _arguments(settings: Settings) -> list[str]:
     arguments = {
         "--attention-backend": "SPARSEMM",
         "--served-model-name": READER,
@@ -125,7 +134,7 @@ def _arguments(settings: dict[str, Any]) -> list[str]:
         "--max-num-seqs": "8",
         "--block-size": str(BLOCK_SIZE),
         "--kv-cache-memory-bytes": str(64 << 20),
-        "--additional-config": json.dumps({"sparsemm": settings}),
+        "--additional-config": json.dumps({KEY: settings.as_values()}),
     }
     return [word for pair in arguments.items() for word in pair] + ["--enforce-eager"]
 
@@ -150,7 +159,9 @@ class _BlockWatch(threading.Thread):
         self._done = threading.Event()
         self.blocks: list[int] = []
 
+    @override
     def run(self) -> None:
+        """Read until `stop` is called, or the server is gone."""
         with httpx.Client() as client:
             while not self._done.is_set():
                 try:
@@ -214,15 +225,19 @@ def _messages(sample: Sample) -> Any:
     return [{"role": "user", "content": content}]
 
 
-def _report(
-    sample: Sample, outcome: Outcome, settings: dict[str, Any], seed: int
-) -> dict[str, Any]:
-    profile = load_profile(READER)
-    layout = CacheLayout.from_scores(
-        profile.tensor(), profile.num_kv_heads, settings["budget"], settings["window"]
+def _report(sample: Sample, outcome: Outcome, settings: Settings, seed: int) -> dict[str, Any]:
+    """What is written as JSON and shown.
+
+    Args:
+        sample: picture with its question and true text.
+        outcome: observations of the request.
+        settings: settings of the server.
+        seed: number of the picture.
+    """
+    n, first_token = outcome.prompt_tokens, 1
+    plan = make_plan(
+        load_profile(READER), settings, n, answer_tokens=first_token, block_size=BLOCK_SIZE
     )
-    n = outcome.prompt_tokens
-    kept = layout.kept_tokens(n) + layout.window if layout.is_pruned(n) else np.full((1, 1), n)
     true, said = sample.answer.split(), outcome.answer.split()
     return {
         "seed": seed,
@@ -231,22 +246,18 @@ def _report(
         "answer": outcome.answer,
         "words": len(true),
         "words_right": words_in_order(true, said),
-        "prompt_tokens": n,
-        "pruned": layout.is_pruned(n),
-        "kept_per_head": {
-            "min": int(kept.min()),
-            "median": float(np.median(kept)),
-            "max": int(kept.max()),
-        },
+        "prompt_tokens": plan.prompt_tokens,
+        "pruned": plan.pruned,
+        "kept_per_head": {"min": plan.kept_min, "median": plan.kept_median, "max": plan.kept_max},
         "kv_blocks": {
-            "block_size_tokens": BLOCK_SIZE,
-            "while_pruning": -(-n // BLOCK_SIZE) + layout.compact_blocks(n, BLOCK_SIZE),
-            "after_pruning": layout.held_blocks(n, n + 1, BLOCK_SIZE),
+            "block_size_tokens": plan.block_size,
+            "while_pruning": plan.peak_blocks,
+            "after_pruning": plan.pruned_blocks,
             "seen_in_metrics": outcome.blocks_seen,
-            "dense": -(-(n + 1) // BLOCK_SIZE),
+            "dense": plan.dense_blocks,
         },
         "seconds": {"first_token": outcome.seconds[0], "whole_answer": outcome.seconds[1]},
-        "settings": {k: v for k, v in settings.items() if k != "record_kept"},
+        "settings": {k: v for k, v in settings.as_values().items() if k != "record_kept"},
         "versions": {p: version(p) for p in ("sparsemm-vllm", "vllm", "torch", "transformers")},
         "machine": {"gpu": has_gpu(), "processor": platform.processor() or platform.machine()},
     }
@@ -287,14 +298,27 @@ def _show(report: dict[str, Any], console: Console) -> None:
 
 
 def _save(report: dict[str, Any], sample: Sample, outcome: Outcome, out: Path) -> None:
-    from sparsemm_vllm.commands.kept_map import draw_kept_map, image_token_positions
-
     write_whole(out / "report.json", json.dumps(report, indent=2) + "\n")
-    if report["pruned"]:
-        kept = load_kept(out / "kept", outcome.request_id)
+    picture = _kept_picture(sample, outcome, out / KEPT if report["pruned"] else None)
+    draw_report(report, picture, out / "report.png")
+
+
+def _kept_picture(sample: Sample, outcome: Outcome, kept: Path | None) -> KeptPicture:
+    """The picture in its prompt, with what the workers recorded.
+
+    Args:
+        sample: picture with its question.
+        outcome: observations of the request.
+        kept: folder of the records; none if nothing was pruned: then every head kept everything.
+    """
+    from sparsemm_vllm.commands.demo.prompt import picture_in_prompt  # imports transformers
+
+    n = outcome.prompt_tokens
+    geometry, positions = picture_in_prompt(reader_folder(), sample.image, sample.question, n)
+    if kept is not None:
+        by_head = load_kept(kept, outcome.request_id)
     else:
         profile = load_profile(READER)
-        everything = np.arange(outcome.prompt_tokens - WINDOW)
-        kept = {h: everything for h in np.ndindex(profile.num_layers, profile.num_kv_heads)}
-    positions = image_token_positions(reader_folder(), sample.question, outcome.prompt_tokens)
-    draw_kept_map(sample.image, report, kept, positions, out / "report.png")
+        heads = np.ndindex(profile.num_layers, profile.num_kv_heads)
+        by_head = dict.fromkeys(heads, np.arange(n - WINDOW))
+    return KeptPicture(sample.image, geometry, positions, n, WINDOW, by_head)

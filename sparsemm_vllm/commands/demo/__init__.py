@@ -1,0 +1,1 @@
+"""`sparsemm demo`: the bundled model reads a new picture from a pruned KV cache."""
