@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sparsemm_vllm.files import write_json
+
 
 def main(job_path: Path, result_path: Path) -> None:
     job = json.loads(job_path.read_text())
@@ -53,14 +55,20 @@ def main(job_path: Path, result_path: Path) -> None:
         "blocks": config.cache_config.num_gpu_blocks,
         "rounds": [run(llm, **each) for each in job["rounds"]],
     }
-    result_path.write_text(json.dumps(result))
+    write_json(result_path, result)
 
 
-def initialize(count: list[int], parameter: Any) -> None:
+def initialize(count: list[int], parameter: Any, *args: Any, **kwargs: Any) -> None:
     """Weights of a model that says something: vLLM's own are next to nothing, and all alike.
 
     Activations keep their size from layer to layer; norms and scales are 1. Logits, of which bf16
-    keeps 8 bits, are small.
+    keeps 8 bits, are small. It stands in vLLM's place, whose releases give it more arguments.
+
+    Args:
+        count: number of matrices that were made before, as the only entry; it counts on.
+        parameter: weights to fill.
+        args: other arguments of vLLM's, of no consequence here.
+        kwargs: other arguments of vLLM's by name, of no consequence here.
     """
     import torch
 

@@ -17,6 +17,7 @@ from common import HERE, with_paths
 from timed_cases import Model, W, head_scores
 
 from gpu_parts.device import Context
+from sparsemm_vllm.files import write_json
 
 NEEDS = 40
 # What torch and vLLM say under VLLM_GPU_SYNC_CHECK=warn, and where.
@@ -89,7 +90,7 @@ def write_model(folder: Path, model: Model, hidden: int, intermediate: int, leng
         "eos_token_id": 2,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
+    write_json(folder / "config.json", config)
     return folder
 
 
@@ -128,7 +129,7 @@ def run_engine(
     folder = context.folder / "engines"
     folder.mkdir(exist_ok=True)
     job_path, result, log = (folder / f"{name}.{kind}" for kind in ("job", "result", "log"))
-    job_path.write_text(json.dumps(job | {"dry": context.device.dry}))
+    write_json(job_path, job | {"dry": context.device.dry})
     result.unlink(missing_ok=True)
     command = [sys.executable, "-P", "-m", "gpu_parts.engine", str(job_path), str(result)]
     with log.open("w") as output:
