@@ -25,6 +25,7 @@ from gpu_report.readme import readme_table
 from rich.console import Console
 from speed.variants import by_size, split
 
+from sparsemm_vllm.commands.figures import plot_axes, save_figure, styled
 from sparsemm_vllm.files import write_whole
 
 README = ROOT / "README.md"
@@ -55,6 +56,7 @@ def decode_points(document: dict[str, Any]) -> dict[int, dict[str, list[tuple[in
     return {batch: points[batch] for batch in sorted(points)}
 
 
+@styled()
 def draw_decode(document: dict[str, Any], picture: Path) -> None:
     """A panel for each batch."""
     points = decode_points(document)
@@ -72,8 +74,7 @@ def draw_decode(document: dict[str, Any], picture: Path) -> None:
         panel.set_xticks(n, [f"{tokens:,}" for tokens in n], minor=False, fontsize=8)
         panel.set_xticks([], minor=True)
         panel.set_ylim(bottom=0)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(axis="y", alpha=0.3)
+        plot_axes(panel)
     axes[0][0].set_ylabel("ms a decode step")
     handles = {line.get_label(): line for panel in axes[0] for line in panel.get_lines()[::2]}
     figure.legend(
@@ -81,7 +82,7 @@ def draw_decode(document: dict[str, Any], picture: Path) -> None:
     )
     machine, asked = document["machine"], document["asked"]
     figure.suptitle(f"{asked['model']} on {machine['device']} (dotted: floor)", fontsize=11)
-    figure.savefig(picture, dpi=130)
+    save_figure(figure, picture)
     plt.close(figure)
 
 

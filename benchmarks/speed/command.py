@@ -42,8 +42,8 @@ def prepare(
 
     Args:
         model: name of a model of benchmarks/models, or none for the bundled one.
-        models: folder where they are made.
-        no_inductor: capture CUDA graphs of what is not compiled.
+        models: folder in which models are made.
+        no_inductor: whether CUDA graphs are captured of what is not compiled.
     """
     if not has_gpu():
         use_cpu()

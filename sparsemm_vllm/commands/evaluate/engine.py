@@ -4,6 +4,7 @@
 
 An engine cannot change its budgets, and a process that has closed one cannot be trusted to open
 another. Counts of answered questions go to the standard output, vLLM's log to the standard error.
+vLLM is imported in functions: it takes seconds, and reads an environment that is set before.
 """
 
 import os
