@@ -7,8 +7,6 @@ CPU time is that of this process, in which the engine runs. The first batch of e
 what it needs and counts, as it does for who measures a profile.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time

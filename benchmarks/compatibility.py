@@ -9,8 +9,6 @@ device in ``benchmarks/results/compatibility/``. FILE is JUnit XML, which `make 
 write. What GPUs ran is read from ``benchmarks/results/<device>/<date>/``.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -21,9 +19,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from common import RESULTS, ROOT, code_version, markdown
 from packaging.version import Version
-from report import RESULTS, ROOT, with_tables
+from report import with_tables
 from rich.console import Console
+
+from sparsemm_vllm.files import write_json, write_whole
 
 RECORDS = RESULTS / "compatibility"
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -49,11 +50,9 @@ def record(
 
 
 def commit() -> str:
-    """The commit that is checked out, with a plus if files differ from it."""
-    run = {"cwd": ROOT, "check": True, "capture_output": True, "text": True}
-    head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], **run).stdout.strip()
-    return f"{head}+" if changed else head
+    """The commit that is checked out, with a plus if files of the package differ from it."""
+    found = code_version()
+    return found["commit"][:12] + "+" * found["changed"]
 
 
 def count_tests(file: Path) -> dict[str, Any]:
@@ -74,8 +73,8 @@ def keep(check: dict[str, Any], tests: dict[str, Any] | None, commit: str, recor
     """Add a result to the record of its environment.
 
     Args:
-        check: what `sparsemm check --run --json` wrote.
-        tests: what `count_tests` returned; an earlier result of the same versions stays if none.
+        check: document that `sparsemm check --run --json` wrote.
+        tests: counts of `count_tests`; if none, an earlier result of the same versions stays.
         commit: commit of this project that was run.
         records: folder of all records.
     """
@@ -97,7 +96,7 @@ def keep(check: dict[str, Any], tests: dict[str, Any] | None, commit: str, recor
     if tests is not None:
         document["tests"] = tests | {"commit": commit}
     records.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    write_json(path, document)
     return path
 
 
@@ -106,7 +105,8 @@ def table(
     page: Annotated[Path, typer.Option(help="Markdown file with the markers.")] = PAGE,
 ) -> None:
     """Write the table between its markers."""
-    page.write_text(with_tables(page.read_text(), {"compatibility": lines}, Path(__file__).name))
+    text = with_tables(page.read_text(), {"compatibility": lines}, Path(__file__).name)
+    write_whole(page, text)
     console.print(str(page), soft_wrap=True)
 
 
@@ -120,11 +120,7 @@ def lines(results: Path = RESULTS) -> list[str]:
     columns = (*PACKAGES, "device", "check --run", "tests", "date")
     heads = ("vLLM", "torch", "triton", "transformers", "Python", "device",
              "`sparsemm check --run`", "tests", "run on")  # fmt: skip
-    return [
-        f"| {' | '.join(heads)} |",
-        "| --- " * len(heads) + "|",
-        *(f"| {' | '.join(row[column] or '-' for column in columns)} |" for row in rows),
-    ]
+    return markdown(heads, [[row[column] or "-" for column in columns] for row in rows])
 
 
 def recorded(results: Path) -> Iterator[dict[str, str]]:

@@ -19,16 +19,15 @@ seconds the run ends behind a cell with status 3, so that a long one can be done
 vLLM only.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache
 from itertools import product
+from operator import methodcaller
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
-from speed.command import finish, make_parser, measure_cells, prepare
+from speed.command import Cells, finish, make_parser, measure_groups, prepare
 from speed.engines import Engine, Timing, random_prompts
 from speed.results import Deadline, Results
 from speed.subject import GIB, Subject, copy_bandwidth, device_memory
@@ -80,7 +79,7 @@ class Plan:
         """GiB of a variant's pool."""
         return self.pruned_gib if variant.method else self.dense_gib
 
-    def fitted(self, memory: float | None, subject: Subject) -> Plan:
+    def fitted(self, memory: float | None, subject: Subject) -> Self:
         """The same with pools that an engine alone on the device has room for.
 
         Args:
@@ -150,7 +149,7 @@ class Rivals:
     Args:
         subject: the model.
         variants: variants to compare.
-        plan: what is measured.
+        plan: lengths, batches, budgets and pools.
         options: options of `vllm.LLM`, for all of them.
         bandwidth: bytes that the device copies in a second.
     """
@@ -255,24 +254,16 @@ def measure(
 ) -> bool:
     """Measure the missing cells, a group of engines after the other; whether none is left."""
     sizes = list(product(plan.lengths, plan.batches))
-    bandwidth = None
-    for group in plan.groups(memory, subject):
-        joined = "+".join(variant.name for variant in group)
-        names = [f"n={n} batch={batch} {joined}" for n, batch in sizes]
-        if set(names) <= results.cells.keys():
-            continue
-        if deadline.left <= 0:
-            return False
-        bandwidth = bandwidth or in_own_process(copy_bandwidth)
-        rivals = Rivals(subject, group, plan, options, bandwidth)
-        try:
-            cells = [partial(rivals.measure, n, batch) for n, batch in sizes]
-            by_name = dict(zip(names, cells, strict=True))
-            if not measure_cells(results, by_name, deadline):
-                return False
-        finally:
-            rivals.close()
-    return True
+    bandwidth = cache(lambda: in_own_process(copy_bandwidth))
+
+    def group(variants: list[Variant]) -> tuple[Callable[[], Rivals], Cells]:
+        names = "+".join(variant.name for variant in variants)
+        cells: Cells = {
+            f"n={n} batch={batch} {names}": methodcaller("measure", n, batch) for n, batch in sizes
+        }
+        return lambda: Rivals(subject, variants, plan, options, bandwidth()), cells
+
+    return measure_groups(results, map(group, plan.groups(memory, subject)), deadline)
 
 
 def table(results: Results) -> str:

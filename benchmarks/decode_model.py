@@ -24,21 +24,21 @@ is the kernel that had a second one to combine parts, and a schedule that balanc
 GPU suite prints this model's prediction beside each measurement.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from common import HERE, RESULTS, aligned, make_parser, markdown
 from sass import DecodeParts, Part
 
-COSTS = Path(__file__).parent / "results" / "decode-costs.json"
+from sparsemm_vllm.files import write_whole
+
+COSTS = RESULTS / "decode-costs.json"
 SCHEDULERS = 4  # of a multiprocessor; each issues an instruction a cycle
 FIRST_TILE_CYCLES = 600  # from asking DRAM to the first tile of an item: assumed
 WINDOW = 32
@@ -49,11 +49,12 @@ class Device:
     """A GPU.
 
     Attributes:
-        name: what it is called.
+        name: name of the GPU.
         bandwidth: bytes read from memory in a second.
-        multiprocessors: how many there are.
+        multiprocessors: number of multiprocessors.
         clock: cycles of a second.
-        launch_us: from the end of the kernel before to the first instruction, in a CUDA graph.
+        launch_us: time from the end of the kernel before to the first instruction, in a CUDA
+            graph, in microseconds.
     """
 
     name: str
@@ -75,7 +76,7 @@ class Costs:
     """A compiled decode kernel.
 
     Attributes:
-        parts: what it does again and again.
+        parts: pieces that it does again and again, and their cycles.
         block_n: tokens of a KV tile.
         num_warps: warps of a program.
         programs_each: programs that a multiprocessor runs at once.
@@ -93,7 +94,7 @@ class Costs:
     parts_each: int = 16
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> Costs:
+    def of(cls, values: dict[str, Any]) -> Self:
         """What `asdict` made."""
         parts = {name: Part(**part) for name, part in values["parts"].items()}
         return cls(**values | {"parts": DecodeParts(**parts)})
@@ -116,9 +117,9 @@ class Prediction:
     """Time of one layer, and why.
 
     Attributes:
-        us: microseconds.
-        floor_us: bytes over bandwidth.
-        bound: what decides: "program", "instructions" or "bytes".
+        us: time in microseconds.
+        floor_us: time of the bytes at the bandwidth, in microseconds.
+        bound: name of what decides: "program", "instructions" or "bytes".
         busiest: work of the longest program over the mean of all, in cycles.
         items: items of the longest program.
     """
@@ -194,11 +195,11 @@ def predict(
     """A layer's time, on average over the layers.
 
     Args:
-        first_tile: of each layer its schedule's running sum of work, ``[items + 1]``.
+        first_tile: running sums of work of each layer's schedule, ``[items + 1]`` each.
         token_bytes: bytes of a token's keys and values in one head.
         tokens: tokens of all items of a layer, on average.
         costs: compiled kernel.
-        device: where it runs.
+        device: GPU that it runs on.
     """
     programs = costs.programs_each * device.multiprocessors
     floor = 1e6 * tokens * token_bytes / device.bandwidth
@@ -229,13 +230,14 @@ def predict(
 
 @dataclass(frozen=True)
 class Attention:
-    """A model's attention: layers, query heads, KV heads, head size."""
+    """A model's attention: layers, query heads, KV heads, head size; and its parameters."""
 
     name: str
     L: int
     Hq: int
     Hkv: int
     D: int
+    parameters: float = 0.0
 
     @property
     def G(self) -> int:  # noqa: N802
@@ -243,7 +245,10 @@ class Attention:
         return self.Hq // self.Hkv
 
 
-MODELS = (Attention("vicuna-7b", 32, 32, 32, 128), Attention("qwen2-vl-7b", 28, 28, 4, 128))
+MODELS = VICUNA, QWEN = (
+    Attention("vicuna-7b", 32, 32, 32, 128, 6.7e9),
+    Attention("qwen2-vl-7b", 28, 28, 4, 128, 7.6e9),
+)
 
 
 def layer_tokens(model: Attention, n: int, batch: int, budget: int | None) -> np.ndarray:
@@ -252,7 +257,7 @@ def layer_tokens(model: Attention, n: int, batch: int, budget: int | None) -> np
     Budgets follow scores that are as concentrated as the published ones.
 
     Args:
-        model: its heads.
+        model: attention of the model.
         n: prompt tokens.
         batch: requests.
         budget: tokens per KV head; None for dense attention.
@@ -311,7 +316,7 @@ def compile_costs(triton: Path | None) -> dict[str, Any]:
     Args:
         triton: folder with another version's package; the installed one if not given.
     """
-    command = [sys.executable, str(Path(__file__).parent / "kernel_report.py"), "--decode-costs"]
+    command = [sys.executable, str(HERE / "kernel_report.py"), "--decode-costs"]
     command += ["--triton", str(triton)] if triton else []
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout)
@@ -322,11 +327,7 @@ def table() -> str:
     found = list(rows())
     columns = [name for name in found[0] if not name.endswith(" bound")]
     lines = [columns, *([str(row[name]) for name in columns] for row in found)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True))
-        for line in lines
-    )
+    return aligned(lines, str.rjust)
 
 
 PAGE = """# Predicted time of decode attention
@@ -347,14 +348,13 @@ def page() -> str:
     """All predictions, before and after, for both devices."""
     versions = [name for name in read_costs() if "before" not in name]
     heads = [f"{d.name}, {v}" for d in DEVICES.values() for v in ("floor", *versions)]
-    lines = ["| model | prompt | batch | budget | " + " | ".join(heads) + " |"]
-    lines.append("| --- " * (4 + len(heads)) + "|")
     cells: dict[tuple[Any, ...], list[str]] = {}
     for row in rows():
         key = row["model"], f"{row['prompt']:,}", row["batch"], row["budget"]
         now = [_before_and_now(row, version) for version in versions]
         cells.setdefault(key, []).extend([str(row["floor_us"]), *now])
-    lines += [f"| {' | '.join(map(str, [*key, *found]))} |" for key, found in cells.items()]
+    rows_of_cells = [(*key, *found) for key, found in cells.items()]
+    lines = markdown(("model", "prompt", "batch", "budget", *heads), rows_of_cells)
     return PAGE + "\n" + "\n".join(lines) + "\n"
 
 
@@ -364,9 +364,7 @@ def _before_and_now(row: dict[str, Any], version: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     commands = ("table", "json", "markdown", "costs")
     parser.add_argument("command", nargs="?", choices=commands, default="table")
     parser.add_argument(
@@ -377,7 +375,7 @@ def main() -> None:
         known = json.loads(COSTS.read_text())
         for folder in (None, *options.triton):
             known |= compile_costs(folder)
-        COSTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+        write_whole(COSTS, json.dumps(known, indent=1, sort_keys=True) + "\n")
         print(COSTS)
     elif options.command == "json":
         print(json.dumps(list(rows())))

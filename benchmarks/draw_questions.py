@@ -15,6 +15,7 @@ import typer
 from offline.subjects import SUBJECTS
 
 from sparsemm_vllm.commands.evaluate.questions import FIRST_SEED, TASKS
+from sparsemm_vllm.files import write_whole
 
 
 def draw_questions(
@@ -42,7 +43,7 @@ def draw_questions(
             }
             rows.append(row | {"context": context} if context else row)
     lines = [json.dumps(row) + "\n" for row in rows]
-    (out / "metadata.jsonl").write_text("".join(lines))
+    write_whole(out / "metadata.jsonl", "".join(lines))
     typer.echo(f"wrote {len(rows)} questions to {out}")
 
 

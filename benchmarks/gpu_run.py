@@ -16,8 +16,6 @@ Triton compiled. What is printed is a line for each job and one table: at most 1
 Needs the standard library only; what the jobs need, `gpu_suite.py` says.
 """
 
-import argparse
-import contextlib
 import io
 import json
 import os
@@ -33,10 +31,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from gpu_parts.records import ROOT, code_version, source_digest
+from common import HERE, ROOT, code_version, kill, make_parser, source_digest, with_paths
 from precompile import ARCHIVE, archived_kernels
 
-HERE = Path(__file__).parent
 GPU = ROOT / ".gpu"  # not in version control: what travels beside the tree
 CHARACTERS = 12_000  # of the output: more is not read back
 PACKED_BYTES = 15 << 20  # of the tar
@@ -54,11 +51,11 @@ class Job:
     """A command with a deadline.
 
     Attributes:
-        name: of its log, too.
-        command: its arguments.
-        until: seconds after the run's start at which it is killed.
-        after: jobs that end before it begins.
-        needs: jobs that succeed before it begins.
+        name: name of the job, and of its log.
+        command: program and its arguments.
+        until: time at which it is killed, in seconds after the run's start.
+        after: names of the jobs that end before it begins.
+        needs: names of the jobs that succeed before it begins.
         if_broken: whether it runs only if the kernels' first case fails; else only if it passes,
             or is not known yet.
     """
@@ -76,9 +73,9 @@ class Places:
     """Folders of a run.
 
     Attributes:
-        out: what outlives the machine.
-        work: results while they are made.
-        bundle: vLLM, once it is installed.
+        out: folder of what outlives the machine.
+        work: folder of the results while they are made.
+        bundle: folder of vLLM, once it is installed.
     """
 
     out: Path
@@ -106,18 +103,13 @@ def preparations(places: Places, dry: bool) -> list[Job]:
     bundle = ("sh", str(GPU / "install_bundle.sh"), str(GPU), str(places.bundle))
     sanitizer = ("compute-sanitizer", "--tool", "memcheck", "--target-processes", "all")
     again = Places(places.out, places.work / "sanitizer", places.bundle)
+    first = suite(again, dry, "kernels", FIRST_CASE)
     return [
         Job("facts", (python, "-P", "-m", "gpu_parts.facts", str(places.work / "facts.json")), 40),
         Job("cache", (python, str(HERE / "precompile.py"), "unpack"), 20),
         Job("bundle", ("true",) if dry else bundle, 110),
         Job(STARTED_FIRST, suite(places, dry, "kernels", "^smoke"), 80, after=("cache",)),
-        Job(
-            "sanitizer",
-            sanitizer + suite(again, dry, "kernels", FIRST_CASE),
-            250,
-            after=(STARTED_FIRST,),
-            if_broken=True,
-        ),
+        Job("sanitizer", sanitizer + first, 250, after=(STARTED_FIRST,), if_broken=True),
     ]
 
 
@@ -151,35 +143,19 @@ def second_run(places: Places, dry: bool) -> list[Job]:
     dtype = "float32" if dry else "bfloat16"
     modes = "eager|full" if dry else "eager|piecewise|both"
 
-    def pair(case: str) -> tuple[str, ...]:
-        return suite(places, dry, "pair", f"^{case}$")
+    def pair(name: str, case: str, until: float, *after: str) -> Job:
+        command = suite(places, dry, "pair", f"^{case}$")
+        return Job(f"pair {name}", command, until, after, needs=("bundle",))
 
+    engines = suite(places, dry, "modes", f"^{dtype} ({modes})$", at_once=3)
     return [
         *preparations(places, dry),
-        Job("pair dense", pair("dense"), 125, after=("facts", STARTED_FIRST), needs=("bundle",)),
-        Job("pair pruned", pair("pruned"), 165, after=("pair dense",), needs=("bundle",)),
-        Job("pair fp8", pair("dense fp8"), 200, after=("pair pruned",), needs=("bundle",)),
-        Job(
-            "modes",
-            suite(places, dry, "modes", f"^{dtype} ({modes})$", at_once=3),
-            256,
-            after=("pair fp8",),
-            needs=("bundle",),
-        ),
-        Job(
-            "pair equal",
-            pair("budget over prompt"),
-            256,
-            after=("pair fp8",),
-            needs=("bundle",),
-        ),
-        Job(
-            "pair pruned fp8",
-            pair("pruned fp8"),
-            256,
-            after=("modes", "pair equal"),
-            needs=("bundle",),
-        ),
+        pair("dense", "dense", 125, "facts", STARTED_FIRST),
+        pair("pruned", "pruned", 165, "pair dense"),
+        pair("fp8", "dense fp8", 200, "pair pruned"),
+        Job("modes", engines, 256, after=("pair fp8",), needs=("bundle",)),
+        pair("equal", "budget over prompt", 256, "pair fp8"),
+        pair("pruned fp8", "pruned fp8", 256, "modes", "pair equal"),
     ]
 
 
@@ -208,12 +184,16 @@ class Run:
     """Jobs that run, and what became of them.
 
     Attributes:
-        jobs: the plan.
-        places: its folders.
+        jobs: jobs of the plan.
+        places: folders of the run.
         dry: whether deadlines are those of a CPU.
-        seconds: of the whole run.
+        seconds: time of the whole run, in seconds.
+        start: time at which it began, by `time.monotonic`.
         ended: status of each job that ended, by name: ``ok``, or why not.
         times: seconds after the start at which each began and ended, by name.
+        running: processes of the jobs that run, by name.
+        asked: times at which jobs were asked to end, in seconds after the start, by name.
+        printed: number of characters that were printed.
     """
 
     jobs: list[Job]
@@ -224,7 +204,7 @@ class Run:
     ended: dict[str, str] = field(default_factory=dict)
     times: dict[str, tuple[float, float]] = field(default_factory=dict)
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    asked: dict[str, float] = field(default_factory=dict)  # to end, and when
+    asked: dict[str, float] = field(default_factory=dict)
     printed: int = 0
 
     @property
@@ -250,7 +230,7 @@ class Run:
                 time.sleep(0.1)
         finally:
             for process in self.running.values():
-                kill(process, signal.SIGKILL)
+                kill(process)
 
     def step(self, job: Job) -> None:
         """Begin, watch or end a job."""
@@ -263,14 +243,14 @@ class Run:
             elif self.may_begin(job):
                 self.begin(job)
         elif (code := process.poll()) is not None:
-            kill(process, signal.SIGKILL)  # what it left running
+            kill(process)  # what it left running
             del self.running[job.name]
             status = "ok" if code == 0 else f"ended with status {code}"
             late = job.name in self.asked
             self.end(job, f"killed after {self.deadline(job):.0f} s" if late else status)
         elif job.name in self.asked:
             if self.now > self.asked[job.name] + GRACE:
-                kill(process, signal.SIGKILL)
+                kill(process)
         elif self.now > self.deadline(job):
             self.asked[job.name] = self.now
             kill(process, signal.SIGTERM)
@@ -314,13 +294,10 @@ class Run:
 
     def begin(self, job: Job) -> None:
         """Start a job, with vLLM on its path if that is installed."""
-        environment = dict(os.environ)
-        paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
-        if self.ended.get("bundle") == "ok" and self.places.bundle.is_dir():
-            paths.insert(0, str(self.places.bundle))
-            binaries = self.places.bundle / "bin"
-            environment["PATH"] = f"{binaries}{os.pathsep}{environment['PATH']}"
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        environment, bundle = with_paths(HERE), self.places.bundle
+        if self.ended.get("bundle") == "ok" and bundle.is_dir():
+            binaries = f"{bundle / 'bin'}{os.pathsep}{environment['PATH']}"
+            environment = with_paths(bundle, HERE, PATH=binaries)
         first = "^" + "|^".join(map(re.escape, self.kernels()["names"][:1] or ["smoke"])) + "$"
         command = [first if part == FIRST_CASE else part for part in job.command]
         if str(HERE / "gpu_suite.py") in command:
@@ -414,12 +391,6 @@ def clip(lines: list[str], characters: int) -> str:
     return "\n".join(lines)
 
 
-def kill(process: subprocess.Popen[bytes], how: signal.Signals) -> None:
-    """Send a signal to a job and to what it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, how)
-
-
 def pack(places: Places) -> None:
     """Write all results into one tar, at once or not at all; records first, then what has room."""
     part = places.tar.with_suffix(".tmp")
@@ -498,17 +469,10 @@ def check_sizes() -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("run", choices=[*RUNS, "prepare"])
-    parser.add_argument(
-        "bundle",
-        nargs="?",
-        type=Path,
-        help="a folder of parts that "
-        "install_bundle.sh understands, with that script and check_gpu.py",
-    )
+    understood = "a folder of parts that install_bundle.sh understands, with that script and "
+    parser.add_argument("bundle", nargs="?", type=Path, help=f"{understood}check_gpu.py")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
     parser.add_argument("--jobs", help="these only, separated by commas")
     parser.add_argument("--out", type=Path, help="folder of the tar; $OUT, or build/gpu-run")

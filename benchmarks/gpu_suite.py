@@ -26,7 +26,6 @@ installed, nor typer, rich, matplotlib, hypothesis and pytest. Logs of engines l
 """
 
 import argparse
-import contextlib
 import importlib
 import json
 import os
@@ -43,15 +42,16 @@ import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gpu_parts.records import ROOT, Record, digest, machine
+from common import HERE, ROOT, TIME_IS_OVER, digest, kill, machine, make_parser, with_paths
 
-IMPORTANCE = ("pair", "bench", "modes", "kernels", "ncu", "tune", "methods")  # in the table
+if TYPE_CHECKING:
+    from gpu_parts.records import Record
+
 PARTS = ("kernels", "methods", "bench", "modes", "pair", "tune", "ncu")
 GRACE = 30  # seconds after its time in which a part may end by itself
 RESTARTS = 3  # of a part that died; a GPU is useless to a process after an illegal access
-TIME_IS_OVER = 3
 
 
 def package_tree(folder: Path) -> Path:
@@ -78,6 +78,13 @@ def package_tree(folder: Path) -> Path:
     return folder
 
 
+def record_of(args: argparse.Namespace, part: str) -> "Record":
+    """What a part has found out so far."""
+    from gpu_parts.records import Record  # needs the package, whose copy `main` puts on the path
+
+    return Record(args.out, part, args.dry_run, args.source)
+
+
 def error_text() -> str:
     """The exception that is handled, with paths from the repository's root on."""
     return traceback.format_exc().replace(f"{ROOT}{os.sep}", "")
@@ -85,12 +92,14 @@ def error_text() -> str:
 
 def child(args: argparse.Namespace) -> int:
     """Run the cases of one part that are left to do."""
-    from gpu_parts.device import Context, Device
+    from gpu_parts.device import Context, Device, imitate_gpu_machine
 
     start = time.monotonic()
-    record = Record(args.out, args.child, args.dry_run, args.source)
+    record = record_of(args, args.child)
     data = record.data
     try:
+        if args.dry_run:
+            imitate_gpu_machine()
         device = Device(args.dry_run)
         part = importlib.import_module(f"gpu_parts.{args.child}")
         deadline = start + args.seconds
@@ -124,7 +133,7 @@ class CaseRunner:
 
     def __init__(
         self,
-        record: Record,
+        record: "Record",
         context: Any,
         cases: dict[str, Callable[[], dict[str, Any]]],
         needs: float,
@@ -163,7 +172,7 @@ class CaseRunner:
 
 def run_part(part: str, args: argparse.Namespace, environment: dict[str, str]) -> None:
     """Run a part's cases in processes of its own until they are done or its time is over."""
-    record = Record(args.out, part, args.dry_run, args.source)
+    record = record_of(args, part)
     if record.final.exists():
         other = "" if record.data["source"] == args.source else ", with other code"
         print(f"{part}: done before{other}", flush=True)
@@ -188,8 +197,9 @@ def run_part(part: str, args: argparse.Namespace, environment: dict[str, str]) -
         except subprocess.TimeoutExpired:
             code, why = None, f"stopped {GRACE} seconds after the end of the part's time"
         finally:
-            stop(process)
-        record = Record(args.out, part, args.dry_run, args.source)
+            kill(process)  # vLLM's engines too
+            process.wait()
+        record = record_of(args, part)
         if code in (0, TIME_IS_OVER):
             break
         names = record.data["running"] or ["the part itself"] * (not record.data["failed"])
@@ -204,20 +214,15 @@ def run_part(part: str, args: argparse.Namespace, environment: dict[str, str]) -
     record.finish()
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End what a part has started, vLLM engines too."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def report(args: argparse.Namespace, called: list[str]) -> int:
-    """Print what failed, the table of all results so far and one JSON object; the exit status."""
+    """Print what failed, the tables of all results so far and one JSON object; the exit status."""
+    from gpu_report.summary import sections, skipped  # need the package
+
     overview: dict[str, Any] = {}
-    tables: dict[str, list[str]] = {}
+    found: dict[str, Any] = {}
     print("\n" + "=" * 100)
     for part in PARTS:
-        record = Record(args.out, part, args.dry_run, args.source)
+        record = record_of(args, part)
         data = record.data
         if record.status == "not begun" and (part not in called or args.report):
             continue
@@ -226,10 +231,7 @@ def report(args: argparse.Namespace, called: list[str]) -> int:
         print(f"{part}: {record.status}, {counts}{failed}, {data['seconds']:.0f} s")
         for name, error in data["failed"].items():
             print(f"  FAILED {name}: {error.strip().splitlines()[-1][:200]}")
-        if data["cases"]:
-            module = importlib.import_module(f"gpu_parts.{part}")
-            lines = (f"  {line}" for line in module.summary(data["cases"]))
-            tables[part] = [f"{part}:", *lines]
+        found[part] = data
         overview[part] = {
             "status": record.status,
             "cases": len(data["cases"]),
@@ -239,7 +241,9 @@ def report(args: argparse.Namespace, called: list[str]) -> int:
             "machine": data.get("machine"),
             "source": data["source"],
         }
-    print(*(line for part in IMPORTANCE for line in tables.get(part, ())), sep="\n")
+    print("", *sections(found), sep="\n")
+    for part, name, why in skipped(found):
+        print(f"skipped: {part}, {name}: {why}")
     code = exit_status(args, called)
     print(json.dumps({"ok": code == 0, "parts": overview}))
     return code
@@ -247,16 +251,14 @@ def report(args: argparse.Namespace, called: list[str]) -> int:
 
 def exit_status(args: argparse.Namespace, called: list[str]) -> int:
     """0 if all that was asked for is done, 1 if a case failed, else 3."""
-    records = [Record(args.out, part, args.dry_run, args.source) for part in called]
+    records = [record_of(args, part) for part in called]
     if any(record.status == "failed" for record in records):
         return 1
     return 0 if all(record.done(args.cases) for record in records) else TIME_IS_OVER
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--parts", default=",".join(PARTS), help="default: %(default)s")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
@@ -282,13 +284,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         tree = package_tree(Path(folder))
         sys.path.insert(0, str(tree))
-        args.source = digest(tree, ROOT / "benchmarks" / "gpu_parts")
+        args.source = digest(tree, HERE)
         if args.dry_run:
             import sparsemm_vllm
 
             sparsemm_vllm.use_cpu()
-        paths = [str(tree), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        environment = with_paths(tree)
         for part in called if not args.report else ():
             run_part(part, args, environment)
         return exit_status(args, called) if args.quiet else report(args, called)

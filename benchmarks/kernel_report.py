@@ -34,7 +34,6 @@ Columns:
   from beginning a head to its first tile.
 """
 
-import argparse
 import functools
 import gzip
 import itertools
@@ -45,8 +44,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,34 +54,18 @@ from unittest import mock
 
 import torch
 import triton
-from sass import decode_parts, hot_loop
+from common import aligned, make_parser, with_paths
+from sass import Instruction, decode_parts, hot_loop, instructions, loops
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from sparsemm_vllm.files import write_whole
+from sparsemm_vllm.triton_kernels import triton_ops
 from sparsemm_vllm.triton_kernels.batch import HeadPages, Prompts, PruneWorkspace, QueryTiles, Rows
-from sparsemm_vllm.triton_kernels.compact_kv import compact_kv
-from sparsemm_vllm.triton_kernels.correct_slots import correct_slots
 from sparsemm_vllm.triton_kernels.decode_batch import DecodeBatch, DecodeBuffers
-from sparsemm_vllm.triton_kernels.list_pages import list_pages
 from sparsemm_vllm.triton_kernels.occupancy import Multiprocessor
-from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
-from sparsemm_vllm.triton_kernels.select_tokens import select_tokens
-from sparsemm_vllm.triton_kernels.sparse_decode import sparse_decode
 from sparsemm_vllm.triton_kernels.tile_sizes import decode_queries, decode_rows
-from sparsemm_vllm.triton_kernels.top_keys import top_keys
-from sparsemm_vllm.triton_kernels.window_scores import window_scores
-
-OPS = (
-    "window_scores",
-    "select_tokens",
-    "compact_kv",
-    "correct_slots",
-    "list_pages",
-    "schedule_decode",
-    "sparse_decode",
-    "top_keys",
-)
 
 # Shared memory that a program may have, and what the programs of a multiprocessor share. Source:
 # CUDA C++ programming guide, technical specifications per compute capability; of the former the
@@ -111,16 +95,16 @@ class Case:
     """A configuration; what its kernel does not depend on is None.
 
     Attributes:
-        op: the launcher.
+        op: name of the launcher.
         arch: compute capability, as in ``sm_90``.
-        dtype: of the cache, see `DTYPES`.
+        dtype: type of the cache, see `DTYPES`.
         D: head size.
         P: page size in tokens.
         G: query heads per KV head.
-        Q: most queries of a decode row.
+        Q: largest number of queries of a decode row.
         n: prompt tokens.
-        single: one layer-1 launch for one request and one KV head. Triton compiles arguments that
-            are 1 as constants, which is a kernel of its own.
+        single: whether it is a launch of layer 1 for one request and one KV head. Triton compiles
+            arguments that are 1 as constants, which is a kernel of its own.
         variant: field of `DecodeOptions` that is switched on, "pdl" or "lists_pages".
     """
 
@@ -203,27 +187,22 @@ def launch(case: Case) -> None:
     if case.variant is not None:
         batch = replace(batch, options=replace(batch.options, **{case.variant: True}))
 
-    if case.op == "window_scores":
-        window_scores(query, cache[layer], table, prompts, workspace, window, 5, 0.1, scale)
-    elif case.op == "select_tokens":
-        select_tokens(prompts, workspace, pages.lengths[:, layer], window)
-    elif case.op == "compact_kv":
-        compact_kv(cache, layer, table, prompts, workspace, pages)
-    elif case.op == "correct_slots":
-        slots = torch.empty(tokens, dtype=torch.int64)
-        positions = torch.empty(tokens, dtype=torch.int64)
-        correct_slots(slots, positions, rows, pages, P, max_query_len=Q)
-    elif case.op == "list_pages":
-        list_pages(cache, table, prompts, pages)
-    elif case.op == "schedule_decode":
-        schedule_decode(batch, pages, window, P, rows)
-    elif case.op == "top_keys":
-        block_q = decode_queries(Q, G, decode_rows(D, dtype))
-        tiles = QueryTiles.pack([(i, i * n, Q, n, i * Q) for i in range(requests)], block_q, cpu)
-        top_keys(query, cache[layer], table, tiles, torch.empty(tokens, Hkv * G, dtype=torch.int32))
-    else:
-        output = torch.empty_like(query)
-        sparse_decode(query, cache, layer, table, batch, output, 0.1, scale, scale)
+    slots = torch.empty(tokens, dtype=torch.int64)
+    block_q = decode_queries(Q, G, decode_rows(D, dtype))
+    tiles = QueryTiles.pack([(i, i * n, Q, n, i * Q) for i in range(requests)], block_q, cpu)
+    keys = torch.empty(tokens, Hkv * G, dtype=torch.int32)
+    output = torch.empty_like(query)
+    arguments: dict[str, tuple[Any, ...]] = {
+        "window_scores": (query, cache[layer], table, prompts, workspace, window, 5, 0.1, scale),
+        "select_tokens": (prompts, workspace, pages.lengths[:, layer], window),
+        "compact_kv": (cache, layer, table, prompts, workspace, pages),
+        "correct_slots": (slots, slots.clone(), rows, pages, P, Q),
+        "list_pages": (cache, table, prompts, pages),
+        "schedule_decode": (batch, pages, window, P, rows),
+        "sparse_decode": (query, cache, layer, table, batch, output, 0.1, scale, scale),
+        "top_keys": (query, cache[layer], table, tiles, keys),
+    }
+    getattr(triton_ops, case.op)(*arguments[case.op])
 
 
 class Gpu:
@@ -245,30 +224,32 @@ class Gpu:
         return torch.device("cpu")
 
 
-def compiled_kernels(
-    function: Callable[[], None], arch: int
-) -> list[tuple[JITFunction, Any, dict[str, Any]]]:
-    """Kernels that `function` launches, which are compiled and do not run.
+@contextmanager
+def compiling(arch: int) -> Iterator[list[tuple[JITFunction, Any, dict[str, Any]]]]:
+    """While it lasts, launches end after compiling.
 
-    Returns:
-        Of each launch the function, Triton's compiled kernel, and the arguments given by name.
+    Gives a list that fills: of each launch the function, Triton's compiled kernel, and the
+    arguments that were given by name.
     """
     found = []
-    jit_run = JITFunction.run
+    run = JITFunction.run
 
-    def compile_only(self: JITFunction, *args: Any, **kwargs: Any) -> None:
-        found.append((self, jit_run(self, *args, **kwargs | {"warmup": True}), kwargs))
+    def compile_only(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        kernel = run(self, *args, **kwargs | {"warmup": True})
+        found.append((self, kernel, kwargs))
+        return kernel
 
     driver.set_active(Gpu(arch))
     with mock.patch.object(JITFunction, "run", compile_only):
-        function()
-    return found
+        yield found
 
 
 def compiled(function: Callable[[], None], arch: int) -> list[Row]:
     """Rows of the kernels that `function` launches, which are compiled and do not run."""
     rows = []
-    for jit, kernel, given in compiled_kernels(function, arch):
+    with compiling(arch) as found:
+        function()
+    for jit, kernel, given in found:
         name = f"{jit.__module__.rpartition('.')[2]}.{jit.__name__}"
         tile = given["BLOCK_N"] if jit.__name__ == "_sparse_decode" else None
         rows.append({"kernel": name, "hash": kernel.hash} | inspect(kernel, arch, tile))
@@ -315,44 +296,37 @@ def disassemble(cubin: Path) -> str:
         tool = triton.knobs.nvidia.cuobjdump.path
         command = [tool, "-res-usage", "-sass", str(cubin)]
         text = subprocess.run(command, capture_output=True, check=True).stdout
-        part = listing.with_suffix(f".{os.getpid()}")
-        part.write_bytes(gzip.compress(text, 1))
-        part.replace(listing)
+        write_whole(listing, gzip.compress(text, 1))
     return gzip.decompress(listing.read_bytes()).decode()
 
 
 LOADS = ("LD", "LDG", "LDGSTS")
 STORES = ("ST", "STG")
 WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
-INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/ +(?:@\S+ +)?([A-Z][\w.]*) *([^;]*);")
 
 
 def widths(sass: str) -> Row:
     """Widths of the accesses to global memory, in bits."""
-    loads, stores, loops = [], [0], []
-    for address, code, operands in INSTRUCTION.findall(sass):
-        at = int(address, 16)
-        name, *modifiers = code.split(".")
-        bits = min((WIDTHS[part] for part in modifiers if part in WIDTHS), default=32)
-        if name in LOADS:
-            loads.append((at, bits))
-        elif name in STORES:
-            stores.append(bits)
-        elif name == "BRA" and (goal := re.search(r"0x([0-9a-f]+) *$", operands)):
-            loops.append((int(goal[1], 16), at))
-    looped = [(at, bits) for at, bits in loads if any(start <= at <= end for start, end in loops)]
+    code = instructions(sass)
+    loads = {x.address: width(x) for x in code if x.opcode in LOADS}
+    inside = [at for at in loads if any(start <= at <= end for start, end in loops(code))]
     return {
-        "widest_load": max((bits for _, bits in loads), default=0),
-        "widest_store": max(stores),
-        "wide_loads": wide_share(loads),
-        "wide_loop_loads": wide_share(looped),
+        "widest_load": max(loads.values(), default=0),
+        "widest_store": max((width(x) for x in code if x.opcode in STORES), default=0),
+        "wide_loads": wide_share(loads.values()),
+        "wide_loop_loads": wide_share([loads[at] for at in inside]),
     }
 
 
-def wide_share(loads: list[tuple[int, int]]) -> float | None:
+def width(access: Instruction) -> int:
+    """Bits that an access to memory moves for one thread."""
+    return min((WIDTHS[x] for x in access.mnemonic.split(".") if x in WIDTHS), default=32)
+
+
+def wide_share(loads: Collection[int]) -> float | None:
     """Share of the bits that loads of 128 bits and more load."""
-    total = sum(bits for _, bits in loads)
-    return round(sum(bits for _, bits in loads if bits >= 128) / total, 3) if total else None
+    total = sum(loads)
+    return round(sum(bits for bits in loads if bits >= 128) / total, 3) if total else None
 
 
 def rows_of(case: Case) -> list[Row]:
@@ -421,11 +395,8 @@ def with_triton(folder: Path, *arguments: str) -> subprocess.CompletedProcess[st
             f"{folder} holds no triton package: "
             f"pip install --no-deps --target {folder} triton==VERSION"
         )
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, __file__, *arguments]
-    return subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
-    )
+    return subprocess.run(command, env=with_paths(folder), stdout=subprocess.PIPE, text=True)
 
 
 def decode_costs() -> Row:
@@ -433,7 +404,9 @@ def decode_costs() -> Row:
     found = {}
     for dtype, G in itertools.product(("bf16", "fp8"), (1, 7)):
         case = Case("sparse_decode", 90, dtype, 128, 16, G, 1)
-        ((_, kernel, given),) = compiled_kernels(functools.partial(launch, case), 90)
+        with compiling(90) as compiled_kernels:
+            launch(case)
+        ((_, kernel, given),) = compiled_kernels
         row = inspect(kernel, 90, given["BLOCK_N"])
         found[f"{dtype} G={G}"] = {
             "parts": asdict(decode_parts(listing(kernel))),
@@ -452,19 +425,16 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         values = (row.get(column) for column in columns)
         lines.append(["-" if value is None else str(value) for value in values])
-    size = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, size)).rstrip() for line in lines)
+    return aligned(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON array")
     parser.add_argument("--full", action="store_true", help="every supported configuration")
     targets = [f"sm_{arch}" for arch in SHARED_BYTES]
     parser.add_argument("--target", choices=targets, help="this target only")
-    parser.add_argument("--kernel", choices=OPS, help="this launcher's kernels only")
+    parser.add_argument("--kernel", choices=triton_ops.__all__, help="this launcher's kernels only")
     parser.add_argument("--triton", type=Path, help="folder with another version's package")
     parser.add_argument("--decode-costs", action="store_true", help="for decode_model.py only")
     options = parser.parse_args()

@@ -6,21 +6,18 @@ For the models of benchmarks/models, with their synthetic head profiles, blocks 
 functions that vLLM's scheduler counts with. Ideal is what the kept tokens would take without pages.
 """
 
-from __future__ import annotations
-
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from gpu_parts.records import ROOT
+from common import RESULTS, make_parser
 from models import NAMES, prepare
 
 from sparsemm_vllm.budget.plan import make_plan
 from sparsemm_vllm.budget.profile import load_profile
 from sparsemm_vllm.budget.settings import Settings
+from sparsemm_vllm.files import write_json
 
-RESULT = ROOT / "benchmarks" / "results" / "kv-accounting.json"
+RESULT = RESULTS / "kv-accounting.json"
 LENGTHS = (3072, 4096, 8192, 16384, 32768)
 BUDGETS = (256, 1024)
 
@@ -54,12 +51,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Count, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON file")
     given = parser.parse_args()
     rows = [count(name, n, budget) for name in NAMES for budget in BUDGETS for n in LENGTHS]
     print(table(rows))
-    given.out.write_text(json.dumps(rows, indent=1) + "\n")
+    write_json(given.out, rows)
 
 
 if __name__ == "__main__":

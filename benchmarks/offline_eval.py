@@ -10,8 +10,6 @@ The prompt is computed densely; then a mask per KV head stands for what a pruned
 Scores, selection and budgets are the plugin's own reference functions.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,32 +18,30 @@ import numpy as np
 import torch
 import transformers
 import typer
+from common import RESULTS, ROOT
 from offline.curves import entries, task_curves
 from offline.heads import knocked_out, loss_rises, silenced
 from offline.model import OfflineModel
 from offline.plots import plot_curves, plot_heads
 from offline.pruning import REDISTRIBUTED, held_tokens, shown_tokens
-from offline.subjects import ROOT, SUBJECTS, TASKS, Subject
-from rich.console import Console
+from offline.subjects import SUBJECTS, TASKS, Subject
+from tiny_vlm.commands import Threads, console, save_scores
 from tiny_vlm.memory import keep_freed_memory
 from tiny_vlm.visual_scores import concentration, rank_correlation
 
-from sparsemm_vllm.budget.config_hash import config_hash
-from sparsemm_vllm.budget.profile import HeadProfile, load_profile, save_profile
+from sparsemm_vllm.budget.profile import HeadProfile, load_profile
 from sparsemm_vllm.commands.evaluate.metrics import Marks
+from sparsemm_vllm.files import write_whole
 
-RESULTS = ROOT / "benchmarks" / "results"
 WINDOW = 16
 BUDGETS = (32, 48, 64, 96, 128, 192, 256)
 FIRST = 1000  # of the held-out seeds: fewer were looked at while the reader was developed
 SPARED = 5000  # first of the profile seeds for `spare`: not those of the scores
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-console = Console()
 
 Name = Annotated[str, typer.Argument(help=f"Model: {', '.join(SUBJECTS)}.")]
 Pictures = Annotated[int, typer.Option(help="Held-out pictures a point.")]
-Threads = Annotated[int, typer.Option(help="CPU threads.")]
 
 
 @app.command()
@@ -88,13 +84,13 @@ def causal(
         [loss_rises(model, subject.for_scores(FIRST, samples, task)) for task in TASKS], -1
     )
     halves = [rises[..., half::2].mean(-1).clamp(min=0) for half in range(2)]
-    text = model.model.config.text_config
-    profile = HeadProfile(
+    path = out or RESULTS / f"offline-{name}-causal.json"
+    shared = rises.mean(-1).clamp(min=0).double() / (group := model.Hq // model.Hkv)
+    profile = save_scores(
+        shared.repeat_interleave(group, 1),
+        model.model.config,
+        path,
         model_id=load_profile(str(subject.profile)).model_id,
-        num_layers=text.num_hidden_layers,
-        num_query_heads=text.num_attention_heads,
-        num_kv_heads=text.num_key_value_heads,
-        config_hash=config_hash(model.model.config),
         mode="causal",
         data="sparsemm_vllm.data.pictures",
         samples=rises.shape[-1],
@@ -106,16 +102,8 @@ def causal(
             "evenly by the KV head's query heads.",
             "tool": f"benchmarks/offline_eval.py causal {name}",
         },
-        scores=per_query_head(rises.mean(-1).clamp(min=0), model.Hq // model.Hkv),
     )
-    path = out or RESULTS / f"offline-{name}-causal.json"
-    save_profile(profile, path)
     console.print(f"wrote {path}; split-half {profile.split_half}")
-
-
-def per_query_head(scores: torch.Tensor, group: int) -> tuple[tuple[float, ...], ...]:
-    shared = (scores.double() / group).repeat_interleave(group, 1)
-    return tuple(tuple(round(score, 6) for score in layer) for layer in shared.tolist())
 
 
 @app.command()
@@ -231,7 +219,7 @@ def as_text(document: dict[str, Any]) -> str:
 
 def write(name: str, what: str, document: dict[str, Any]) -> None:
     path = RESULTS / f"offline-{name}-{what}.json"
-    path.write_text(as_text(document))
+    write_whole(path, as_text(document))
     console.print(f"wrote {path.relative_to(ROOT)}")
 
 

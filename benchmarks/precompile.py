@@ -34,9 +34,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from common import HERE, ROOT, make_parser, with_paths
 from gpu_suite import package_tree
 
-ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE = "triton-cache.tar.xz"
 MANIFEST = "manifest.json"
 TRITON = "3.6.0"  # of the GPU machine, beside CPython 3.12
@@ -142,7 +142,7 @@ def wheels(given: Iterable[Path], folder: Path) -> dict[str, Path]:
     for path in given:
         for wheel in [path] if path.is_file() else path.glob(f"triton-{TRITON}-*.whl"):
             found[wheel.name.split("-")[2]] = wheel
-    for python in (tag(f"{sys.version_info[0]}.{sys.version_info[1]}"), tag(PYTHON)):
+    for python in (OWN_TAG, tag(PYTHON)):
         if python not in found:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
             command += ["--only-binary=:all:", f"--python-version={python[2:3]}.{python[3:]}"]
@@ -155,6 +155,9 @@ def wheels(given: Iterable[Path], folder: Path) -> dict[str, Path]:
 def tag(python: str) -> str:
     """As wheels have it: ``cp312`` for 3.12."""
     return "cp" + python.replace(".", "")
+
+
+OWN_TAG = tag(f"{sys.version_info[0]}.{sys.version_info[1]}")
 
 
 def install(wheel: Path, folder: Path) -> None:
@@ -172,8 +175,8 @@ def build(
 
     Args:
         given: wheels, or folders of them.
-        archive: where they are packed.
-        processes: number of them, to compile in.
+        archive: file that they are packed into.
+        processes: number of processes to compile in.
         pattern: regular expression of the launches' names.
         results: tars of runs, whose kernels are packed too.
     """
@@ -181,12 +184,11 @@ def build(
         folder = Path(name)
         found = wheels(given, folder)
         own = folder / "triton-own"
-        install(found[tag(f"{sys.version_info[0]}.{sys.version_info[1]}")], own)
+        install(found[OWN_TAG], own)
         with zipfile.ZipFile(found[tag(PYTHON)]) as file:
             facts = {"triton": TRITON, **facts_of(own, file.read(LIBRARY))}
-        begin = time.monotonic()
-        counts = compile_all(own, folder / "cache", str(facts["libtriton"]), processes, pattern)
-        seconds = time.monotonic() - begin
+        arguments = str(facts["libtriton"]), processes, pattern
+        counts, seconds = timed(own, folder / "cache", *arguments)
         for tar in results:
             add_results(tar, folder / "cache")
         kernels = pack(folder / "cache", archive, facts)
@@ -198,9 +200,7 @@ def build(
         with tarfile.open(archive) as tar:
             tar.extractall(warm, filter="data")
         write_groups(warm)
-        begin = time.monotonic()
-        counts = compile_all(own, warm, str(facts["libtriton"]), processes, pattern)
-        seconds = time.monotonic() - begin
+        counts, seconds = timed(own, warm, *arguments)
         print(f"again with this cache: {counts['misses']} compiled, {seconds:.0f} s")
     if counts["misses"]:
         print("the cache is not found again")
@@ -209,22 +209,29 @@ def build(
     return int(counts["misses"] > 0 or size > LARGEST)
 
 
+def timed(*arguments: Any) -> tuple[dict[str, int], float]:
+    """What `compile_all` returns, and the seconds that it took."""
+    begin = time.monotonic()
+    return compile_all(*arguments), time.monotonic() - begin
+
+
 def compile_all(
     triton: Path, cache: Path, library: str, processes: int, pattern: str
 ) -> dict[str, int]:
     """Call the launchers in processes that import another Triton; hits and misses of the cache."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join((str(triton), str(Path(__file__).parent))),
-        "TRITON_CACHE_DIR": str(cache),
-        "TRITON_STORE_BINARY_ONLY": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
-    environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, __file__, "compile", "--library", library, "--cases", pattern]
     counts = {"hits": 0, "misses": 0}
     with tempfile.TemporaryDirectory() as folder:
-        environment["PYTHONPATH"] += os.pathsep + str(package_tree(Path(folder)))
+        environment = with_paths(
+            triton,
+            HERE,
+            package_tree(Path(folder)),
+            TRITON_CACHE_DIR=str(cache),
+            TRITON_STORE_BINARY_ONLY="1",
+            CUDA_VISIBLE_DEVICES="",
+            OMP_NUM_THREADS="1",
+        )
+        environment.pop("TRITON_INTERPRET", None)
         running = [
             subprocess.Popen(
                 [*command, "--share", f"{i}/{processes}"],
@@ -248,7 +255,8 @@ def compile_share(library: str, share: str, pattern: str) -> dict[str, int]:
     import re
 
     import triton
-    from precompiled_launches import cases, compiling
+    from kernel_report import compiling
+    from precompiled_launches import cases
     from triton.runtime import cache
 
     key = cache.triton_key()
@@ -275,9 +283,7 @@ def compile_share(library: str, share: str, pattern: str) -> dict[str, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("command", choices=["build", "unpack", "compile"])
     archive = ROOT / ".gpu" / ARCHIVE
     parser.add_argument("--archive", type=Path, default=archive, help="default: .gpu/" + ARCHIVE)

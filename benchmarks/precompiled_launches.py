@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import timed_cases
 import torch
+from decode_model import VICUNA
 from gpu_parts import bench, kernels, modes, pair, tune
-from gpu_parts.bench import VICUNA, Model
 from gpu_parts.device import Context, Device, Function
-from kernel_report import Gpu
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
+from timed_cases import Model, P
 
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.engine.worker import warm_up as serving
@@ -65,19 +64,6 @@ class Gpuless(Device):
         return {"us": 1.0, "us_20": 1.0, "us_80": 1.0}
 
 
-@contextmanager
-def compiling(arch: int) -> Iterator[None]:
-    """While it lasts, launches end after compiling."""
-    run = JITFunction.run
-
-    def compile_only(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
-        return run(self, *args, **kwargs | {"warmup": True})
-
-    driver.set_active(Gpu(arch))
-    with mock.patch.object(JITFunction, "run", compile_only):
-        yield
-
-
 def then_twin(launch: Run, twin: Run) -> Run:
     """Compile, and do on the CPU what the kernel would."""
 
@@ -101,11 +87,8 @@ def twins(*ops: str) -> Iterator[None]:
 def without_memory(
     device: Device, model: Model, blocks: int, layout: str, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The shape and the strides of `bench.make_cache`'s cache."""
-    head_major = layout == "LBHNC"
-    inner = (model.Hkv, bench.P) if head_major else (bench.P, model.Hkv)
-    cache = torch.empty(model.L, blocks, *inner, 2 * model.D, dtype=dtype, device="meta")
-    return cache if head_major else cache.transpose(2, 3)
+    """The shape and the strides of `timed_cases.make_cache`'s cache."""
+    return timed_cases.empty_cache(model, blocks, layout, dtype, torch.device("meta"))
 
 
 def checked(run: Run) -> None:
@@ -116,7 +99,7 @@ def checked(run: Run) -> None:
 
 def measured(run: Run) -> None:
     """A case of `bench` or `tune`; only a decode step's schedule is computed."""
-    with mock.patch.object(bench, "make_cache", without_memory), twins("schedule_decode"):
+    with mock.patch.object(timed_cases, "make_cache", without_memory), twins("schedule_decode"):
         run()
 
 
@@ -124,25 +107,25 @@ def engine(device: Device, model: Model, budget: int, length: int, fp8: bool, la
     """What an engine compiles when it starts.
 
     Args:
-        device: stands for the GPU.
-        model: whose attention.
+        device: device that stands for the GPU.
+        model: model whose attention it is.
         budget: tokens that a head keeps on average.
-        length: tokens of a request at most.
+        length: largest number of tokens of a request.
         fp8: whether the cache holds e4m3.
-        layout: of the cache.
+        layout: layout of the cache.
     """
-    scores = bench.head_scores(model, None)
-    heads = CacheLayout.from_scores(scores, model.Hkv, budget, bench.W)
+    scores = timed_cases.head_scores(model, None)
+    heads = CacheLayout.from_scores(scores, model.Hkv, budget, timed_cases.W)
     dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
     own = slice(0, model.L), slice(0, model.Hkv)
     sizes = Heads(model.L, model.Hq, model.Hkv, model.D, dtype)
-    most = bench.MOST_PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors
+    most = timed_cases.MOST_PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors
     requests = modes.REQUESTS
     state = SparseState(heads, own, sizes, Capacity(requests, length, most), device.torch)
     state.ops = triton_ops
     cache = without_memory(device, model, 1 << 10, layout, dtype)
     state.attach(PrunedCache(cache, {}))
-    width = -(-length // bench.P) + heads.most_compact_blocks(length, bench.P)
+    width = -(-length // P) + heads.most_compact_blocks(length, P)
     table = torch.zeros(requests, width, dtype=torch.int32)
     with mock.patch.object(serving, "resident_programs", return_value=most):  # it asks a GPU
         serving.warm_up(state, torch.bfloat16, table)

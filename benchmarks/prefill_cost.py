@@ -10,13 +10,12 @@ neighbours' differences, as a share of the median time without it. Resumable in 
 decode_latency.py. Needs vLLM only.
 """
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import Any
 
-from speed.command import finish, make_parser, measure_cells, prepare
+from speed.command import Cells, finish, make_parser, measure_groups, prepare
 from speed.engines import Engine, random_prompts
 from speed.results import Deadline, Results
 from speed.subject import GIB, Subject
@@ -92,21 +91,13 @@ def measure_all(
     options: dict[str, Any],
 ) -> bool:
     """Measure the missing cells, one engine after the other; whether none is left."""
-    for variant in (VARIANTS[name] for name in names):
-        cells = {n: f"n={n} {variant.name}" for n in lengths}
-        if set(cells.values()) <= results.cells.keys():
-            continue
-        if deadline.left <= 0:
-            return False
-        engine = open_engine(subject, variant, lengths, options)
-        try:
-            once = partial(measure, engine, variant, subject.config.vocab_size)
-            by_name = {name: partial(once, n, rounds) for n, name in cells.items()}
-            if not measure_cells(results, by_name, deadline):
-                return False
-        finally:
-            engine.close()
-    return True
+
+    def group(variant: Variant) -> tuple[Callable[[], Engine], Cells]:
+        asked = {"variant": variant, "vocabulary": subject.config.vocab_size, "rounds": rounds}
+        cells: Cells = {f"n={n} {variant.name}": partial(measure, n=n, **asked) for n in lengths}
+        return partial(open_engine, subject, variant, lengths, options), cells
+
+    return measure_groups(results, map(group, (VARIANTS[name] for name in names)), deadline)
 
 
 def table(results: Results) -> str:

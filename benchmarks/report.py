@@ -11,8 +11,6 @@ tars or folders, earlier runs first: it puts the records into
 pictures beside them. `readme` writes the tables between the README's markers anew.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,14 +18,16 @@ from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
 import typer
+from common import RESULTS, ROOT, markdown
 from gpu_report import archive, plots, summary
 from gpu_report.plots import COLOURS
 from gpu_report.readme import readme_table
 from rich.console import Console
 from speed.variants import by_size, split
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+from sparsemm_vllm.commands.figures import plot_axes, save_figure, styled
+from sparsemm_vllm.files import write_whole
+
 README = ROOT / "README.md"
 END = "<!-- end -->\n"
 SHOWN = (3072, 8192, 32768)  # prompt tokens
@@ -56,6 +56,7 @@ def decode_points(document: dict[str, Any]) -> dict[int, dict[str, list[tuple[in
     return {batch: points[batch] for batch in sorted(points)}
 
 
+@styled()
 def draw_decode(document: dict[str, Any], picture: Path) -> None:
     """A panel for each batch."""
     points = decode_points(document)
@@ -73,8 +74,7 @@ def draw_decode(document: dict[str, Any], picture: Path) -> None:
         panel.set_xticks(n, [f"{tokens:,}" for tokens in n], minor=False, fontsize=8)
         panel.set_xticks([], minor=True)
         panel.set_ylim(bottom=0)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(axis="y", alpha=0.3)
+        plot_axes(panel)
     axes[0][0].set_ylabel("ms a decode step")
     handles = {line.get_label(): line for panel in axes[0] for line in panel.get_lines()[::2]}
     figure.legend(
@@ -82,7 +82,7 @@ def draw_decode(document: dict[str, Any], picture: Path) -> None:
     )
     machine, asked = document["machine"], document["asked"]
     figure.suptitle(f"{asked['model']} on {machine['device']} (dotted: floor)", fontsize=11)
-    figure.savefig(picture, dpi=130)
+    save_figure(figure, picture)
     plt.close(figure)
 
 
@@ -110,7 +110,7 @@ def readme(
 ) -> None:
     """Write the tables between their markers."""
     try:
-        file.write_text(with_tables(file.read_text(), TABLES))
+        write_whole(file, with_tables(file.read_text(), TABLES))
     except ValueError as error:
         console.print(f"[red]{file}: {error}[/]", soft_wrap=True)
         raise typer.Exit(1) from None
@@ -141,19 +141,20 @@ def with_tables(
 def accounting() -> list[str]:
     """KV bytes of a request; LLaVA-1.5 has the language model of LLaVA-NeXT-Vicuna."""
     rows = json.loads((RESULTS / "kv-accounting.json").read_text())
-    lines = [
-        "| model | prompt tokens | dense | SPARSEMM | times less | above ideal |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for r in rows:
-        if r["budget"] != 256 or r["prompt_tokens"] not in SHOWN or "1.5" in r["model"]:
-            continue
-        lines.append(
-            f"| {r['model']} | {r['prompt_tokens']:,} | {r['dense_bytes'] / 1e6:,.0f} MB | "
-            f"{r['held_bytes'] / 1e6:,.1f} MB | {r['times_less']:.1f} | "
-            f"{r['times_ideal'] - 1:.0%} |"
+    cells = [
+        (
+            r["model"],
+            f"{r['prompt_tokens']:,}",
+            f"{r['dense_bytes'] / 1e6:,.0f} MB",
+            f"{r['held_bytes'] / 1e6:,.1f} MB",
+            f"{r['times_less']:.1f}",
+            f"{r['times_ideal'] - 1:.0%}",
         )
-    return lines
+        for r in rows
+        if r["budget"] == 256 and r["prompt_tokens"] in SHOWN and "1.5" not in r["model"]
+    ]
+    heads = ("model", "prompt tokens", "dense", "SPARSEMM", "times less", "above ideal")
+    return markdown(heads, cells)
 
 
 def simulation() -> list[str]:

@@ -8,8 +8,6 @@ ptxas cannot know: an estimate (within some 30 %) to compare variants of a kerne
 "Dissecting the NVIDIA Volta GPU architecture via microbenchmarking", https://arxiv.org/abs/1804.06826.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -60,9 +58,14 @@ class Instruction:
     control: int
 
     @property
+    def mnemonic(self) -> str:
+        """Mnemonic with its modifiers, ``LDG.E.128``."""
+        return _PREDICATE.sub("", self.text).split()[0]
+
+    @property
     def opcode(self) -> str:
         """Mnemonic without modifiers."""
-        return _PREDICATE.sub("", self.text).split()[0].partition(".")[0]
+        return self.mnemonic.partition(".")[0]
 
     @property
     def target(self) -> int | None:
@@ -131,7 +134,7 @@ class Part:
     cycles: int
 
     @classmethod
-    def of(cls, code: Code) -> Part:
+    def of(cls, code: Code) -> "Part":
         """Count a piece."""
         return cls(len(code), cycles(code))
 
@@ -145,7 +148,7 @@ class DecodeParts:
         tile: reading a KV tile.
         end: writing the output of an item that no other program shares.
         split: storing a part of an item that others share, and saying so.
-        combine: what the last of an item's programs does besides, with one round of parts.
+        combine: work that the last of an item's programs does besides, with one round of parts.
         round: each further round of parts.
     """
 

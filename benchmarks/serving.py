@@ -21,9 +21,6 @@ command ends and says what is left: exit status 3; 1 if a load failed, which los
 Needs what vLLM needs, and no network.
 """
 
-from __future__ import annotations
-
-import argparse
 import contextlib
 import json
 import shutil
@@ -36,8 +33,7 @@ from typing import Any
 
 import httpx
 import models
-from gpu_parts.records import ROOT
-from gpu_suite import TIME_IS_OVER
+from common import ROOT, TIME_IS_OVER, make_parser
 from speed.chat import hold_chats, warm_up
 from speed.load import SERVED, Bench, LoadError, put_load
 from speed.plans import plans_for
@@ -81,9 +77,11 @@ class Cell:
 
 
 def cells_of(plan: Plan, server: str, only: Sequence[str] = ()) -> list[Cell]:
-    """A server's, in the order in which they are measured.
+    """A server's cells, in the order in which they are measured.
 
     Args:
+        plan: model, scenarios and loads.
+        server: name of its variant.
         only: names of scenarios, or "chats"; nothing means all.
     """
     found = [
@@ -103,7 +101,7 @@ def visits(
     """The servers in the order in which they are started: ABBA, so that drift meets all alike.
 
     Args:
-        plans: one for each model.
+        plans: plans, one for each model.
         only: names of scenarios, or "chats"; nothing means all.
         servers: names of variants.
     """
@@ -171,9 +169,9 @@ def measure(
     """Measure what is missing, until the time is over.
 
     Args:
-        plans: one for each model.
-        results: that cells are added to.
-        deadline: the cell that crosses it is the last.
+        plans: plans, one for each model.
+        results: file that cells are added to.
+        deadline: end of the time; the cell that crosses it is the last.
         work: folder for logs and pictures.
         only: names of scenarios, or "chats"; nothing means all.
         servers: names of variants.
@@ -231,9 +229,7 @@ def print_tables(plans: Sequence[Plan], results: Results) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="one scenario, two small loads")
     add_option(parser)
     parser.add_argument("--only", default="", help="scenarios, separated by commas; or chats")

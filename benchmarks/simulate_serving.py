@@ -12,22 +12,20 @@ published scores of LLaVA-NeXT have: the top 5 % of the heads hold 55 % of the m
 77 %.
 """
 
-from __future__ import annotations
-
 import json
-import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from common import RESULTS, code_version
 from rich.console import Console
 from rich.table import Table
 
 from sparsemm_vllm import environment
+from sparsemm_vllm.files import write_json
 
-ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "simulated-serving.json"
+RESULT = RESULTS / "simulated-serving.json"
 
 console = Console()
 
@@ -61,13 +59,10 @@ def main(
     from simulated.serving import simulate
 
     document = simulate(requests, dense_requests, budget, seed)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    document["commit"] = commit.stdout.strip()
+    document["commit"] = code_version()["commit"]
     document["versions"] = {name: version(name) for name in ("vllm", "torch", "sparsemm-vllm")}
     print_report(document)
-    out.write_text(json.dumps(document, indent=1) + "\n")
+    write_json(out, document)
     console.print(json.dumps(document), soft_wrap=True)
 
 

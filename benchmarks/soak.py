@@ -9,8 +9,6 @@ question's answer never changes, and that KV blocks and memory are free again at
 line is JSON; the exit status is 1 if anything was wrong.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random
@@ -42,9 +40,9 @@ class Report:
 
     Attributes:
         outcomes: requests by what they were and how they ended.
-        failures: what should not have happened, in words.
-        probes: times that the fixed question was asked.
-        seconds: that it took.
+        failures: events that should not have happened, in words.
+        probes: number of times that the fixed question was asked.
+        seconds: time that it took.
         rss_mib: resident memory of all processes of the server, warm and at the end.
         blocks_in_use: share of the KV blocks that are in use at the end.
     """
@@ -61,10 +59,10 @@ class Soak:
     """One run against one server.
 
     Args:
-        url: of the server, without ``/v1``.
+        url: address of the server, without ``/v1``.
         model: its name there.
-        pid: of the server, to measure its memory; none measures nothing.
-        seed: of what is asked and in which order.
+        pid: process id of the server, to measure its memory; none measures nothing.
+        seed: seed of what is asked, and in which order.
     """
 
     def __init__(self, url: str, model: str, pid: int | None = None, seed: int = 0) -> None:
@@ -80,9 +78,9 @@ class Soak:
         """Ask until so many requests were made or the time is over, then wait until all is quiet.
 
         Args:
-            requests: at most.
-            clients: that ask at the same time.
-            seconds: after which no request is begun any more.
+            requests: largest number of requests.
+            clients: number of clients that ask at the same time.
+            seconds: time after which no request is begun any more.
         """
         begun = time.monotonic()
         await self._ask_many(round(requests * WARM_UP), clients, begun + seconds * WARM_UP)

@@ -14,11 +14,8 @@ without bfloat16; compiling takes some minutes before the first step of each kin
 Sizes: L layers, H heads (query and KV), D head size, P image tokens, T row length, B rows.
 """
 
-from __future__ import annotations
-
-import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -26,27 +23,36 @@ import numpy as np
 import tiny_vlm.blocked_attention  # noqa: F401  (registers the attention)
 import torch
 import typer
-from offline.subjects import CONTEXT, ROOT, SUBJECTS, TASKS
-from rich.console import Console
+from common import ROOT
+from offline.subjects import CONTEXT, SUBJECTS, TASKS
 from rich.progress import track
 from tiny_vlm.answers import Reader
-from tiny_vlm.checkpoint import make_processor, save_checkpoint
+from tiny_vlm.commands import (
+    Every,
+    Folder,
+    Resume,
+    Rows,
+    Seed,
+    State,
+    Threads,
+    add_commands,
+    console,
+    save_scores,
+)
 from tiny_vlm.glyphs import PATCH
+from tiny_vlm.llava import CHAT_WITH_SYSTEM, image_tokens, llava_config
 from tiny_vlm.losses import Weights, picture_loss, text_loss
 from tiny_vlm.memory import keep_freed_memory
 from tiny_vlm.muon import Muon
 from tiny_vlm.prose import excerpt, training_text
 from tiny_vlm.rows import Batch, Row, branch, branch_sight, pack_row
-from tiny_vlm.training import Trainer, adamw, run, split_weights
+from tiny_vlm.training import Settings, Trainer, run
 from tiny_vlm.visual_scores import METHOD, concentration, rank_correlation, sample_hits
-from tiny_vlm.vocabulary import BOS, EOS, IMAGE, PAD, USER, VOCAB, encode
+from tiny_vlm.vocabulary import BOS, IMAGE, USER, encode
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from sparsemm_vllm.budget.config_hash import config_hash
-from sparsemm_vllm.budget.profile import HeadProfile, save_profile
-from sparsemm_vllm.commands.evaluate.metrics import Marks
 from sparsemm_vllm.data.pictures import (
     CLUTTERED_SIZE,
     TRAIN_SEEDS,
@@ -61,56 +67,34 @@ READER = SUBJECTS["reader"].folder
 STATE = ROOT / ".cache" / "train_instrument" / "state.pt"
 
 GRID = CLUTTERED_SIZE // PATCH
-P = GRID * GRID
+P = image_tokens(CLUTTERED_SIZE)
 T = 448  # row length: the prefix and the branches
 TEXT_T = 256  # row length of text without pictures
 NO_CONTEXT = 0.1  # share of rows without a system message
 
-CHAT_TEMPLATE = (
-    "<s>{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}<assistant>"
-    "{% elif message['role'] != 'system' %}<user>{% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}<image>{{ '\\n' }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{% endif %}{% if message['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+SETTINGS = Settings(
+    steps=1500,
+    rows=12,
+    warmup=100,
+    decay=0.35,
+    weights=Weights(),
+    text_steps=160,
+    text_rows=32,
 )
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-console = Console()
-Threads = Annotated[int, typer.Option(help="CPU threads; only those really free.")]
 
 
 def instrument_config() -> LlavaConfig:
-    vision = CLIPVisionConfig(
-        hidden_size=192,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        image_size=CLUTTERED_SIZE,
-        patch_size=PATCH,
-    )
-    text = LlamaConfig(
-        vocab_size=len(VOCAB),
+    return llava_config(
+        CLUTTERED_SIZE,
+        vision_layers=2,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=8,
         num_attention_heads=8,
         num_key_value_heads=8,
         head_dim=16,
-        max_position_embeddings=4096,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=IMAGE,
-        image_seq_length=P,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
     )
 
 
@@ -166,22 +150,6 @@ def make_text(step: int, rows: int) -> Tensor:
 # Training.
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a training run depends on (with the number of threads, which changes roundings)."""
-
-    text_steps: int = 160
-    text_rows: int = 32
-    steps: int = 1500  # with pictures, after those with text
-    rows: int = 12
-    lr: float = 1e-3
-    matrix_lr: float = 2e-3
-    warmup: int = 100
-    decay: float = 0.35  # share of the steps over which the learning rate falls to 0
-    weights: Weights = field(default_factory=Weights)
-    seed: int = 0
-
-
 class InstrumentTrainer(Trainer):
     """Text first, then pictures. Muon updates the layers' matrices, AdamW the rest."""
 
@@ -190,14 +158,7 @@ class InstrumentTrainer(Trainer):
         self.model = LlavaForConditionalGeneration(instrument_config())
         self.model.set_attn_implementation({"text_config": "blocked", "vision_config": "sdpa"})
         start_from_reader(self.model)
-        matrices, rest = split_weights(self.model)
-        muon = Muon(matrices, lr=settings.matrix_lr, weight_decay=0.02)
-        optimizers: list[tuple[torch.optim.Optimizer, float]] = [
-            (muon, settings.matrix_lr),
-            (adamw(rest, settings.lr), settings.lr),
-        ]
-        steps = settings.text_steps + settings.steps
-        super().__init__(self.model, optimizers, settings, steps)
+        super().__init__(self.model, Muon, settings)
         compiled = Callable[..., tuple[Tensor, Tensor]]
         self.text_loss: compiled = torch.compile(text_loss, dynamic=False)
         self.picture_loss: compiled = torch.compile(picture_loss, dynamic=False)
@@ -214,81 +175,44 @@ class InstrumentTrainer(Trainer):
         loss.backward()
         return figures
 
-    def rate(self) -> float:
-        """Linear warm-up of text and of pictures, constant, linear decay."""
-        s = self.settings
-        since = self.step if self.step < s.text_steps else self.step - s.text_steps
-        left = (self.steps - self.step) / (s.decay * s.steps)
-        return min(1.0, (since + 1) / s.warmup, left)
-
 
 @app.command()
 def train(
-    steps: Annotated[int, typer.Option(help="Steps with pictures.")] = Settings.steps,
-    text_steps: Annotated[int, typer.Option(help="Steps with text.")] = Settings.text_steps,
-    rows: Annotated[int, typer.Option(help="Pictures a step.")] = Settings.rows,
-    seed: Annotated[int, typer.Option(help="Seed of the initial weights.")] = Settings.seed,
+    steps: Annotated[int, typer.Option(help="Steps with pictures.")] = SETTINGS.steps,
+    text_steps: Annotated[int, typer.Option(help="Steps with text.")] = SETTINGS.text_steps,
+    rows: Rows = SETTINGS.rows,
+    seed: Seed = SETTINGS.seed,
     query: Annotated[
         float, typer.Option(help="Weight of the answers about single lines.")
     ] = Weights.query,
     threads: Threads = 1,
-    resume: Annotated[bool, typer.Option(help="Continue from the saved state.")] = True,
-    state: Annotated[Path, typer.Option(help="Where the state is saved.")] = STATE,
-    every: Annotated[int, typer.Option(help="Steps between two saved states.")] = 50,
+    resume: Resume = True,
+    state: State = STATE,
+    every: Every = 50,
 ) -> None:
     """Train the instrument; continues where an interrupted run stopped."""
     torch.set_num_threads(threads)
     keep_freed_memory()
-    weights = Weights(query=query)
-    settings = Settings(steps=steps, text_steps=text_steps, rows=rows, seed=seed, weights=weights)
+    settings = replace(
+        SETTINGS,
+        steps=steps,
+        text_steps=text_steps,
+        rows=rows,
+        seed=seed,
+        weights=Weights(query=query),
+    )
     run(InstrumentTrainer(settings), state, resume, every, console)
 
 
-@app.command()
-def export(
-    state: Annotated[Path, typer.Option(help="Saved training state.")] = STATE,
-    out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = INSTRUMENT.folder,
-) -> None:
-    """Write the checkpoint (float16) from the saved state, and check that it loads."""
-    saved = torch.load(state, map_location="cpu")
-    model = LlavaForConditionalGeneration(instrument_config())
-    model.load_state_dict(saved["weights"])
-    save_checkpoint(model, make_processor(CLUTTERED_SIZE, PATCH, CHAT_TEMPLATE), out)
-    console.print(f"{out}: step {saved['step']}, {saved['seconds']:.0f} s of training")
+add_commands(app, INSTRUMENT, STATE, instrument_config(), CHAT_WITH_SYSTEM, (torch.float32,))
 
 
-# Accuracy and visual-head scores.
-
-
-@app.command(name="eval")
-def evaluate(
-    model: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = INSTRUMENT.folder,
-    samples: Annotated[int, typer.Option(help="Held-out pictures a task.")] = 300,
-    first: Annotated[int, typer.Option(help="First of the held-out seeds to use.")] = 1000,
-    context: Annotated[bool, typer.Option(help="Ask after a system message.")] = True,
-    threads: Threads = 1,
-) -> None:
-    """Greedy generation on held-out pictures: exact words and character errors, in percent."""
-    torch.set_num_threads(threads)
-    reader = Reader(model, torch.float32)
-    for task in TASKS:
-        asked = INSTRUMENT.held_out(first, samples, task)
-        answers = reader.answer(asked.samples, asked.contexts if context else None)
-        found = Marks.of(asked.answers, answers).statistics()
-        record = {
-            "task": task,
-            "pictures": samples,
-            "first": first,
-            "context": context,
-            "exact_words": round(100 * float(found["exact_words"]), 2),
-            "character_errors": round(100 * float(found["character_errors"]), 2),
-        }
-        console.print(json.dumps(record), soft_wrap=True)
+# Visual-head scores.
 
 
 @app.command()
 def profile(
-    model: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = INSTRUMENT.folder,
+    model: Folder = INSTRUMENT.folder,
     out: Annotated[Path, typer.Option(help="The head profile to write.")] = INSTRUMENT.profile,
     samples: Annotated[int, typer.Option(help="Samples, half of them of each task.")] = 400,
     first: Annotated[int, typer.Option(help="First of the profile seeds to use.")] = 0,
@@ -303,22 +227,18 @@ def profile(
         pairs = zip(asked.samples, asked.contexts or [], strict=True)
         hits += [sample_hits(reader, *pair) for pair in track([*pairs], task)]
     scores = torch.stack(hits).mean(0)
-    text = reader.model.config.text_config
-    head_profile = HeadProfile(
+    save_scores(
+        scores,
+        reader.model.config,
+        out,
         model_id="sparsemm-instrument",
-        num_layers=text.num_hidden_layers,
-        num_query_heads=text.num_attention_heads,
-        num_kv_heads=text.num_key_value_heads,
-        config_hash=config_hash(reader.model.config),
         mode="forced",
         data="sparsemm_vllm.pictures, cluttered, PROFILE_SEEDS, tasks read and query",
         samples=len(hits),
         seed=first,
         split_half=rank_correlation(*(torch.stack(hits[half::2]).mean(0) for half in range(2))),
         provenance={"method": METHOD, "tool": "benchmarks/train_instrument.py profile"},
-        scores=tuple(tuple(round(s, 6) for s in layer) for layer in scores.tolist()),
     )
-    save_profile(head_profile, out)
     for heads, share in concentration(scores).items():
         console.print(f"top {heads} of heads: {share:.1%} of the score")
 

@@ -17,96 +17,62 @@ an hour and a half:
 Sizes: L layers, Hq query heads, Hkv KV heads, D head size, P image tokens, T row length, B rows.
 """
 
-from __future__ import annotations
-
-import json
 import string
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from typing import Annotated
 
 import numpy as np
 import tiny_vlm.grouped_attention  # noqa: F401  (registers the attention)
 import torch
 import typer
-from rich.console import Console
-from tiny_vlm.answers import Reader
-from tiny_vlm.checkpoint import make_processor, save_checkpoint
-from tiny_vlm.glyphs import PATCH
+from common import ROOT
+from offline.subjects import SUBJECTS
+from tiny_vlm.commands import Every, Resume, Rows, Seed, State, Threads, add_commands, console
+from tiny_vlm.llava import CHAT, image_tokens, llava_config
 from tiny_vlm.losses import Weights, picture_loss
 from tiny_vlm.rows import Batch, Branch, Row, branch, branch_sight, pack_row
-from tiny_vlm.training import Trainer, adamw, run, split_weights
-from tiny_vlm.vocabulary import BOS, EOS, IMAGE, PAD, USER, VOCAB
+from tiny_vlm.training import Settings, Trainer, run
+from tiny_vlm.vocabulary import BOS, IMAGE, USER
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from sparsemm_vllm.commands.evaluate.metrics import Marks
 from sparsemm_vllm.data.pictures import (
-    EVAL_SEEDS,
     PICTURE_SIZE,
     TRAIN_SEEDS,
     Page,
     make_page,
-    make_sample,
     query_sample,
     read_sample,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
-READER = ROOT / "sparsemm_vllm" / "reader"
+READER = SUBJECTS["reader"]
 STATE = ROOT / ".cache" / "train_reader" / "state.pt"
 
-P = (PICTURE_SIZE // PATCH) ** 2
+P = image_tokens(PICTURE_SIZE)
 PREFIX = [BOS, USER, *[IMAGE] * P]
 T = 320  # row length: the prefix and the branches
 FILLER = string.ascii_letters + string.digits + "     .,"
 LABELLED = 0.7  # share of training pages whose lines are KEY value
 MAX_GAP = 1500  # largest jump of positions between picture and question
 
-CHAT_TEMPLATE = (
-    "<s>{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}<assistant>{% else %}<user>{% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}<image>{{ '\\n' }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{% endif %}{% if message['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+SETTINGS = Settings(steps=2500, rows=24, warmup=150, decay=0.4, weights=Weights(text=0.0))
+MUON = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-console = Console()
 
 
 def reader_config() -> LlavaConfig:
-    vision = CLIPVisionConfig(
-        hidden_size=192,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        image_size=PICTURE_SIZE,
-        patch_size=PATCH,
-    )
-    text = LlamaConfig(
-        vocab_size=len(VOCAB),
+    return llava_config(
+        PICTURE_SIZE,
+        vision_layers=3,
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=6,
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=32,
-        max_position_embeddings=4096,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=IMAGE,
-        image_seq_length=P,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
     )
 
 
@@ -148,25 +114,8 @@ def page_branches(rng: np.random.Generator, page: Page) -> Iterator[Branch]:
 # Training.
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a training run depends on (with the number of threads, which changes roundings)."""
-
-    steps: int = 2500
-    rows: int = 24
-    lr: float = 1e-3
-    matrix_lr: float = 2e-3
-    warmup: int = 150
-    decay: float = 0.4  # share of the steps over which the learning rate falls to 0
-    weights: Weights = field(default_factory=lambda: Weights(text=0.0))
-    seed: int = 0
-
-
 class ReaderTrainer(Trainer):
-    """Float32 master weights, and their bfloat16 copy that computes.
-
-    Muon updates the matrices of the transformer layers, AdamW the rest.
-    """
+    """Float32 master weights, and their bfloat16 copy that computes."""
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
         torch.manual_seed(settings.seed)
@@ -175,15 +124,7 @@ class ReaderTrainer(Trainer):
         self.model = LlavaForConditionalGeneration(reader_config()).to(device, torch.bfloat16)
         self.model.set_attn_implementation("grouped")
         self.loss: Callable[..., tuple[Tensor, Tensor]] = torch.compile(picture_loss, dynamic=False)
-        matrices, rest = split_weights(master)
-        muon = torch.optim.Muon(
-            matrices, lr=settings.matrix_lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"
-        )
-        optimizers = [
-            (muon, settings.matrix_lr),
-            (adamw(rest, settings.lr), settings.lr),
-        ]
-        super().__init__(master, optimizers, settings, settings.steps)
+        super().__init__(master, MUON, settings)
         self.updated()
 
     def gradients(self) -> Tensor:
@@ -195,11 +136,6 @@ class ReaderTrainer(Trainer):
             weight.grad = None if copy.grad is None else copy.grad.float()
             copy.grad = None
         return figures
-
-    def rate(self) -> float:
-        """Linear warm-up, constant, linear decay."""
-        s = self.settings
-        return min(1.0, (self.step + 1) / s.warmup, (s.steps - self.step) / (s.decay * s.steps))
 
     @torch.no_grad()
     def updated(self) -> None:
@@ -215,79 +151,24 @@ def branch_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
 
 @app.command()
 def train(
-    steps: Annotated[int, typer.Option(help="Training steps in all.")] = Settings.steps,
-    rows: Annotated[int, typer.Option(help="Pictures a step.")] = Settings.rows,
-    lr: Annotated[float, typer.Option(help="Peak rate of AdamW.")] = Settings.lr,
-    matrix_lr: Annotated[float, typer.Option(help="Peak rate of Muon.")] = Settings.matrix_lr,
-    seed: Annotated[int, typer.Option(help="Seed of the initial weights.")] = Settings.seed,
-    threads: Annotated[int, typer.Option(help="CPU threads; only those really free.")] = 1,
-    resume: Annotated[bool, typer.Option(help="Continue from the saved state.")] = True,
-    state: Annotated[Path, typer.Option(help="Where the state is saved.")] = STATE,
-    every: Annotated[int, typer.Option(help="Steps between two saved states.")] = 100,
+    steps: Annotated[int, typer.Option(help="Training steps in all.")] = SETTINGS.steps,
+    rows: Rows = SETTINGS.rows,
+    lr: Annotated[float, typer.Option(help="Peak rate of AdamW.")] = SETTINGS.lr,
+    matrix_lr: Annotated[float, typer.Option(help="Peak rate of Muon.")] = SETTINGS.matrix_lr,
+    seed: Seed = SETTINGS.seed,
+    threads: Threads = 1,
+    resume: Resume = True,
+    state: State = STATE,
+    every: Every = 100,
 ) -> None:
     """Train the reader; continues where an interrupted run stopped."""
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = Settings(steps=steps, rows=rows, lr=lr, matrix_lr=matrix_lr, seed=seed)
-    run(ReaderTrainer(settings, device), state, resume, every, console)
+    asked = replace(SETTINGS, steps=steps, rows=rows, lr=lr, matrix_lr=matrix_lr, seed=seed)
+    run(ReaderTrainer(asked, device), state, resume, every, console)
 
 
-@app.command()
-def export(
-    state: Annotated[Path, typer.Option(help="Saved training state.")] = STATE,
-    out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = READER,
-) -> None:
-    """Write the checkpoint (float16) from the saved state, and check that it loads."""
-    saved = torch.load(state, map_location="cpu")
-    model = LlavaForConditionalGeneration(reader_config())
-    model.load_state_dict(saved["weights"])
-    save_checkpoint(model, make_processor(PICTURE_SIZE, PATCH, CHAT_TEMPLATE), out)
-    console.print(f"{out}: step {saved['step']}, {saved['seconds']:.0f} s of training")
-
-
-# Accuracy.
-
-
-@app.command(name="eval")
-def evaluate(
-    model: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = READER,
-    samples: Annotated[int, typer.Option(help="Held-out pictures a task.")] = 300,
-    first: Annotated[int, typer.Option(help="First of the held-out seeds to use.")] = 1000,
-    filler: Annotated[int, typer.Option(help="Characters of text before the question.")] = 0,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
-) -> None:
-    """Greedy generation on held-out pictures: exact words and character errors, in percent.
-
-    The seeds below 1,000 were looked at while the reader was developed: they are left out.
-    """
-    torch.set_num_threads(threads)
-    for dtype in (torch.float32, torch.bfloat16):
-        reader = Reader(model, dtype)
-        for task in ("read", "query"):
-            held_out = [make_sample(EVAL_SEEDS[first + i], task) for i in range(samples)]
-            answers = reader.answer(held_out, filler=filler_text(filler))
-            found = Marks.of([sample.answer for sample in held_out], answers).statistics()
-            console.print(
-                json.dumps(
-                    {
-                        "task": task,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "pictures": samples,
-                        "first": first,
-                        "filler": filler,
-                        "exact_words": round(100 * float(found["exact_words"]), 2),
-                        "character_errors": round(100 * float(found["character_errors"]), 2),
-                    }
-                ),
-                soft_wrap=True,
-            )
-
-
-def filler_text(length: int) -> str:
-    """Unrelated prose of ``length`` characters, ended by a newline; empty for 0."""
-    prose = "The quick brown fox jumps over the lazy dog, then it rests for a while. "
-    return (prose * (length // len(prose) + 1))[: length - 1] + "\n" if length else ""
-
+add_commands(app, READER, STATE, reader_config(), CHAT, (torch.float32, torch.bfloat16))
 
 if __name__ == "__main__":
     app()

@@ -70,7 +70,7 @@ def cache_folder() -> Path:
     """Where profiles that were made are kept: `$SPARSEMM_CACHE`, or the user's cache folder."""
     if folder := os.environ.get("SPARSEMM_CACHE"):
         return Path(folder).expanduser()
-    import platformdirs
+    import platformdirs  # most commands need no cache
 
     return Path(platformdirs.user_cache_dir("sparsemm"))
 

@@ -1,86 +1,27 @@
 """Time of the kernels beside the time that their bytes take at the measured bandwidth."""
 
-import json
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import decode_model
 import numpy as np
 import torch
 import triton
-from decode_model import COSTS, MODELS, Attention, Costs, predict, program_cycles, read_costs
-from kernel_cases import head_pages, relative_error
-from models.head_scores import concentrated_scores
+from decode_model import COSTS, QWEN, VICUNA, Costs, predict, program_cycles, read_costs
+from kernel_cases import relative_error
 from sass import DecodeParts, Part
+from timed_cases import TINY, Decode, Model, P, Prune, Step, head_scores
 
 from gpu_parts.device import Context, Device
-from sparsemm_vllm.budget.layout import CacheLayout
-from sparsemm_vllm.triton_kernels import triton_ops
-from sparsemm_vllm.triton_kernels.batch import HeadPages, Prompts, PruneWorkspace, Rows
-from sparsemm_vllm.triton_kernels.decode_batch import SETUP_TILES, DecodeBatch, DecodeBuffers
-from sparsemm_vllm.triton_kernels.tile_sizes import DecodeOptions, padded_queries
+from sparsemm_vllm.triton_kernels.decode_batch import SETUP_TILES
 
 NEEDS = 15
-P, W, KERNEL_SIZE = 16, 32, 5
 MOST_SPLITS = 32  # vLLM's flash_attn_max_num_splits_for_cuda_graph
-MOST_PROGRAMS_PER_MULTIPROCESSOR = (
-    4  # as sparsemm_vllm.engine.worker.model_state has it, which needs vLLM
-)
 
 # Cycles where a kernel's machine code was not looked at: beginning an item costs about a tile.
 ASSUMED = DecodeParts(*(Part(cycles // 2, cycles) for cycles in (1000, 1600, 600, 400, 1000, 400)))
-
-
-@dataclass(frozen=True)
-class Model(Attention):
-    """Attention of a model, and how many parameters it has."""
-
-    parameters: float
-
-
-VICUNA, QWEN = (
-    Model(*astuple(attention), parameters)
-    for attention, parameters in zip(MODELS, (6.7e9, 7.6e9), strict=True)
-)
-TINY = Model("tiny", 3, 8, 4, 32, 1e6)
-
-
-@dataclass(frozen=True)
-class Step:
-    """A decode step that is measured.
-
-    Attributes:
-        model: whose attention.
-        batch: requests.
-        budget: tokens that a head keeps on average; dense if None.
-        n: prompt tokens of each.
-        layout: of the cache; LBHNC is what vLLM serves SPARSEMM with.
-        fp8: whether the cache holds e4m3.
-    """
-
-    model: Model
-    batch: int
-    budget: int | None = None
-    n: int = 8192
-    layout: str = "LBHNC"
-    fp8: bool = False
-
-    @property
-    def name(self) -> str:
-        """For the table."""
-        kept = "dense" if self.budget is None else f"B={self.budget}"
-        parts = [f"decode {self.model.name} {kept} batch={self.batch}"]
-        if self.n != type(self).n:
-            parts.append(f"n={self.n}")
-        if self.fp8:
-            parts.append("fp8")
-        if self.layout != type(self).layout:
-            parts.append(self.layout)
-        return " ".join(parts)
-
 
 # What says most first: a run may end anywhere.
 STEPS = (
@@ -136,130 +77,8 @@ class Sizes:
 DRY = Sizes(DRY_STEPS, DRY_STEPS[:1], (TINY,), (100,), 64, 1 << 20, 64, torch.float32)
 
 
-def head_scores(model: Model, path: Path | None) -> torch.Tensor:
-    """Visual scores ``[L, Hq]``: those of the file if they are this model's, else made up.
-
-    Made up, they are as concentrated as the published ones of LLaVA-NeXT-Vicuna-7B.
-    """
-    if path is not None:
-        found = json.loads(path.read_text())
-        if "scores" in found:  # our profiles
-            scores = torch.tensor(found["scores"], dtype=torch.float64)
-        else:  # the published form: lists of hits by "layer-head"
-            flat = [sum(hits) / len(hits) for hits in found.values()]
-            scores = torch.zeros(len(flat), dtype=torch.float64)
-            layers = 1 + max(int(key.split("-")[0]) for key in found)
-            for key, score in zip(found, flat, strict=True):
-                layer, head = map(int, key.split("-"))
-                scores[layer * (len(flat) // layers) + head] = score
-            scores = scores.reshape(layers, -1)
-        if scores.shape == (model.L, model.Hq):
-            return scores
-    return concentrated_scores(model.L, model.Hq, seed=7)
-
-
-def make_cache(
-    device: Device, model: Model, blocks: int, layout: str, dtype: torch.dtype
-) -> torch.Tensor:
-    """A cache of random values, ``[L, B, Hkv, P, 2 * D]``."""
-    head_major = layout == "LBHNC"
-    inner = (model.Hkv, P) if head_major else (P, model.Hkv)
-    cache = torch.empty(model.L, blocks, *inner, 2 * model.D, dtype=dtype, device=device.torch)
-    for layer in cache:  # e4m3 numbers are not drawn, but rounded; a layer at a time has room
-        layer.copy_(torch.randn(layer.shape, device=device.torch))
-    return cache if head_major else cache.transpose(2, 3)
-
-
-class Decode:
-    """One decode step of equal prompts, right after they were pruned; dense without a budget."""
-
-    def __init__(
-        self,
-        device: Device,
-        step: Step,
-        scores: torch.Tensor,
-        dtype: torch.dtype = torch.bfloat16,
-        options: DecodeOptions | None = None,
-        programs_each: int | None = None,
-    ) -> None:
-        """Fill a cache and schedule the step.
-
-        Args:
-            device: where it runs.
-            step: lengths and budget.
-            scores: visual scores of the heads, ``[L, Hq]``.
-            dtype: type of the queries, and of the cache if it is not fp8.
-            options: how the kernel is compiled; as serving does it if not given.
-            programs_each: programs of a multiprocessor; as many as it runs at once if not given.
-        """
-        model, n, batch, budget = step.model, step.n, step.batch, step.budget
-        cache_dtype = torch.float8_e4m3fn if step.fp8 else dtype
-        self.device, self.model, self.n, self.batch = device, model, n, batch
-        L, Hq, Hkv, D = model.L, model.Hq, model.Hkv, model.D
-        kept = torch.zeros(L, Hkv, dtype=torch.int64)
-        C, owned = 0, -(-(n + 1) // P)
-        if budget is not None:
-            heads = CacheLayout.from_scores(scores, Hkv, budget, W)
-            kept = torch.from_numpy(heads.kept_tokens(n))
-            C = heads.compact_blocks(n, P)
-            owned = heads.held_blocks(n, n + 1, P)
-        pages = head_pages([n] * batch, kept.expand(batch, L, Hkv), [C] * batch, P)
-        # A row's blocks lie anywhere; those that were freed are the null block.
-        order = 1 + torch.randperm(batch * owned).reshape(batch, owned)
-        width = -(-(n + 1) // P) + C
-        table = torch.zeros(batch, width, dtype=torch.int32)
-        table[:, width - owned :] = order
-        if budget is not None:  # the prompt's last blocks, before the compact ones: all but freed
-            assert (width - owned) == heads.freed_blocks(n, P)
-        self.table = table.to(device.torch)
-        self.cache = make_cache(device, model, 1 + batch * owned, step.layout, cache_dtype)
-        self.scales = tuple(torch.ones(2, 1, device=device.torch)) if step.fp8 else (None, None)
-        self.query = torch.randn(batch, Hq, D).to(dtype).to(device.torch)
-        self.output = torch.empty_like(self.query)
-        self.start = torch.arange(batch + 1, dtype=torch.int32, device=device.torch)
-        self.seq_lens = torch.full((batch,), n + 1, dtype=torch.int32, device=device.torch)
-
-        if options is not None and options.lists_pages and C:
-            pages = self.list_pages(pages, C)
-        self.pages = pages
-        most = MOST_PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors
-        sizes = batch * Hq, L, Hkv, D, cache_dtype, most, device.torch, dtype
-        units = pages.page_units
-        self.rows = DecodeBatch.of(
-            DecodeBuffers.allocate(*sizes), 0, batch, 1, Hq // Hkv, None, options, units
-        )
-        programs = (programs_each or 0) * device.multiprocessors
-        self.schedule()
-        programs = min(most, programs or device.resident(lambda: self.layer(0)))
-        self.rows = replace(self.rows, programs=programs)
-        self.schedule()
-        tokens = kept.sum(1) + Hkv * (W + 1 if C else n + 1)
-        self.layer_bytes = (batch * 2 * D * cache_dtype.itemsize * tokens).tolist()
-        self.bytes = sum(self.layer_bytes) / L  # of a layer, on average
-
-    def list_pages(self, pages: HeadPages, C: int) -> HeadPages:
-        """The same with the places of the head pages."""
-        most = C * self.model.L * self.model.Hkv
-        units = torch.zeros(self.batch, most, dtype=torch.int32, device=self.device.torch)
-        pages = replace(pages, page_units=units)
-        rows = [(i, i, 0, self.n) for i in range(self.batch)]
-        prompts = Prompts.pack(rows, 0, self.device.torch)
-        triton_ops.list_pages(self.cache, self.table, prompts, pages)
-        return pages
-
-    def schedule(self) -> None:
-        """As a step does it once."""
-        given = Rows(self.table, self.start, self.seq_lens, self.start[: self.batch])
-        triton_ops.schedule_decode(self.rows, self.pages, W, P, given)
-
-    def layer(self, layer: int) -> Any:
-        """Attention of one layer; Triton's compiled kernel."""
-        args = self.table, self.rows, self.output, self.model.D**-0.5, *self.scales
-        return triton_ops.sparse_decode(self.query, self.cache, layer, *args)
-
-    def step(self) -> None:
-        for layer in range(self.model.L):
-            self.layer(layer)
+class Predicted(Decode):
+    """A decode step, and what the cost model says of it."""
 
     def first_tiles(self) -> list[np.ndarray]:
         """Of each layer the schedule's running sum of work."""
@@ -383,7 +202,7 @@ def per_layer(time: dict[str, float], L: int) -> dict[str, float]:
 def decode(context: Context, step: Step) -> dict[str, Any]:
     """A layer's decode, beside what its bytes take, and beside FlashAttention if it is dense."""
     device, sizes, L = context.device, sizes_of(context), step.model.L
-    setup = Decode(device, step, head_scores(step.model, context.scores), sizes.dtype)
+    setup = Predicted(device, step, head_scores(step.model, context.scores), sizes.dtype)
     time = per_layer(device.time(device.graph(setup.step)), L)
     rate = context.results["read bandwidth"]["bytes_per_second"]
     predicted = 1e6 * setup.bytes / rate
@@ -405,7 +224,7 @@ def decode(context: Context, step: Step) -> dict[str, Any]:
     return result
 
 
-def beside_flash(device: Device, setup: Decode, us: float) -> dict[str, Any]:
+def beside_flash(device: Device, setup: Predicted, us: float) -> dict[str, Any]:
     """FlashAttention's time of the same step, and how far the outputs are apart."""
     if device.dry:
         return {"flash": "skipped: needs a GPU"}
@@ -425,7 +244,7 @@ def trace(context: Context, step: Step) -> dict[str, Any]:
     """Each layer's kernels in one replay of a decode step: what the profiler sees of them."""
     device = context.device
     scores = head_scores(step.model, context.scores)
-    setup = Decode(device, step, scores, sizes_of(context).dtype)
+    setup = Predicted(device, step, scores, sizes_of(context).dtype)
     replay, L = device.graph(setup.step), step.model.L
     found = device.kernels(replay)
     launches = {name: times for name, times in found.items() if len(times) == L}
@@ -446,47 +265,18 @@ def trace(context: Context, step: Step) -> dict[str, Any]:
 def prune(context: Context, model: Model, n: int) -> dict[str, Any]:
     """Scoring, selection and compaction of all layers, beside an estimate of the prefill."""
     device, sizes = context.device, sizes_of(context)
-    L, Hq, Hkv, D = model.L, model.Hq, model.Hkv, model.D
-    heads = CacheLayout.from_scores(head_scores(model, context.scores), Hkv, sizes.prune_budget, W)
-    kept = torch.from_numpy(heads.kept_tokens(n))
-    N, C = -(-n // P), heads.compact_blocks(n, P)
-    pages = head_pages([n], kept[None], [C], P)
-    cache = make_cache(device, model, 1 + N + C, "LBHNC", sizes.dtype)
-    table = (1 + torch.randperm(N + C)).int()[None].to(device.torch)
-    query = torch.randn(W, Hq, D).to(sizes.dtype).to(device.torch)
-    prompts = Prompts.pack([(0, 0, W, n)], int(kept.max()), device.torch)
-    workspace = PruneWorkspace.allocate(n, Hq, Hkv, W, device.torch)
-
-    def score(layer: int) -> None:
-        args = table, prompts, workspace, W, KERNEL_SIZE, D**-0.5
-        triton_ops.window_scores(query, cache[layer], *args)
-
-    def select(layer: int) -> None:
-        triton_ops.select_tokens(prompts, workspace, pages.lengths[:, layer], W)
-
-    def compact(layer: int) -> None:
-        triton_ops.compact_kv(cache, layer, table, prompts, workspace, pages)
-
-    def all_layers(*ops: Callable[[int], None]) -> None:
-        for layer in range(L):
-            for op in ops:
-                op(layer)
-
-    result: dict[str, Any] = {}
-    for name, ops in (
-        ("scores", (score,)),
-        ("select", (select,)),
-        ("compact", (compact,)),
-        ("all", (score, select, compact)),
-    ):
-        result[name] = device.time(device.graph(partial(all_layers, *ops)))
-    item = sizes.dtype.itemsize
-    result["flop"] = 4 * L * Hkv * padded_queries(Hq // Hkv, W) * n * D
-    result["bytes"] = L * Hkv * n * (D * item + 8) + 4 * int(kept.sum()) * D * item
+    scores = head_scores(model, context.scores)
+    setup = Prune(device, model, n, sizes.prune_budget, scores, sizes.dtype)
+    result: dict[str, Any] = {
+        name: device.time(device.graph(partial(setup.run, *steps)))
+        for name, steps in (*((step, (step,)) for step in setup.steps), ("all", setup.steps))
+    }
+    result["flop"] = setup.flop
+    result["bytes"] = setup.bytes["scores"] + setup.bytes["compact"]
     copy = context.results["copy bandwidth"]["bytes_per_second"]
     product = context.results["bf16 product"]["flop_per_second"]
     result["predicted_us"] = 1e6 * (result["bytes"] / copy + result["flop"] / product)
-    prefill = (2 * model.parameters * n + 2 * L * Hq * n * n * D) / product
+    prefill = (2 * model.parameters * n + 2 * model.L * model.Hq * n * n * model.D) / product
     result["prefill_us"] = 1e6 * prefill
     result["share_of_prefill"] = result["all"]["us"] / result["prefill_us"]
     return result
@@ -515,31 +305,3 @@ def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
         for model in sizes.models
     }
     return found | steps | traces | prunes
-
-
-def summary(results: dict[str, Any]) -> list[str]:
-    """A line for each case."""
-    return [f"{name:44} {_line(result)}" for name, result in results.items()]
-
-
-def _line(r: dict[str, Any]) -> str:
-    if "bytes_per_second" in r:
-        return f"{r['bytes_per_second'] / 1e9:8.0f} GB/s"
-    if "flop_per_second" in r:
-        return f"{r['flop_per_second'] / 1e12:8.1f} TFLOP/s"
-    if "layers" in r:
-        times = sorted(each["us"] for each in r["layers"])
-        middle = times[len(times) // 2]
-        return f"{r['us_per_layer']:8.1f} us/layer, {times[0]:.1f}, {middle:.1f}, {times[-1]:.1f}"
-    if "ratio" in r:
-        line = f"{r['us']:8.1f} us/layer ({r['us_20']:.1f}..{r['us_80']:.1f})"
-        line += f", {r['kept_bytes'] / 1e6:.1f} MB, {r['ratio']:.2f}x their read"
-        line += f", model {r['model_us']:.1f}" if r["model_us"] else ""
-        line += f", balance {r['balance']:.2f}, {r['most_items']} items"
-        if "times_flash" in r:
-            line += f", {r['times_flash']:.2f}x FlashAttention"
-            line += f", OUTPUTS DIFFER by {r['error']:.1e}" * r["differs"]
-        return line
-    parts = (f"{op} {r[op]['us'] / 1e3:.2f}" for op in ("scores", "select", "compact"))
-    line = f"{r['all']['us'] / 1e3:8.2f} ms ({', '.join(parts)})"
-    return f"{line}, {100 * r['share_of_prefill']:.2f} % of the prefill"

@@ -20,13 +20,18 @@ ABSENT = ("typer", "rich", "matplotlib", "hypothesis", "pytest", "pandas", "data
 
 
 class Device:
-    """What only CUDA has, and its equivalent in a dry run."""
+    """What only CUDA has, and its equivalent in a dry run.
+
+    Args:
+        dry: whether the CPU stands for the GPU.
+
+    Raises:
+        RuntimeError: if torch finds no GPU and the run is not dry.
+    """
 
     def __init__(self, dry: bool) -> None:
         self.dry = dry
-        if dry:
-            imitate_gpu_machine()
-        elif not torch.cuda.is_available():
+        if not dry and not torch.cuda.is_available():
             raise RuntimeError("torch finds no GPU; --dry-run needs none")
         self.torch = torch.device("cpu" if dry else "cuda")
 
@@ -115,11 +120,11 @@ class Context:
     """What the cases of a part are told.
 
     Attributes:
-        device: where they run.
+        device: device that they run on.
         scores: file with head scores, if any.
-        folder: for files that outlive a case.
-        deadline: of this call, by `time.monotonic`.
-        results: of the cases that passed, by name.
+        folder: folder for files that outlive a case.
+        deadline: end of this call, by `time.monotonic`.
+        results: results of the cases that passed, by name.
         failed: errors of the others, by name.
     """
 

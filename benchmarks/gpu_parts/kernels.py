@@ -449,17 +449,3 @@ def _distance(axes: dict[str, tuple[Any, ...]], case: dict[str, Any]) -> tuple[i
     """How far a case is from what is served: the later in the order, the farther."""
     dtype, *rest = (axes[name].index(case[name]) for name in ("dtype", "D", "P"))
     return (dtype, *(int(place > 0) for place in rest))
-
-
-def summary(results: dict[str, Any]) -> list[str]:
-    """The worst error of each op, beside what is allowed."""
-    lines = []
-    for kind in (*(f"dtype={dtype}" for dtype in DTYPES), "graph", "variant"):
-        own = [r for name, r in results.items() if kind in name.split() and "errors" in r]
-        for op in ("window_scores", "sparse_decode"):
-            errors = [r["errors"][op] for r in own if op in r["errors"]]
-            if errors:
-                allowed = own[0]["tolerance"]
-                label = kind.removeprefix("dtype=")
-                lines.append(f"{label:8}{op:14} error {max(errors):.1e}, allowed {allowed:.0e}")
-    return lines

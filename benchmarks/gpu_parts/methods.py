@@ -80,8 +80,3 @@ def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
         for method in ("adakv", "random")
         for Hkv, base in sizes
     }
-
-
-def summary(results: dict[str, Any]) -> list[str]:
-    """How many agree."""
-    return [f"{len(results)} cases as on the CPU"]

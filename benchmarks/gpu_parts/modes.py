@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 import re
 import subprocess
@@ -14,7 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu_parts.bench import Model, W, head_scores
+from common import HERE, with_paths
+from timed_cases import Model, W, head_scores
+
 from gpu_parts.device import Context
 
 NEEDS = 40
@@ -36,10 +37,8 @@ MODES: dict[str, dict[str, Any]] = {
     "both": {"compilation_config": {"mode": 3, "cudagraph_mode": "FULL_AND_PIECEWISE"}},
 }
 GRAPHS = {
-    "eager": "NONE",
-    "full": "FULL_DECODE_ONLY",
-    "piecewise": "PIECEWISE",
-    "both": "FULL_AND_PIECEWISE",
+    mode: options.get("compilation_config", {}).get("cudagraph_mode", "NONE")
+    for mode, options in MODES.items()
 }
 
 
@@ -54,9 +53,9 @@ class Gate:
     of 100 tokens even for a single request, and by more than the largest rounding error.
 
     Attributes:
-        median: at most, of all compared tokens.
-        most: of 99 of 100.
-        largest: of any.
+        median: largest median of all compared tokens.
+        most: largest difference of 99 of 100 tokens.
+        largest: largest difference of any token.
     """
 
     median: float
@@ -118,9 +117,9 @@ def run_engine(
     """Start an engine in a process of its own and let it answer.
 
     Args:
-        context: of the part.
-        name: of its files, in ``engines/``.
-        job: what `gpu_parts.engine` is told.
+        context: context of the part.
+        name: name of its files, in ``engines/``.
+        job: document that `gpu_parts.engine` is told.
         environment: variables for it, beside those of this process.
 
     Returns:
@@ -132,12 +131,10 @@ def run_engine(
     job_path.write_text(json.dumps(job | {"dry": context.device.dry}))
     result.unlink(missing_ok=True)
     command = [sys.executable, "-P", "-m", "gpu_parts.engine", str(job_path), str(result)]
-    here = str(Path(__file__).parents[1])
-    paths = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), here)))
     with log.open("w") as output:
         done = subprocess.run(
             command,
-            env=os.environ | {"PYTHONPATH": paths} | (environment or {}),
+            env=with_paths(HERE, **(environment or {})),
             stdout=output,
             stderr=subprocess.STDOUT,
             timeout=max(1.0, context.left),
@@ -207,16 +204,6 @@ def distribution(differences: list[float]) -> dict[str, float]:
     return found
 
 
-def describe_comparison(result: dict[str, Any]) -> str:
-    """For the table."""
-    found = result["differences"]
-    return (
-        f"{result['compared']} of {result['of']} tokens compared, {result['swaps']} swaps, "
-        f"log-probabilities differ by {found['median']:.1e} (half), {found['q99']:.1e} (99 %), "
-        f"{found['largest']:.1e} (all)"
-    )
-
-
 def serve(context: Context, mode: str, dtype: str) -> dict[str, Any]:
     """Requests of unequal lengths, of which some are pruned while others replay graphs."""
     dry = context.device.dry
@@ -269,17 +256,3 @@ def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
         for dtype in dtypes
         for mode in modes
     }
-
-
-def summary(results: dict[str, Any]) -> list[str]:
-    """A line for each mode."""
-    lines = []
-    for name, r in results.items():
-        line = f"{name:20} started in {r['start_seconds']:.0f} s, graphs {r['graphs']}"
-        if "compared" in r:
-            line += f", {describe_comparison(r)}"
-        if r.get("sync_warnings"):
-            line += f", {sum(r['sync_warnings'].values())} WAITS FOR THE GPU: "
-            line += " ".join(Path(place).name for place in r["sync_warnings"])
-        lines.append(line)
-    return lines

@@ -4,7 +4,6 @@
 """
 
 import csv
-import os
 import shutil
 import subprocess
 import sys
@@ -14,23 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu_parts.bench import DRY_STEPS, STEPS, Decode, Step, head_scores, sizes_of
-from gpu_parts.device import Context, Device
+from common import HERE, with_paths
+from timed_cases import Decode, Step, head_scores
+
+from gpu_parts.bench import DRY_STEPS, STEPS, sizes_of
+from gpu_parts.device import Context, Device, imitate_gpu_machine
 
 NEEDS = 8
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis")
 KERNEL = "sparse_decode"
 DENSE_LAYERS = 2  # all dense layers are alike, and their cache is large
-
-# What the table shows of the counters.
-SHOWN = (
-    "Duration",
-    "Memory Throughput",
-    "DRAM Throughput",
-    "Compute (SM) Throughput",
-    "L2 Hit Rate",
-    "Warp Cycles Per Issued Instruction",
-)
 
 
 def look(context: Context, index: int) -> dict[str, Any]:
@@ -47,10 +39,9 @@ def look(context: Context, index: int) -> dict[str, Any]:
     command += ["--kernel-name", f"regex:{KERNEL}", "--launch-count", "1"]
     command += ["--launch-skip", str(layers // 2)]
     there = shutil.which("ncu") is not None
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [*command, *launches] if there else launches,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env=with_paths(HERE),
         capture_output=True,
         text=True,
         timeout=max(1.0, context.left),
@@ -84,22 +75,13 @@ def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
     return {name: partial(look, context, i) for i, name in enumerate(names)}
 
 
-def summary(results: dict[str, Any]) -> list[str]:
-    """A line of the counters that tell what limits a launch."""
-    lines = []
-    for name, r in results.items():
-        found = r.get("counters", {})
-        shown = [f"{key} {found[key]}" for key in SHOWN if key in found]
-        lines.append(f"{name:40} {', '.join(shown) or r.get('skipped', 'no counters')}")
-    return lines
-
-
 def main(index: int, layers: int, dry: bool) -> None:
     """Launch a step's layers."""
     if dry:
         import sparsemm_vllm
 
         sparsemm_vllm.use_cpu()
+        imitate_gpu_machine()
     device = Device(dry)
     step = steps(device)[index]
     step = replace(step, model=replace(step.model, L=layers))

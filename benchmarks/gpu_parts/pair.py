@@ -4,19 +4,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from gpu_parts.bench import TINY, VICUNA, Model, W
+from decode_model import VICUNA
+from timed_cases import TINY, Model, W
+
+from gpu_parts import modes
 from gpu_parts.device import Context
-from gpu_parts.modes import (
-    GATES,
-    MODES,
-    REQUESTS,
-    compare,
-    describe_comparison,
-    prompts,
-    run_engine,
-    settings,
-    write_model,
-)
 
 NEEDS = 40
 LONG, TOKENS = 8192, 128  # of a prompt and its answer, where speed is measured
@@ -37,10 +29,10 @@ def serve(
     dry = context.device.dry
     model: Model = TINY if dry else VICUNA
     short = (60, 21, 33) if dry else (700, 90, 1000, 33, 512, 257, 640, 128)
-    long, count, tokens = (150, 2, 5) if dry else (LONG, REQUESTS, TOKENS)
+    long, count, tokens = (150, 2, 5) if dry else (LONG, modes.REQUESTS, TOKENS)
     length = 512 if dry else LENGTH
     sizes = (256, 512) if dry else (4096, 11008)
-    folder = write_model(context.folder / "engines" / "full", model, *sizes, length)
+    folder = modes.write_model(context.folder / "engines" / "full", model, *sizes, length)
     vocabulary = 128 if dry else 32000
     dense = "CPU_ATTN" if dry else "FLASH_ATTN"
     options: dict[str, Any] = {
@@ -48,32 +40,32 @@ def serve(
         "dtype": "float32" if dry else "bfloat16",
         "attention_backend": dense if budget is None else "SPARSEMM",
         "max_model_len": length,
-        "max_num_seqs": REQUESTS,
+        "max_num_seqs": modes.REQUESTS,
         "max_num_batched_tokens": 512 if dry else LONG,
         "enable_prefix_caching": False,
         "kv_cache_dtype": cache_dtype,
     }
     if dry:
-        options |= MODES["eager"] | {"kv_cache_memory_bytes": 64 << 20}
+        options |= modes.MODES["eager"] | {"kv_cache_memory_bytes": 64 << 20}
     else:
         # Timed, an engine has the GPU for itself; if not, others may run beside it.
         memory: dict[str, Any] = {"gpu_memory_utilization": 0.85}
         if not measure:
             memory = {"gpu_memory_utilization": 0.4, "kv_cache_memory_bytes": 6 << 30}
-        options |= MODES["full"] | memory
+        options |= modes.MODES["full"] | memory
         options["compilation_config"] |= {"cudagraph_capture_sizes": [1, 2, 4, 8]}
     rounds = []
     if check:
-        asked = prompts(short, vocabulary)
+        asked = modes.prompts(short, vocabulary)
         rounds.append({"prompts": asked, "every": 2, "tokens": 4 if dry else 32})
     if measure:
-        asked = prompts((long,) * count, vocabulary, seed=1)
+        asked = modes.prompts((long,) * count, vocabulary, seed=1)
         rounds.append({"prompts": asked, "every": 0, "tokens": tokens})
     window = 8 if dry else W
-    own = None if budget is None else settings(context, model, budget, window)
+    own = None if budget is None else modes.settings(context, model, budget, window)
     job = {"options": options, "settings": own, "rounds": rounds}
     name = f"pair-{budget or 'dense'}-{cache_dtype}"
-    result = run_engine(context, name, job)
+    result = modes.run_engine(context, name, job)
     for each in result["rounds"]:
         assert each["idle"], "blocks are held by nobody"
     asked = {"of_model": model.name, "prompt_tokens": long, "budget": budget}
@@ -95,8 +87,8 @@ def equal(context: Context) -> dict[str, Any]:
     assert result["backend"] == ["SPARSEMM"], result["backend"]
     (own,) = result["rounds"]
     assert own["pruned"] == 0, "a prompt was pruned that fits the budget"
-    gate = GATES["float32" if context.device.dry else "bfloat16"]
-    return result | compare(own["answers"], expected["rounds"][0]["answers"], gate)
+    gate = modes.GATES["float32" if context.device.dry else "bfloat16"]
+    return result | modes.compare(own["answers"], expected["rounds"][0]["answers"], gate)
 
 
 def pruned(context: Context, cache_dtype: str = "auto") -> dict[str, Any]:
@@ -116,26 +108,3 @@ def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
         "budget over prompt": partial(equal, context),
         "pruned fp8": partial(pruned, context, "fp8"),
     }
-
-
-def summary(results: dict[str, Any]) -> list[str]:
-    """A line for each engine, with its throughput over the dense ones'."""
-    lines = []
-    speeds = {
-        name: r["rounds"][-1]["tokens_per_second"]
-        for name, r in results.items()
-        if "tokens_per_second" in r["rounds"][-1] and "compared" not in r
-    }
-    for name, r in results.items():
-        last = r["rounds"][-1]
-        line = f"{name:20} started in {r['start_seconds']:.0f} s, {'/'.join(r['backend'])}"
-        if "compared" in r:
-            line += f", {describe_comparison(r)}"
-        elif name in speeds:
-            line += f", decode {speeds[name]:.1f} tokens/s ({last['step_ms']:.2f} ms)"
-            line += f", {last['most_blocks']} blocks at most"
-            others = (other for other in ("dense", "dense fp8") if other in speeds)
-            if "dense" not in name:
-                line += "".join(f", {speeds[name] / speeds[x]:.2f}x {x}" for x in others)
-        lines.append(line)
-    return lines

@@ -6,9 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from decode_model import QWEN, VICUNA
+from timed_cases import TINY, Step, head_scores
 from triton.runtime.errors import OutOfResources
 
-from gpu_parts.bench import DRY, QWEN, TINY, VICUNA, Decode, Step, head_scores, sizes_of
+from gpu_parts.bench import DRY, Predicted, sizes_of
 from gpu_parts.device import Context
 from sparsemm_vllm.triton_kernels.tile_sizes import DecodeOptions, decode_options
 
@@ -20,7 +22,7 @@ class Variant:
     """How a decode step is launched.
 
     Attributes:
-        options: how the kernel is compiled.
+        options: options that the kernel is compiled with.
         programs_each: programs of a multiprocessor; as many as it runs at once if None.
     """
 
@@ -68,7 +70,7 @@ def measure(context: Context, step: Step, variant: Variant) -> dict[str, Any]:
     device = context.device
     scores, dtype = head_scores(step.model, context.scores), sizes_of(context).dtype
     try:
-        setup = Decode(device, step, scores, dtype, variant.options, variant.programs_each)
+        setup = Predicted(device, step, scores, dtype, variant.options, variant.programs_each)
         setup.layer(0)
     except OutOfResources as error:
         return {"bytes_per_second": 0.0, "balance": 0.0, "programs": 0, "skipped": str(error)}
@@ -92,13 +94,3 @@ def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
         for variant in (DRY_VARIANTS if dry else VARIANTS)
         for step in (DRY_STEPS if dry else STEPS)
     }
-
-
-def summary(results: dict[str, Any]) -> list[str]:
-    """Each step's variants, the fastest first."""
-    order = sorted(results, key=lambda name: -results[name]["bytes_per_second"])
-    return [
-        f"{name:84} {results[name]['bytes_per_second'] / 1e9:8.1f} GB/s,"
-        f" {results[name]['programs']} programs"
-        for name in sorted(order, key=lambda name: name.partition(":")[0])
-    ]

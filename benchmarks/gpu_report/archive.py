@@ -5,8 +5,6 @@ was not finished). Runs of one day add up: a later run's case takes the place of
 what failed stays on the list.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import tarfile
@@ -17,6 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from speed.results import results_folder
+
+from sparsemm_vllm.files import write_json
 
 # Folders of the machine in an error's text, before what says something elsewhere too.
 FOLDERS = re.compile(r"/(?:[\w.+-]+/)*(?=(?:site-packages|bundle|vllm_dist_\w+)\b)")
@@ -39,7 +39,7 @@ class Run:
         name: name of the tar or folder.
         day: day of the newest record, in UTC.
         parts: records by part.
-        notes: what a reader must know beside them: jobs that were killed, files that are damaged.
+        notes: lines that a reader must know: jobs that were killed, files that are damaged.
     """
 
     name: str
@@ -175,7 +175,7 @@ def keep(runs: list[Run], root: Path, dry: bool) -> dict[Path, dict[str, dict[st
     """Merge runs, and what is there already, into the folders of their devices and days.
 
     Args:
-        runs: what was read, earlier runs first.
+        runs: runs that were read, earlier ones first.
         root: folder of all results.
         dry: whether they are of dry runs, which are kept apart.
 
@@ -204,7 +204,7 @@ def keep(runs: list[Run], root: Path, dry: bool) -> dict[Path, dict[str, dict[st
             parts[part]["notes"] = list(dict.fromkeys([*parts[part]["notes"], *run.notes]))
         folder.mkdir(parents=True, exist_ok=True)
         for part, record in parts.items():
-            (folder / f"{part}.json").write_text(json.dumps(record, indent=1) + "\n")
+            write_json(folder / f"{part}.json", record)
         kept[folder] = parts
     return kept
 

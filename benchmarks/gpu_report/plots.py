@@ -1,7 +1,5 @@
 """Pictures of a GPU run: time against bytes, prediction beside measurement, whole decode steps."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from gpu_report.rows import Decode, Parts, decodes, pairs, rates
+from sparsemm_vllm.commands.figures import INK, plot_axes, save_figure, styled
 
 COLOURS = {
     "dense": "#333333",
@@ -19,14 +18,13 @@ COLOURS = {
     "sparsemm-fp8": "#56b4e9",
     "snapkv": "#d55e00",
 }
-INK = "#444444"
 PREDICTED = "#d55e00"
 MARKS = "osD^vP*X"
-DPI = 130
 
 
+@styled()
 def draw(parts: Parts, title: str, folder: Path) -> dict[str, Path]:
-    """Draw what the records have figures for.
+    """Draw what the records have figures for, in the style of all our pictures.
 
     Args:
         parts: records by part.
@@ -46,7 +44,7 @@ def draw(parts: Parts, title: str, folder: Path) -> dict[str, Path]:
     for name, figure in figures.items():
         if figure is not None:
             files[name] = folder / f"{name}.png"
-            figure.savefig(files[name], dpi=DPI)
+            save_figure(figure, files[name])
             plt.close(figure)
     return files
 
@@ -127,7 +125,7 @@ def draw_steps(found: dict[str, dict[str, Any]], title: str) -> Figure:
     bars = panel.barh(names, times, color=[COLOURS[name] for name in names], height=0.62)
     panel.bar_label(bars, [f"{time:,.2f} ms" for time in times], padding=4, fontsize=9)
     panel.set(xlabel="ms a decode step", xlim=(0, 1.18 * max(times)))
-    panel.spines[["top", "right"]].set_visible(False)
+    plot_axes(panel)
     figure.suptitle(f"Whole decode step\n{title}", fontsize=11)
     return figure
 
@@ -169,10 +167,9 @@ def _handle(label: str, colour: str, mark: str, face: str | None = None) -> Line
 
 
 def _tidy(panel: Axes) -> None:
-    """Plain numbers on logarithmic axes, and no more ink than needed."""
+    """Plain numbers on logarithmic axes."""
     for axis in (panel.xaxis, panel.yaxis):
         if axis.get_scale() == "log":
             axis.set_major_formatter(lambda value, _: f"{value:,g}")
             axis.set_minor_formatter(lambda *_: "")
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(alpha=0.25)
+    plot_axes(panel)

@@ -1,7 +1,5 @@
 """The README's table of what GPUs measured, in Markdown."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

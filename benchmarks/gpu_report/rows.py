@@ -1,7 +1,5 @@
 """What the cases of a GPU run say, by their names and fields; fields may be missing."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -73,12 +71,15 @@ class Decode:
         return self.name.removeprefix("decode ")
 
 
+def cases(parts: Parts, part: str) -> dict[str, dict[str, Any]]:
+    """Cases of a part by name; none if there is no record of it."""
+    return parts.get(part, {}).get("cases", {})
+
+
 def decodes(parts: Parts) -> list[Decode]:
     """Decode cases of `bench`, in their order."""
-    cases = parts.get("bench", {}).get("cases", {})
-    return [
-        _decode(name, c) for name, c in cases.items() if name.startswith("decode ") and "us" in c
-    ]
+    found = cases(parts, "bench").items()
+    return [_decode(name, c) for name, c in found if name.startswith("decode ") and "us" in c]
 
 
 def _decode(name: str, case: dict[str, Any]) -> Decode:
@@ -115,10 +116,9 @@ def dense_us(rows: Iterable[Decode], size: tuple[str, int, int]) -> dict[str, fl
 
 def rates(parts: Parts) -> dict[str, float]:
     """Bytes that the device copies and reads in a second, and FLOP: by the case's name."""
-    cases = parts.get("bench", {}).get("cases", {})
     return {
         name: case[key]
-        for name, case in cases.items()
+        for name, case in cases(parts, "bench").items()
         for key in ("bytes_per_second", "flop_per_second")
         if key in case
     }
@@ -129,13 +129,12 @@ def pairs(parts: Parts) -> dict[str, dict[str, Any]]:
 
     And what was asked: ``of_model``, ``prompt_tokens`` and ``budget``, where the record says so.
     """
-    cases = parts.get("pair", {}).get("cases", {})
     found = {}
     for name, variant in PAIRS.items():
-        timed = [r for r in cases.get(name, {}).get("rounds", ()) if "step_ms" in r]
-        if timed:
+        case = cases(parts, "pair").get(name, {})
+        if timed := [r for r in case.get("rounds", ()) if "step_ms" in r]:
             asked = ("of_model", "prompt_tokens", "budget")
-            found[variant] = timed[-1] | {key: cases[name].get(key) for key in asked}
+            found[variant] = timed[-1] | {key: case.get(key) for key in asked}
     return {name: found[name] for name in VARIANTS if name in found}
 
 

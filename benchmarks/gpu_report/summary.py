@@ -1,22 +1,14 @@
 """The summary of a GPU run's folder, in Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from common import markdown
 from speed.variants import DENSE
 
-from gpu_report.rows import (
-    Parts,
-    decodes,
-    dense_us,
-    failures,
-    left,
-    pairs,
-    rates,
-)
+from gpu_report.rows import Decode, Parts, cases, decodes, dense_us, failures, left, pairs, rates
+from sparsemm_vllm.files import write_whole
 
 NAME = "summary.md"
 FACTS = ("driver", "cuda", "torch", "triton", "vllm", "transformers", "cores")
@@ -27,10 +19,10 @@ BASELINE = (
 KNOWN = ("pair", "bench", "tune", "modes", "kernels", "methods", "ncu")
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table; without rows, nothing."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *lines, ""] if lines else []
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """A Markdown table and an empty line; without rows, nothing."""
+    lines = markdown(head, rows)
+    return [*lines, ""] if lines else []
 
 
 def number(value: float | None, digits: int = 1, unit: str = "") -> str:
@@ -41,7 +33,7 @@ def number(value: float | None, digits: int = 1, unit: str = "") -> str:
 def write(folder: Path, parts: Parts, pictures: dict[str, Path]) -> Path:
     """Write the summary of a folder and return its file."""
     file = folder / NAME
-    file.write_text("\n".join(summary(parts, folder.name, pictures)).rstrip() + "\n")
+    write_whole(file, "\n".join(summary(parts, folder.name, pictures)).rstrip() + "\n")
     return file
 
 
@@ -60,17 +52,33 @@ def summary(parts: Parts, day: str, pictures: dict[str, Path]) -> list[str]:
         day: day of the measurements.
         pictures: files in the same folder by name.
     """
-    shown = {name: [f"![{name}]({file.name})", ""] for name, file in pictures.items()}
-    others = [part for part in parts if part not in KNOWN]
-    parts = {part: parts[part] for part in (*KNOWN, *others) if part in parts}
     return [
         f"# {title(parts, day)}",
         "",
         "Written by `python benchmarks/report.py gpu` from the records in this folder.",
         "",
-        *machines(parts),
-        *overview(parts),
-        *problems(parts),
+        *machines(_in_order(parts)),
+        *overview(_in_order(parts)),
+        *problems(_in_order(parts)),
+        *sections(_in_order(parts), pictures),
+    ]
+
+
+def _in_order(parts: Parts) -> Parts:
+    """The same records; parts that say most come first, those that are not known here last."""
+    return {part: parts[part] for part in (*KNOWN, *parts) if part in parts}
+
+
+def sections(parts: Parts, pictures: dict[str, Path] | None = None) -> list[str]:
+    """Lines of the figures: a table or two for each part, what says most first.
+
+    Args:
+        parts: records by part; of each its ``cases`` are looked at.
+        pictures: files in the same folder by name.
+    """
+    shown = {name: [f"![{name}]({file.name})", ""] for name, file in (pictures or {}).items()}
+    others = [part for part in parts if part not in KNOWN]
+    return [
         *_section("Whole decode steps (pair)", [*_steps(parts), *shown.get("steps", [])]),
         *_section(
             "Attention of one layer in a decode step (bench)",
@@ -154,22 +162,19 @@ def skipped(parts: Parts) -> list[tuple[str, str, str]]:
 
 def _steps(parts: Parts) -> list[str]:
     found = pairs(parts)
-    dense = [found[name]["step_ms"] for name in DENSE if name in found]
     rows = [
         (
             name,
             number(r["step_ms"], 2),
             number(r.get("tokens_per_second")),
-            str(r.get("requests") or "-"),
-            str(r.get("most_blocks", "-")),
+            r.get("requests") or "-",
+            r.get("most_blocks", "-"),
             *(_ratio(found, name, other) for other in DENSE),
         )
         for name, r in found.items()
     ]
-    lines = table(
-        ("variant", "ms a step", "tokens/s", "requests", "KV blocks at most", *_over()), rows
-    )
-    return [*lines, BASELINE, ""] if lines and dense else lines
+    heads = ("variant", "ms a step", "tokens/s", "requests", "KV blocks at most", *_over())
+    return [*table(heads, rows), *([BASELINE, ""] if found.keys() & set(DENSE) else ())]
 
 
 def _over() -> list[str]:
@@ -184,83 +189,66 @@ def _ratio(found: dict[str, dict[str, Any]], name: str, dense: str) -> str:
 
 def _decode(parts: Parts) -> list[str]:
     rows = decodes(parts)
-    speeds = rates(parts)
-    units = {name: (1e12, "TFLOP/s") if "product" in name else (1e9, "GB/s") for name in speeds}
     lines = [
-        f"* {name}: {speed / units[name][0]:,.1f} {units[name][1]}"
-        for name, speed in speeds.items()
+        f"* {name}: {speed / 1e12:,.1f} TFLOP/s"
+        if "product" in name
+        else f"* {name}: {speed / 1e9:,.1f} GB/s"
+        for name, speed in rates(parts).items()
     ]
-    cells = []
-    for row in rows:
-        flash = dense_us(rows, row.size)
-        faster = [
-            "-" if row.budget is None or name not in flash else number(flash[name] / row.us, 2)
-            for name in DENSE
-        ]
-        cells.append(
-            (
-                row.label,
-                row.layout or "-",
-                f"{row.us:,.1f} ({row.spread[0]:,.1f} to {row.spread[1]:,.1f})",
-                number(row.bytes / 1e6),
-                number(row.floor_us),
-                number(None if row.floor_us is None else row.us / row.floor_us, 2),
-                number(row.model_us),
-                number(row.balance, 2),
-                number(row.flash_us) + (" (another output)" if row.differs else ""),
-                *faster,
-            )
-        )
     head = ("case", "layout", "us (20 to 80 %)", "MB", "floor us", "us / floor", "model us")
-    measured = table((*head, "balance", "FlashAttention us", *_over()), cells)
+    head = (*head, "balance", "FlashAttention us", *_over())
+    measured = table(head, [_decode_cells(row, dense_us(rows, row.size)) for row in rows])
     return [*lines, "", *measured] if lines or measured else []
 
 
+def _decode_cells(row: Decode, flash: dict[str, float]) -> list[str]:
+    """Cells of a decode step beside FlashAttention's times of the same size."""
+    return [
+        row.label,
+        row.layout or "-",
+        f"{row.us:,.1f} ({row.spread[0]:,.1f} to {row.spread[1]:,.1f})",
+        number(row.bytes / 1e6),
+        number(row.floor_us),
+        number(None if row.floor_us is None else row.us / row.floor_us, 2),
+        number(row.model_us),
+        number(row.balance, 2),
+        number(row.flash_us) + " (another output)" * row.differs,
+        *(
+            "-" if row.budget is None or name not in flash else number(flash[name] / row.us, 2)
+            for name in DENSE
+        ),
+    ]
+
+
 def _traces(parts: Parts) -> list[str]:
-    cases = parts.get("bench", {}).get("cases", {})
     rows = []
-    for name, case in cases.items():
+    for name, case in cases(parts, "bench").items():
         if layers := case.get("layers"):
             times = sorted(layer["us"] for layer in layers)
-            mean = sum(times) / len(times)
-            rows.append(
-                (
-                    name,
-                    str(len(times)),
-                    *(number(us) for us in (mean, times[0], times[len(times) // 2], times[-1])),
-                    str(max(layer.get("most_items", 0) for layer in layers) or "-"),
-                )
-            )
+            shown = sum(times) / len(times), times[0], times[len(times) // 2], times[-1]
+            most = max(layer.get("most_items", 0) for layer in layers) or "-"
+            rows.append((name, len(times), *map(number, shown), most))
     head = ("step", "layers", "mean us", "fastest", "median", "slowest", "items of a program, most")
     return table(head, rows)
 
 
 def _prunes(parts: Parts) -> list[str]:
     rows = []
-    for name, case in parts.get("bench", {}).get("cases", {}).items():
+    for name, case in cases(parts, "bench").items():
         if name.startswith("prune ") and "all" in case:
             steps = (case[op]["us"] / 1e3 for op in ("all", "scores", "select", "compact"))
             share = case.get("share_of_prefill")
-            rows.append(
-                (
-                    name.removeprefix("prune "),
-                    *(number(ms, 2) for ms in steps),
-                    number(None if share is None else 100 * share, 2, " %"),
-                )
-            )
+            percent = number(None if share is None else 100 * share, 2, " %")
+            rows.append((name.removeprefix("prune "), *(number(ms, 2) for ms in steps), percent))
     return table(("prompt", "ms", "scores", "select", "compact", "of the prefill, estimated"), rows)
 
 
 def _tune(parts: Parts) -> list[str]:
-    cases = parts.get("tune", {}).get("cases", {})
-    rates_of = {name: case.get("bytes_per_second", 0.0) for name, case in cases.items()}
+    found = cases(parts, "tune")
+    rate = {name: case.get("bytes_per_second", 0.0) for name, case in found.items()}
     rows = [
-        (
-            name,
-            number(rates_of[name] / 1e9),
-            number(cases[name].get("balance"), 2),
-        )
-        for name in sorted(rates_of, key=lambda name: -rates_of[name])
+        (name, number(rate[name] / 1e9), number(found[name].get("balance"), 2))
+        for name in sorted(rate, key=lambda name: -rate[name])
     ]
     return table(("variant", "GB/s", "balance"), rows)
 
@@ -268,22 +256,20 @@ def _tune(parts: Parts) -> list[str]:
 def _answers(parts: Parts) -> list[str]:
     rows = []
     for part in ("modes", "pair"):
-        for name, case in parts.get(part, {}).get("cases", {}).items():
-            found = case.get("differences")
+        for name, case in cases(parts, part).items():
+            found, waits = case.get("differences"), case.get("sync_warnings")
             found = found if isinstance(found, dict) else {}
             largest = found.get("largest", case.get("largest_difference"))
-            compared = "compared" in case
-            waits = case.get("sync_warnings")
+            quantiles = (*(found.get(key) for key in ("median", "q90", "q99")), largest)
             rows.append(
                 (
                     f"{part}: {name}",
-                    str(case.get("graphs", "-")),
+                    case.get("graphs", "-"),
                     number(case.get("start_seconds"), 0, " s"),
-                    f"{case['compared']} of {case.get('of', '?')}" if compared else "-",
-                    str(case.get("swaps", "-")),
-                    *(_small(found.get(key)) for key in ("median", "q90", "q99")),
-                    _small(largest),
-                    str(sum(waits.values())) if isinstance(waits, dict) else "-",
+                    f"{case['compared']} of {case.get('of', '?')}" if "compared" in case else "-",
+                    case.get("swaps", "-"),
+                    *map(_small, quantiles),
+                    sum(waits.values()) if isinstance(waits, dict) else "-",
                 )
             )
     head = ("engine", "graphs", "start", "tokens compared", "swaps", "median", "90 %", "99 %")
@@ -296,40 +282,34 @@ def _small(value: float | None) -> str:
 
 
 def _kernels(parts: Parts) -> list[str]:
-    worst: dict[tuple[str, float], tuple[float, int]] = {}
-    lines = []
-    for case in parts.get("kernels", {}).get("cases", {}).values():
+    found: dict[tuple[str, float], list[float]] = {}
+    for case in cases(parts, "kernels").values():
         for op, error in case.get("errors", {}).items():
-            key = op, case.get("tolerance", float("nan"))
-            largest, count = worst.get(key, (0.0, 0))
-            worst[key] = max(largest, error), count + 1
+            found.setdefault((op, case.get("tolerance", float("nan"))), []).append(error)
     rows = [
-        (op, _small(allowed), _small(error), str(count))
-        for (op, allowed), (error, count) in sorted(worst.items())
+        (op, _small(allowed), _small(max(errors)), len(errors))
+        for (op, allowed), errors in sorted(found.items())
     ]
-    lines += table(("kernel", "allowed", "largest error", "cases"), rows)
+    lines = table(("kernel", "allowed", "largest error", "cases"), rows)
     if "methods" in parts:
-        lines += [f"* methods: {len(parts['methods']['cases'])} cases are as on the CPU", ""]
+        lines += [f"* methods: {len(cases(parts, 'methods'))} cases are as on the CPU", ""]
     return lines
 
 
 def _counters(parts: Parts) -> list[str]:
-    cases = parts.get("ncu", {}).get("cases", {})
-    found = {name: case["counters"] for name, case in cases.items() if case.get("counters")}
+    found = {n: case["counters"] for n, case in cases(parts, "ncu").items() if case.get("counters")}
     names = dict.fromkeys(key for counters in found.values() for key in counters)
-    rows = [(key, *(str(own.get(key, "-")) for own in found.values())) for key in names]
+    rows = [(key, *(own.get(key, "-") for own in found.values())) for key in names]
     return table(("counter", *found), rows)
 
 
 def _other(record: dict[str, Any]) -> list[str]:
     """A part that is not known here: the numbers of its cases."""
-    return table(
-        ("case", "figures"),
-        [
-            (name, ", ".join(f"{k} {_word(v)}" for k, v in case.items() if k != "commit"))
-            for name, case in record["cases"].items()
-        ],
-    )
+    rows = [
+        (name, ", ".join(f"{k} {_word(v)}" for k, v in case.items() if k != "commit"))
+        for name, case in record["cases"].items()
+    ]
+    return table(("case", "figures"), rows)
 
 
 def _word(value: Any) -> str:

@@ -5,14 +5,10 @@ written from the published numbers: nothing is downloaded, and nothing here is o
 with real weights.
 """
 
-from __future__ import annotations
-
-import os
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from gpu_parts.records import ROOT, digest
+from common import ROOT, digest, files_of
 
 NAMES = ("llava-1.5-7b", "llava-next-vicuna-7b", "llava-next-mistral-7b", "qwen2-vl-7b")
 FOLDER = ROOT / ".cache" / "models"
@@ -25,8 +21,8 @@ def prepare(name: str, folder: Path = FOLDER) -> Path:
     Its head profile is ``profile.json`` in there.
 
     Args:
-        name: one of `NAMES`.
-        folder: that the models' folders lie in.
+        name: name of `NAMES`.
+        folder: folder that the models' folders lie in.
 
     Raises:
         ValueError: naming the models, if there is none of this name.
@@ -40,13 +36,7 @@ def prepare(name: str, folder: Path = FOLDER) -> Path:
         return out
     from .writing import write_model  # imports transformers, which takes seconds
 
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{name}.") as scratch:
-        part = Path(scratch)
+    with files_of(out, last=MADE_BY) as part:
         write_model(name, part)
         (part / MADE_BY).write_text(made_by)
-        # File by file, so that whoever made or reads the same folder meanwhile is not disturbed.
-        for file in sorted(part.iterdir(), key=lambda file: file.name == MADE_BY):
-            file.chmod(0o644)
-            os.replace(file, out / file.name)
     return out

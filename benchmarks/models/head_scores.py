@@ -1,7 +1,5 @@
 """Synthetic head profiles, as concentrated as the published ones."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -54,12 +52,12 @@ def synthetic_profile(
     """A profile of no model's heads, and one that says so.
 
     Args:
-        model_id: after the word "synthetic".
-        layers: `L`.
-        query_heads: `Hq`.
-        kv_heads: `Hkv`.
-        seed: of the order of the scores.
-        known: other fields of the profile.
+        model_id: name of the model, which follows the word "synthetic".
+        layers: number of layers, `L`.
+        query_heads: query heads of a layer, `Hq`.
+        kv_heads: KV heads of a layer, `Hkv`.
+        seed: seed of the order of the scores.
+        known: other fields of the profile, by name.
     """
     masses = ", ".join(f"top {share:.0%} of heads {mass:.0%}" for share, mass in CONCENTRATION)
     return HeadProfile(

@@ -6,8 +6,6 @@ at 4,096 positions: for longer prompts give vLLM the ``hf_overrides``
 ``{"text_config": {"max_position_embeddings": tokens}}``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -55,13 +53,13 @@ class Published:
     """One model.
 
     Attributes:
-        repository: of the original.
-        config: its configuration.
-        tokens: ids of its special tokens.
+        repository: name of the original's repository.
+        config: configuration of the model.
+        tokens: ids of its special tokens, by token.
         roles: special tokens by what transformers calls them.
-        prepend_bos: whether its tokenizer does, unless told otherwise.
+        prepend_bos: whether its tokenizer begins text with the token of this role.
         stop: ids that end an answer.
-        processor: makes its processor of a tokenizer.
+        processor: function that makes its processor of a tokenizer.
     """
 
     repository: str

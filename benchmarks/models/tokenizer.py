@@ -1,7 +1,5 @@
 """A tokenizer of any size without a vocabulary to download: most tokens spell their own number."""
 
-from __future__ import annotations
-
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast

@@ -1,7 +1,5 @@
 """A model's files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedConfig

@@ -1,7 +1,5 @@
 """Accuracy against what the cache holds, for every method."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -113,9 +111,9 @@ def crossing(held: np.ndarray, accuracy: np.ndarray, threshold: float) -> float:
     Interpolated between the points, linear in the logarithm of the size.
 
     Args:
-        held: ascending sizes of the points; the last is the dense cache.
-        accuracy: at these sizes.
-        threshold: at most the last accuracy.
+        held: sizes of the points, ascending; the last is the dense cache.
+        accuracy: accuracy at these sizes.
+        threshold: accuracy that is asked for, at most the last one.
     """
     below = np.flatnonzero(accuracy < threshold)
     if len(below) == 0:

@@ -1,7 +1,5 @@
 """What single heads are worth: knock-outs of KV heads, silenced query heads, concentration."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -7,8 +7,6 @@ differences only.
 Sizes: N prompts, n columns (the longest prompt), t new tokens a prompt; L, Hq, Hkv, D, W as ever.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +30,11 @@ class Prompts:
     """What prompts leave behind: lists of `L` tensors, and what selection needs.
 
     Attributes:
-        keys: position-encoded, ``[N, Hkv, n, D]`` each; `values` alike.
-        scores: of each prompt's tokens before the window, ``[N][L]`` of ``[Hkv, length - W]``.
-        lengths: tokens of each prompt; its columns are the last of the `n`.
-        logits: that predict the first token of the answer, ``[N, vocabulary]``.
-        window: `W`.
+        keys: keys of each layer, position-encoded, ``[N, Hkv, n, D]`` each; `values` alike.
+        scores: scores of the tokens before the window, ``[N][L]`` of ``[Hkv, length - W]``.
+        lengths: number of tokens of each prompt; its columns are the last of the `n`.
+        logits: logits that predict the first token of the answer, ``[N, vocabulary]``.
+        window: window in tokens, `W`.
     """
 
     keys: list[Tensor]
@@ -62,8 +60,8 @@ class OfflineModel:
     """A checkpoint that answers from masked caches; greedy, float32.
 
     Args:
-        folder: of the checkpoint, a LLaVA with a Llama inside.
-        window: `W`, the observation window in tokens.
+        folder: folder of the checkpoint, a LLaVA with a Llama inside.
+        window: observation window in tokens, `W`.
     """
 
     def __init__(self, folder: Path, window: int) -> None:
@@ -121,7 +119,7 @@ class OfflineModel:
                 answers[row] = answer
         return answers
 
-    def _answer(self, step: _Step, most: int) -> list[str]:
+    def _answer(self, step: "_Step", most: int) -> list[str]:
         end = self.reader.processor.tokenizer.eos_token_id
         self._step = step
         tokens = [step.logits.argmax(-1)]
@@ -221,8 +219,8 @@ class _Step:
 
     Args:
         prompts: computed prompts.
-        shown: what each head sees of all of them, ``[L, N, Hkv, n]``.
-        rows: the prompts that are decoded, B of the N.
+        shown: mask of what each head sees of all of them, ``[L, N, Hkv, n]``.
+        rows: indices of the prompts that are decoded, B of the N.
     """
 
     def __init__(self, prompts: Prompts, shown: Tensor, rows: list[int]) -> None:

@@ -1,7 +1,5 @@
 """The curves and the heads as PNG, from the JSON files."""
 
-from __future__ import annotations
-
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+
+from sparsemm_vllm.commands.figures import plot_axes, styled
+from sparsemm_vllm.files import write_whole
 
 STYLES = {
     "sparsemm": ("SparseMM", "#c0392b", "-", "o"),
@@ -37,9 +38,12 @@ def _save(figure: Figure, path: Path) -> None:
     plt.close(figure)
     with Image.open(drawn) as picture:
         small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    small.save(path, optimize=True)
+    packed = BytesIO()
+    small.save(packed, "png", optimize=True)
+    write_whole(path, packed.getvalue())
 
 
+@styled()
 def plot_curves(document: dict[str, Any], path: Path) -> None:
     """Words exactly right against held KV bytes, a panel a task, bands of 95 %."""
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.6), sharey=True, layout="constrained")
@@ -92,19 +96,20 @@ def _task_curves(axis: Axes, records: list[dict[str, Any]]) -> None:
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_xlabel("KV held of the prompt (KiB, float16)")
     axis.set_ylim(-2, 102)
-    axis.grid(alpha=0.25)
+    plot_axes(axis)
 
 
+@styled()
 def plot_heads(
     document: dict[str, Any], scores: np.ndarray, causal: np.ndarray, path: Path
 ) -> None:
     """Concentration of the scores, scores against knock-outs, and silenced heads.
 
     Args:
-        document: of the command `heads`.
+        document: results of the command `heads`.
         scores: visual scores of the KV heads, ``[L, Hkv]``.
-        causal: causal ones.
-        path: of the PNG.
+        causal: causal scores of the KV heads, ``[L, Hkv]``.
+        path: file of the PNG.
     """
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
     _concentration(axes[0], scores, causal)
@@ -123,7 +128,7 @@ def _concentration(axis: Axes, scores: np.ndarray, causal: np.ndarray) -> None:
     axis.plot([0, 100], [0, 100], ":", color="grey", label="even")
     axis.set(title="Concentration", xlabel="best KV heads (%)", ylabel="share of the score (%)")
     axis.legend(frameon=False, loc="lower right")
-    axis.grid(alpha=0.25)
+    plot_axes(axis)
 
 
 def _knock_outs(axis: Axes, document: dict[str, Any], scores: np.ndarray) -> None:
@@ -143,6 +148,7 @@ def _knock_outs(axis: Axes, document: dict[str, Any], scores: np.ndarray) -> Non
             label=f"{title} (Spearman {correlation:+.2f})",
         )
     axis.set_yscale("symlog", linthresh=1e-3)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.axhline(0, color="grey", linewidth=0.6)
     axis.set(
         title="One KV head keeps only its window",
@@ -150,7 +156,7 @@ def _knock_outs(axis: Axes, document: dict[str, Any], scores: np.ndarray) -> Non
         ylabel="rise of the answer's loss (nats a token)",
     )
     axis.legend(frameon=False)
-    axis.grid(alpha=0.25)
+    plot_axes(axis)
 
 
 def _silenced(axis: Axes, document: dict[str, Any]) -> None:
@@ -173,4 +179,5 @@ def _silenced(axis: Axes, document: dict[str, Any]) -> None:
     axis.set_xticks(range(len(measured)), [TITLES[task] for task in measured])
     axis.set(title=f"{count} query heads (5 %) silenced", ylabel="words exactly right (%)")
     axis.set_ylim(0, 112)
+    plot_axes(axis)
     axis.legend(frameon=False, ncols=3, loc="upper center", fontsize=8)

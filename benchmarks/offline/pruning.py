@@ -22,12 +22,12 @@ def shown_tokens(
     """The prompt tokens that each head sees while decoding, bool ``[L, N, Hkv, n]``.
 
     Args:
-        prompts: `N` computed prompts.
-        method: a name of `METHODS`, with `REDISTRIBUTED` behind it or not.
+        prompts: computed prompts, `N` of them.
+        method: name of `METHODS`, with `REDISTRIBUTED` behind it or not.
         scores: visual scores ``[L, Hq]``.
-        budget: `B`, tokens per KV head on average, the window included.
+        budget: tokens per KV head on average, the window included, `B`.
         rho: share of the budget that is spread evenly.
-        first_seed: of the random scores of the first prompt; each has its own.
+        first_seed: seed of the random scores of the first prompt; each has its own.
     """
     N, Hkv, n, _ = prompts.keys[0].shape
     name = method.removesuffix(REDISTRIBUTED)

@@ -1,16 +1,14 @@
 """The models that are measured, and the questions they are asked."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from common import ROOT
 from tiny_vlm.prose import excerpt, held_out_text
 
 from sparsemm_vllm.data.pictures import EVAL_SEEDS, PROFILE_SEEDS, Sample, Task, make_sample
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 CONTEXT = (40, 121)  # characters of a system message, at least and less than
 TASKS: tuple[Task, Task] = ("query", "read")
 

@@ -1,7 +1,5 @@
 """The same trace through vLLM's scheduler and block pool, dense and pruned, without a model."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 import time
@@ -47,7 +45,7 @@ class Trace:
     answers: tuple[int, ...]
 
     @classmethod
-    def random(cls, requests: int, seed: int) -> Trace:
+    def random(cls, requests: int, seed: int) -> "Trace":
         """Prompts of 500 to 16,000 tokens, evenly, and answers of 50 to 400."""
         rng = np.random.default_rng(seed)
         prompts = rng.integers(500, 16_001, requests)
@@ -161,7 +159,7 @@ class Simulation:
         self.running_seconds += took * running
         self.most_running = max(self.most_running, running)
 
-    def run(self) -> Simulation:
+    def run(self) -> "Simulation":
         """Until the last request has finished."""
         while self.scheduler.has_unfinished_requests():
             self.step()
@@ -186,8 +184,8 @@ def step_seconds(spans: list[tuple[Request, int, int]], kept: Callable[[int], fl
     """Floor of a step's time: its bytes over the bandwidth or its FLOP over the peak.
 
     Args:
-        spans: of each request, its tokens before the step and in it.
-        kept: tokens of a prompt that a head keeps on average, from those it has.
+        spans: requests, each with its tokens before the step and in it.
+        kept: function from a prompt's tokens to those that a head keeps on average.
     """
     total_bytes, flop = WEIGHT_BYTES, 0.0
     for request, start, count in spans:

@@ -3,8 +3,6 @@
 `vllm bench serve` knows no second turns with pictures, so these are asked here, one at a time.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import time
@@ -31,10 +29,10 @@ class Reply:
     """An answer.
 
     Attributes:
-        text: of it.
-        ttft_ms: from sending the question to the first token.
-        prompt_tokens: of the question, with all that precedes it.
-        cached_tokens: those of them that the prefix cache had.
+        text: text of the answer.
+        ttft_ms: time from sending the question to the first token, in milliseconds.
+        prompt_tokens: tokens of the question, with all that precedes it.
+        cached_tokens: tokens of these that the prefix cache had.
     """
 
     text: str
@@ -100,8 +98,9 @@ def forget(url: str, patience: float = 60.0) -> None:
     """Empty a server's caches, so that what was asked before does not matter.
 
     Args:
-        url: of a server that runs with ``VLLM_SERVER_DEV_MODE=1``.
-        patience: seconds; until the last request has given its blocks back, vLLM refuses.
+        url: address of a server that runs with ``VLLM_SERVER_DEV_MODE=1``.
+        patience: time to try, in seconds; until the last request has given its blocks back, vLLM
+            refuses.
 
     Raises:
         TimeoutError: if requests are running.

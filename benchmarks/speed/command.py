@@ -1,28 +1,28 @@
 """What the commands of speed benchmarks have in common; and where there is no GPU."""
 
-from __future__ import annotations
-
 import argparse
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu_suite import TIME_IS_OVER
+import common
 from models import FOLDER
 
 from sparsemm_vllm.environment import has_gpu, quieten_vllm, use_cpu
 from speed.results import Deadline, Results
 from speed.subject import NARROW, Subject, full_size, reader, shrunk
 
+Cells = dict[str, Callable[[Any], dict[str, Any]]]
+
 LONGEST = 65_536  # tokens of prompt and answer
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """Options of all of them."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.make_parser(description)
     parser.add_argument(
         "--model",
         help="of benchmarks/models; else the bundled one (without a GPU it is shrunk, and shows "
@@ -41,9 +41,9 @@ def prepare(
     """The model, and options of `vllm.LLM` for it; before vLLM is imported.
 
     Args:
-        model: of benchmarks/models, or none for the bundled one.
-        models: folder where they are made.
-        no_inductor: capture CUDA graphs of what is not compiled.
+            model: name of a model of benchmarks/models, or none for the bundled one.
+        models: folder in which models are made.
+            no_inductor: whether CUDA graphs are captured of what is not compiled.
     """
     if not has_gpu():
         use_cpu()
@@ -82,8 +82,30 @@ def measure_cells(
     return True
 
 
+def measure_groups(
+    results: Results, groups: Iterable[tuple[Callable[[], Any], Cells]], deadline: Deadline
+) -> bool:
+    """Measure what is missing, a group of engines after the other; whether nothing is left.
+
+    Args:
+        results: file that cells are added to.
+        groups: functions that open engines, and their cells: functions of what was opened, by name.
+        deadline: end of the time.
+    """
+    for open_engines, cells in groups:
+        if cells.keys() <= results.cells.keys():
+            continue
+        if deadline.left <= 0:
+            return False
+        with closing(open_engines()) as engines:
+            ready = {name: partial(cell, engines) for name, cell in cells.items()}
+            if not measure_cells(results, ready, deadline):
+                return False
+    return True
+
+
 def finish(results: Results, table: str, done: bool) -> None:
     """Print what there is, and end with the status that tells whether it is all."""
     print(table)
     print(f"{results.file}: {'all cells' if done else 'cells are left; run it again'}")
-    raise SystemExit(0 if done else TIME_IS_OVER)
+    raise SystemExit(0 if done else common.TIME_IS_OVER)

@@ -4,8 +4,6 @@ What is timed is what a client of `vllm.LLM` sees: with a GPU the engine runs in
 own, with asynchronous scheduling and CUDA graphs, as vLLM does unless told otherwise.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Sequence
@@ -19,11 +17,12 @@ from speed.variants import BLOCK_SIZE
 
 @dataclass(frozen=True)
 class Timing:
-    """Of prompts that were asked at once.
+    """Times of prompts that were asked at once.
 
     Attributes:
-        first_token_s: until the first token of the last of them.
-        step_ms: between two tokens of every request, while all of them are decoding; the median.
+        first_token_s: time until the first token of the last of them, in seconds.
+        step_ms: median time between two tokens of every request, while all of them are decoding,
+            in milliseconds.
         held_blocks: KV blocks in use in the last step in which all of them decode.
     """
 
@@ -36,10 +35,10 @@ class Engine:
     """A `vllm.LLM` that is timed.
 
     Args:
-        model: folder.
-        backend: of its attention.
-        settings: SPARSEMM's; none with another backend.
-        options: of `vllm.LLM`.
+        model: folder of the model.
+        backend: vLLM's name of its attention backend.
+        settings: settings of SPARSEMM; none with another backend.
+        options: options of `vllm.LLM`.
     """
 
     def __init__(

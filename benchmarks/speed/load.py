@@ -1,7 +1,5 @@
 """A load on a server, by vLLM's own client, and what the server's metrics say meanwhile."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import multiprocessing
@@ -13,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import httpx
 
@@ -58,7 +56,7 @@ class Bench:
         self._process.start()
         theirs.close()  # so that its end is seen when it dies
 
-    def __enter__(self) -> Bench:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -74,8 +72,8 @@ class Bench:
         """Do what ``vllm bench serve *arguments`` does.
 
         Args:
-            arguments: of the command.
-            timeout: in seconds.
+            arguments: arguments of the command.
+            timeout: time that it may take, in seconds.
 
         Raises:
             LoadError: if it fails, dies, or is not done in time.
@@ -127,7 +125,7 @@ class Watch:
         self._error: Exception | None = None
         self._client = httpx.Client(timeout=60)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Self:
         self._before = self._read()
         self._thread.start()
         return self
@@ -190,7 +188,7 @@ class Watch:
 def arguments(
     url: str, tokenizer: Path, requests: Path, scenario: Scenario, load: Load, result: Path
 ) -> list[str]:
-    """Of `vllm bench serve`.
+    """Arguments of `vllm bench serve`.
 
     The data set is ``custom_image``, not ``random-mm``: we say which requests share a picture, and
     both servers are asked the same. There are no warm-up requests of its own, since it takes the
@@ -242,10 +240,12 @@ def put_load(
     """Put a load on a server whose caches are empty.
 
     Args:
-        bench: that asks.
-        url: of the server.
+        bench: client that asks.
+        url: address of the server.
         tokenizer: folder of the model.
-        requests: from `write_requests`; the result goes to the same folder.
+        requests: file of `write_requests`; the result goes to the same folder.
+        scenario: kind of the requests.
+        load: number and rate of the requests.
 
     Returns:
         A cell: numbers, with their units in their names.

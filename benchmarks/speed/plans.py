@@ -1,12 +1,10 @@
 """What is measured where: 7B models with random weights on a GPU, the bundled model elsewhere."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 
 from sparsemm_vllm.reader import READER
-from speed.scenarios import Chats, Load, Plan, Scenario
+from speed.scenarios import Chats, Load, Plan, Scenario, Size
 
 VICUNA, QWEN = "llava-next-vicuna-7b", "qwen2-vl-7b"
 # LLaVA-NeXT sees 1,752 and 2,328 tokens in these, with the question some 4,150.
@@ -34,6 +32,25 @@ LONGER = json.dumps({"text_config": {"max_position_embeddings": 8192}})
 FLASH = ("--attention-backend", "FLASH_ATTN")
 BUDGET = {"budget": 256}
 
+PURPOSES = {
+    "unique-512": "prompts of 4K tokens, from light load to more than fits",
+    "unique-2048": "long answers, more than fits",
+    "shared-512": "8 prompts of pictures asked about again and again: dense requests share blocks",
+    "short-16": "ample memory, short answers: nothing to gain",
+    "gqa-8k-512": "grouped-query attention, prompts of 8K tokens, more than fits",
+    "gqa-short-64": "grouped-query attention, ample memory, short answers: nothing to gain",
+    "unique-48": "from light load to more than fits",
+    "shared-48": "2 prompts of pictures: dense requests share blocks",
+    "short-4": "ample memory, short answers",
+}
+
+
+def _scenario(
+    name: str, pictures: tuple[Size, ...], shared: int | None, tokens: int, *loads: Load
+) -> Scenario:
+    return Scenario(name, PURPOSES[name], pictures, shared, tokens, loads)
+
+
 GPU = (
     Plan(
         model=VICUNA,
@@ -41,33 +58,10 @@ GPU = (
         dense=FLASH,
         sparsemm=BUDGET,
         scenarios=(
-            Scenario(
-                "unique-512",
-                "prompts of 4K tokens, from light load to more than fits",
-                WIDE,
-                None,
-                512,
-                (Load(0.5, 32), Load(2, 128), Load("inf", 384)),
-            ),
-            Scenario(
-                "unique-2048", "long answers, more than fits", WIDE, None, 2048, (Load("inf", 128),)
-            ),
-            Scenario(
-                "shared-512",
-                "8 prompts of pictures asked about again and again: dense requests share blocks",
-                WIDE,
-                8,
-                512,
-                (Load("inf", 384),),
-            ),
-            Scenario(
-                "short-16",
-                "ample memory, short answers: nothing to gain",
-                SQUARE,
-                None,
-                16,
-                (Load(2, 64), Load("inf", 256)),
-            ),
+            _scenario("unique-512", WIDE, None, 512, Load(0.5, 32), Load(2, 128), Load("inf", 384)),
+            _scenario("unique-2048", WIDE, None, 2048, Load("inf", 128)),
+            _scenario("shared-512", WIDE, 8, 512, Load("inf", 384)),
+            _scenario("short-16", SQUARE, None, 16, Load(2, 64), Load("inf", 256)),
         ),
         chats=Chats(WIDE, 256, 8),
         warm_up=8,
@@ -78,22 +72,8 @@ GPU = (
         dense=FLASH,
         sparsemm=BUDGET,
         scenarios=(
-            Scenario(
-                "gqa-8k-512",
-                "grouped-query attention, prompts of 8K tokens, more than fits",
-                ((1792, 1792),) * 2,
-                None,
-                512,
-                (Load("inf", 320),),
-            ),
-            Scenario(
-                "gqa-short-64",
-                "grouped-query attention, ample memory, short answers: nothing to gain",
-                ((1008, 1008),),
-                None,
-                64,
-                (Load(2, 64), Load("inf", 256)),
-            ),
+            _scenario("gqa-8k-512", ((1792, 1792),) * 2, None, 512, Load("inf", 320)),
+            _scenario("gqa-short-64", ((1008, 1008),), None, 64, Load(2, 64), Load("inf", 256)),
         ),
         chats=Chats(((1792, 1792),) * 2, 256, 8),
         warm_up=8,
@@ -112,23 +92,9 @@ READERS = Plan(
     dense=(),
     sparsemm={"budget": 64, "window": 16},
     scenarios=(
-        Scenario(
-            "unique-48",
-            "from light load to more than fits",
-            PAIR,
-            None,
-            48,
-            (Load(0.2, 3), Load("inf", 12)),
-        ),
-        Scenario(
-            "shared-48",
-            "2 prompts of pictures: dense requests share blocks",
-            PAIR,
-            2,
-            48,
-            (Load("inf", 12),),
-        ),
-        Scenario("short-4", "ample memory, short answers", PAIR[:1], None, 4, (Load("inf", 4),)),
+        _scenario("unique-48", PAIR, None, 48, Load(0.2, 3), Load("inf", 12)),
+        _scenario("shared-48", PAIR, 2, 48, Load("inf", 12)),
+        _scenario("short-4", PAIR[:1], None, 4, Load("inf", 4)),
     ),
     chats=Chats(PAIR[:1], 48, 2),
     warm_up=1,

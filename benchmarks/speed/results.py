@@ -1,17 +1,14 @@
 """Where results go: ``benchmarks/results/<device>/<date>/<benchmark>.json``, resumable."""
 
-from __future__ import annotations
-
-import json
 import re
 import time
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from gpu_parts.records import ROOT, machine
+from common import RESULTS, machine
 
-RESULTS = ROOT / "benchmarks" / "results"
+from sparsemm_vllm.store import OtherSettingsError, json_store
 
 
 def results_folder(device: str, day: date | None = None, root: Path = RESULTS) -> Path:
@@ -33,12 +30,12 @@ class Results:
     settings are never mixed with these: the file says what was asked.
 
     Args:
-        file: that is continued or made.
-        asked: what all cells have in common, as JSON can hold it.
+        file: file that is continued or made.
+        asked: values that all cells have in common, by name; JSON types only.
         cpu: whether there is no GPU.
 
     Attributes:
-        cells: by name.
+        cells: figures by the cell's name.
         skipped: reasons why variants are left out, by their names.
 
     Raises:
@@ -47,45 +44,41 @@ class Results:
 
     def __init__(self, file: Path, asked: dict[str, Any], cpu: bool) -> None:
         self.file = file
-        self.data: dict[str, Any] = {"asked": asked, "machine": machine(cpu)}
-        self.data |= {"skipped": {}, "cells": {}}
-        if file.exists():
-            found = json.loads(file.read_text())
-            if found["asked"] != json.loads(json.dumps(asked)):
-                raise SystemExit(f"{file} holds other measurements; give another --out")
-            self.data["cells"] = found["cells"]
-            self.data["skipped"] = found.get("skipped", {})
+        self._store = json_store(file, {"asked": asked})
+        try:
+            found = self._store.load() or {}
+        except OtherSettingsError:
+            raise SystemExit(f"{file} holds other measurements; give another --out") from None
+        self.cells: dict[str, Any] = found.get("cells", {})
+        self.skipped: dict[str, str] = found.get("skipped", {})
+        self.data = {"asked": asked, "machine": machine(cpu)}
+        self.data |= {"skipped": self.skipped, "cells": self.cells}
 
     @classmethod
-    def of(cls, benchmark: str, asked: dict[str, Any], cpu: bool, file: Path | None) -> Results:
-        """In the file given, or in today's folder of this device."""
+    def of(cls, benchmark: str, asked: dict[str, Any], cpu: bool, file: Path | None) -> Self:
+        """Results in the file given, or in today's folder of this device."""
         if file is None:
             file = results_folder(machine(cpu)["device"]) / f"{benchmark}.json"
         return cls(file, asked, cpu)
-
-    @property
-    def cells(self) -> dict[str, Any]:
-        return self.data["cells"]
-
-    @property
-    def skipped(self) -> dict[str, str]:
-        return self.data["skipped"]
 
     def save(self, name: str, cell: dict[str, Any]) -> None:
         """Write a cell and the commit it was measured at, at once or not at all."""
         self.cells[name] = cell | {"commit": self.data["machine"]["commit"]}
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        part = self.file.with_suffix(".tmp")
-        part.write_text(json.dumps(self.data, indent=1) + "\n")
-        part.replace(self.file)
+        self._store.save(self.data)
 
 
 class Deadline:
-    """So many seconds from now."""
+    """A moment.
+
+    Args:
+        seconds: time until then.
+    """
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
 
     @property
     def left(self) -> float:
+        """Seconds until then; negative when it is over."""
         return self._end - time.monotonic()

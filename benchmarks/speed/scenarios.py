@@ -5,8 +5,6 @@ nor base64 is measured. Each scenario draws its own, whichever server is asked, 
 share one, unless the scenario says that its requests do.
 """
 
-from __future__ import annotations
-
 import json
 import zlib
 from dataclasses import dataclass
@@ -15,6 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+
+from sparsemm_vllm.files import write_whole
 
 SEED = 0
 SPECK = 14  # pixels: a patch of most vision models
@@ -29,7 +29,7 @@ class Load:
 
     Attributes:
         rate: requests a second.
-        requests: in all.
+        requests: number of all requests.
     """
 
     rate: float | Literal["inf"]
@@ -41,13 +41,13 @@ class Scenario:
     """Requests of one kind, under one load after another.
 
     Attributes:
-        name: of the scenario, unique.
-        purpose: what it is there to show, for the table.
+        name: name of the scenario, unique.
+        purpose: text that says what it shows, for the table.
         pictures: sizes of the pictures of a prompt.
-        shared: how many different prompts of pictures there are, asked about in turn; None: every
-            request brings its own.
-        output_tokens: of every answer.
-        loads: from light to saturated.
+        shared: number of different prompts of pictures, asked about in turn; None: every request
+            brings its own.
+        output_tokens: tokens of every answer.
+        loads: loads, from light to saturated.
     """
 
     name: str
@@ -64,8 +64,8 @@ class Chats:
 
     Attributes:
         pictures: sizes of the pictures of the first question.
-        output_tokens: of the first answer, which the second turn repeats.
-        count: of chats.
+        output_tokens: tokens of the first answer, which the second turn repeats.
+        count: number of chats.
     """
 
     pictures: tuple[Size, ...]
@@ -79,12 +79,13 @@ class Plan:
 
     Attributes:
         model: name of a model of ``benchmarks/models``, or `READER`.
-        options: of both servers, as `vllm serve` spells them; the memory is among them.
-        dense: of the dense server alone.
+        options: options of both servers, as `vllm serve` spells them; with the memory.
+        dense: options of the dense server alone.
         sparsemm: settings of SPARSEMM; the profile is the model's own.
-        scenarios: that are measured.
-        chats: that are measured, if any.
-        warm_up: requests at once before anything is measured, of the first scenario's kind.
+        scenarios: scenarios that are measured.
+        chats: chats that are measured, if any.
+        warm_up: number of requests at once before anything is measured, of the kind of the first
+            scenario.
     """
 
     model: str
@@ -108,9 +109,9 @@ def write_pictures(folder: Path, sizes: tuple[Size, ...], *names: str | int) -> 
     """The pictures of a prompt, in files.
 
     Args:
-        folder: that is made.
-        sizes: of each picture.
-        names: that set them apart from those of other prompts.
+        folder: folder, which is made.
+        sizes: width and height of each picture, in pixels.
+        names: words that set them apart from those of other prompts.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -124,7 +125,9 @@ def write_requests(folder: Path, scenario: Scenario, load: Load) -> Path:
     """The requests of a load, as vLLM's ``custom_image`` data set: a JSON line for each.
 
     Args:
-        folder: that is made, for the pictures too.
+        folder: folder, which is made; for the pictures too.
+        scenario: pictures and lengths.
+        load: number of requests.
 
     Returns:
         The file of JSON lines.
@@ -138,5 +141,5 @@ def write_requests(folder: Path, scenario: Scenario, load: Load) -> Path:
         text = {"type": "text", "text": QUESTION.format(number)}
         lines.append(json.dumps({"content": [*parts, text]}))
     file = folder / "requests.jsonl"
-    file.write_text("\n".join(lines) + "\n")
+    write_whole(file, "\n".join(lines) + "\n")
     return file

@@ -1,7 +1,5 @@
 """Servers' cells beside each other, in plain text."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from speed.variants import DENSE

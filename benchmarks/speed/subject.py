@@ -1,7 +1,5 @@
 """The model that is measured, and the bytes that a decode step cannot do without."""
 
-from __future__ import annotations
-
 import copy
 import time
 from dataclasses import dataclass
@@ -32,12 +30,12 @@ class Subject:
     """A model.
 
     Attributes:
-        name: of the table.
-        folder: that vLLM loads.
+        name: name in tables.
+        folder: folder that vLLM loads.
         profile: head profile, as the settings take it.
-        window: that it is pruned with.
+        window: window that it is pruned with, in tokens.
         element_size: bytes of a weight, and of a number in the cache.
-        config: of the language model.
+        config: configuration of the language model.
     """
 
     name: str

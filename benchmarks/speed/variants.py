@@ -5,8 +5,6 @@ and with one of fp8. fp8 is what a user would switch on instead of pruning, so t
 is the faster of the two dense ones.
 """
 
-from __future__ import annotations
-
 import argparse
 import multiprocessing
 from collections.abc import Callable, Iterable, Sequence

@@ -1,10 +1,9 @@
 """The exported checkpoint: processor, float16 weights, names that vLLM expects."""
 
-import os
-import tempfile
 from pathlib import Path
 
 import torch
+from common import files_of
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -60,20 +59,15 @@ def save_checkpoint(
     transformers 5 leaves ``vision_model.`` out of the tower's weight names, vLLM expects it;
     transformers loads both.
     """
-    out.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(
         bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, do_sample=False
     )
-    with tempfile.TemporaryDirectory(dir=out.parent) as name:
-        folder = Path(name)
+    with files_of(out) as folder:
         model.to(torch.float16).save_pretrained(folder)
         processor.save_pretrained(folder)
         weights = folder / "model.safetensors"
         tensors = {vllm_name(key): tensor for key, tensor in load_file(weights).items()}
         save_file(tensors, weights, metadata={"format": "pt"})
-        for file in folder.iterdir():
-            file.chmod(0o644)
-            os.replace(file, out / file.name)
     _, info = LlavaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
     faults = {name: keys for name, keys in info.items() if keys}
     if faults:

@@ -1,7 +1,5 @@
 """Training rows: one picture, several questions as branches that do not see each other."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -75,7 +73,7 @@ class Batch:
     pixels: Tensor
 
     @classmethod
-    def of(cls, rows: list[Row], pages: list[Page]) -> Batch:
+    def of(cls, rows: list[Row], pages: list[Page]) -> "Batch":
         def stack(arrays: list[np.ndarray]) -> Tensor:
             return torch.from_numpy(np.stack(arrays))
 
@@ -90,7 +88,7 @@ class Batch:
             pixels=pixels.permute(0, 3, 1, 2) / 127.5 - 1,
         )
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> "Batch":
         return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 

@@ -1,13 +1,11 @@
 """A training run that can be stopped and resumed."""
 
-from __future__ import annotations
-
+import io
 import json
-import os
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,32 +13,64 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from .losses import FIGURES
+from sparsemm_vllm.files import write_whole
+
+from .losses import FIGURES, Weights
 
 LOG_EVERY = 20  # steps
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a training run depends on (with the number of threads, which changes roundings).
+
+    Attributes:
+        steps: number of steps with pictures.
+        rows: pictures a step.
+        warmup: steps over which the learning rate rises, of text and of pictures.
+        decay: share of `steps` over which the learning rate falls to 0.
+        weights: weights of the parts of the loss.
+        text_steps: number of steps with text, before those with pictures.
+        text_rows: rows of text a step.
+        lr: peak rate of AdamW.
+        matrix_lr: peak rate of Muon.
+        seed: seed of the initial weights.
+    """
+
+    steps: int
+    rows: int
+    warmup: int
+    decay: float
+    weights: Weights
+    text_steps: int = 0
+    text_rows: int = 0
+    lr: float = 1e-3
+    matrix_lr: float = 2e-3
+    seed: int = 0
 
 
 class Trainer:
     """Float32 weights, their optimizers, and where the run is. Subclasses say what a step learns.
 
+    Muon updates the matrices of the transformer layers, AdamW the rest.
+
     Args:
-        weights: the model whose weights are trained and saved.
-        optimizers: each with the peak of its learning rate.
-        settings: what the run depends on, a dataclass; saved with the state.
-        steps: of the whole run.
+        weights: model whose weights are trained and saved.
+        muon: class of Muon.
+        settings: values that the run depends on; they are saved with the state.
     """
 
     def __init__(
-        self,
-        weights: nn.Module,
-        optimizers: list[tuple[torch.optim.Optimizer, float]],
-        settings: Any,
-        steps: int,
+        self, weights: nn.Module, muon: Callable[..., torch.optim.Optimizer], settings: Settings
     ) -> None:
+        matrices, rest = split_weights(weights)
         self.weights = weights
-        self.optimizers = optimizers
+        self.optimizers = [
+            (muon(matrices, lr=settings.matrix_lr, weight_decay=0.02), settings.matrix_lr),
+            (adamw(rest, settings.lr), settings.lr),
+        ]
         self.settings = settings
-        self.steps = steps
+        self.steps = settings.text_steps + settings.steps
         self.step = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
@@ -50,8 +80,10 @@ class Trainer:
         raise NotImplementedError
 
     def rate(self) -> float:
-        """Share of the peak learning rate at this step."""
-        raise NotImplementedError
+        """Share of the peak learning rate: linear warm-ups, constant, linear decay."""
+        s = self.settings
+        since = self.step if self.step < s.text_steps else self.step - s.text_steps
+        return min(1.0, (since + 1) / s.warmup, (self.steps - self.step) / (s.decay * s.steps))
 
     def updated(self) -> None:
         """Called whenever the weights have changed."""
@@ -79,8 +111,9 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, path.with_suffix(".new"))
-        os.replace(path.with_suffix(".new"), path)
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_whole(path, content.getvalue())
 
     def load(self, path: Path) -> None:
         state = torch.load(path, map_location="cpu")

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sparsemm_vllm.data.pictures import Sample
+from sparsemm_vllm.profiler.reliability import spearman
 
 from .answers import Reader
 from .glyphs import patch_overlap
@@ -64,10 +65,6 @@ def _count(share: float, heads: Tensor) -> int:
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's, of all elements; equal ones share their mean rank."""
-    return round(float(torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1]), 3)
-
-
-def _ranks(x: Tensor) -> Tensor:
-    _, place, counts = x.double().flatten().unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2)[place]
+    """Spearman's, of all elements; equal ones share their mean rank. NaN if all are equal."""
+    found = spearman(a.double().numpy(), b.double().numpy())
+    return float("nan") if found is None else round(found, 3)

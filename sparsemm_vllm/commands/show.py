@@ -1,4 +1,7 @@
-"""A head profile as a picture: where the scores are, how concentrated, and what a budget gives."""
+"""A head profile as a picture: where the scores are, how concentrated, and what a budget gives.
+
+Matplotlib is imported in functions: printing a profile does not need it.
+"""
 
 import math
 from pathlib import Path

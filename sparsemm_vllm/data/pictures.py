@@ -382,7 +382,7 @@ def _glyph(font: str, size: int, letter: str) -> _Glyph:
 
 @lru_cache(maxsize=128)
 def _face(font: str, size: int) -> ImageFont.FreeTypeFont:
-    import matplotlib
+    import matplotlib  # brings the fonts, and takes a while
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)

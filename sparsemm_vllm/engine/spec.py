@@ -34,6 +34,7 @@ class SparseMMSpec(FullAttentionSpec):
     prune_when_free_below: float | None = None
     limits: RequestLimits | None = None
 
+    @override
     def __post_init__(self) -> None:
         require_installed()
         super().__post_init__()

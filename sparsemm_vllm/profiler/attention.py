@@ -1,4 +1,7 @@
-"""Hits of attention on words: what a head's visual score is the mean of."""
+"""Hits of attention on words: what a head's visual score is the mean of.
+
+vLLM is imported in functions: it takes seconds, and reads an environment that is set before.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -154,7 +157,7 @@ def picture_tokens(
     Raises:
         ProfilerError: if the prompt has another number of image tokens than the geometry.
     """
-    from sparsemm_vllm.geometry import image_tokens  # imports triton: see `prepare_process`
+    from sparsemm_vllm.geometry import image_tokens
 
     config = model_config.hf_config
     geometry = image_tokens(config, processor, size)

@@ -1,6 +1,7 @@
 """Causal scores: how much less likely the true answer is when a KV head keeps its window only.
 
 Not of the paper: it measures what pruning costs, the visual score measures where a head looks.
+vLLM is imported in functions: it takes seconds, and reads an environment that is set before.
 """
 
 from collections.abc import Sequence

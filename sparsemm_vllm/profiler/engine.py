@@ -1,4 +1,8 @@
-"""The engine that a profile is measured in: SPARSEMM records attention and prunes nothing."""
+"""The engine that a profile is measured in: SPARSEMM records attention and prunes nothing.
+
+vLLM and transformers are imported in functions: they take seconds, and `prepare_process` sets what
+they read of the environment before.
+"""
 
 import argparse
 from typing import Any, NoReturn

@@ -18,13 +18,13 @@ class Run:
     """What the scores depend on; a run is continued with equal ones only.
 
     Attributes:
-        model_id: the model.
-        config_hash: of its configuration.
-        mode: see `MODES`.
+        model_id: name of the model.
+        config_hash: hash of its configuration.
+        mode: name in `MODES`.
         data: name of the data set.
-        data_hash: of its samples.
-        samples: how many.
-        seed: of their choice.
+        data_hash: hash of its samples.
+        samples: number of samples.
+        seed: seed that they were chosen with.
     """
 
     model_id: str

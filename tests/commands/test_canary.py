@@ -10,7 +10,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from sparsemm_vllm.cli import app
 from sparsemm_vllm.commands.check import differences as canary
 from sparsemm_vllm.commands.check.differences import Finding, _missing_attribute, check
-from sparsemm_vllm.engine import patches
+from sparsemm_vllm.engine.vllm_api import compatibility
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -34,7 +34,7 @@ def test_this_vllm_has_everything() -> None:
 
 def test_another_release_gives_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever its version: everything that moved, not the first of it."""
-    monkeypatch.setattr(patches, "version", {"vllm": "0.40.1"}.__getitem__)
+    monkeypatch.setattr(compatibility, "version", {"vllm": "0.40.1"}.__getitem__)
     monkeypatch.setattr(FullAttentionManager, "remove_skipped_blocks", lambda self, request: None)
     monkeypatch.setattr(
         AttentionBackend, "supports_head_size", classmethod(lambda cls, head_size, dtype: True)
@@ -68,7 +68,7 @@ def test_a_module_that_fails_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unsupported_version_alone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patches, "version", {"vllm": "0.31.0"}.__getitem__)
+    monkeypatch.setattr(compatibility, "version", {"vllm": "0.31.0"}.__getitem__)
     code, output = run()
     assert code == 1
     assert "breaks" not in output

@@ -11,11 +11,12 @@ from kernel_cases import DEVICE, FP8, TOLERANCE, Paged, bits, head_pages, relati
 
 from sparsemm_vllm.triton_kernels import torch_ops
 from sparsemm_vllm.triton_kernels.batch import HeadPages, Prompts, Rows
+from sparsemm_vllm.triton_kernels.cache import cache_units
 from sparsemm_vllm.triton_kernels.decode_batch import DecodeBatch, DecodeBuffers
 from sparsemm_vllm.triton_kernels.list_pages import list_pages
 from sparsemm_vllm.triton_kernels.reference import head_page_slots
 from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
-from sparsemm_vllm.triton_kernels.sparse_decode import cache_units, sparse_decode
+from sparsemm_vllm.triton_kernels.sparse_decode import sparse_decode
 from sparsemm_vllm.triton_kernels.tables import TAIL
 from sparsemm_vllm.triton_kernels.tile_sizes import (
     decode_options,

@@ -123,7 +123,7 @@ def serve_options(settings: dict[str, Any], **changes: str) -> list[str]:
     """Arguments of `vllm serve` for a tiny model.
 
     Args:
-        settings: SPARSEMM's.
+        settings: settings of SPARSEMM.
         changes: further options, or other values, by their names with underscores.
     """
     options = {

@@ -348,7 +348,7 @@ def raw_request(call: Call, length: int | None = None) -> bytes:
     """The bytes of a request.
 
     Args:
-        call: what to ask.
+        call: call to make.
         length: length that its header claims, of the content if none.
     """
     content = call.content()

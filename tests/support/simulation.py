@@ -76,10 +76,10 @@ class Scenario:
     Attributes:
         groups: KV cache groups: 1 of full attention, or 2, one with a sliding window.
         asynchronous: whether vLLM schedules before it knows the last tokens.
-        stages: of the pipeline: as many steps are in flight, one more if asynchronous.
+        stages: stages of the pipeline: as many steps are in flight, one more if asynchronous.
         queue: steps in flight, if not so many.
         drafts: tokens that are drafted for each request at most.
-        policy: of scheduling.
+        policy: order of scheduling, of vLLM's `SchedulerConfig`.
         spare: blocks beyond those that the largest request needs.
         share: `prune_when_free_below`.
         encoder: embeddings that the encoder cache holds, and that a step may compute.
@@ -287,13 +287,13 @@ class Step:
     """A step that is scheduled and not processed.
 
     Attributes:
-        output: of the scheduler.
+        output: output of the scheduler.
         new: its new requests, as a worker in another process gets them.
         reads: blocks that each request reads or writes in it.
         writes: blocks that it, or an earlier step in flight, writes for its requests.
         sealed: blocks that were in the prefix cache before it was scheduled, by their hashes.
-        preemptions: of each request when it was scheduled.
-        result: of the device, once it executed it.
+        preemptions: number of each request's preemptions when it was scheduled.
+        result: result of the device, once it executed it.
     """
 
     output: Any
@@ -553,8 +553,8 @@ class Simulation:
     """An engine core, its device and its clients; all follows from the seed.
 
     Args:
-        seed: of traffic, faults and order.
-        scenario: what the engine is started with; by the seed if not given.
+        seed: seed of traffic, faults and order.
+        scenario: settings that the engine is started with; by the seed if not given.
         traffic: function that makes the next chat, of the simulation; `any_chat` if not given.
         withheld: blocks that nobody may use: of a pool in which vLLM would refuse to start.
     """

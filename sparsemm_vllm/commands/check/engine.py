@@ -1,4 +1,7 @@
-"""A vLLM engine in this process that answers greedily, through public methods of vLLM only."""
+"""A vLLM engine in this process that answers greedily, through public methods of vLLM only.
+
+vLLM is imported in functions: it takes seconds, and reads an environment that is set before.
+"""
 
 import math
 import time

@@ -174,7 +174,7 @@ def device() -> str:
     """The name of what the engine runs on."""
     if not has_gpu():
         return "CPU"
-    import torch
+    import torch  # takes seconds
 
     return str(torch.cuda.get_device_name())
 

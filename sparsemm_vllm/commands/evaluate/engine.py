@@ -4,6 +4,7 @@
 
 An engine cannot change its budgets, and a process that has closed one cannot be trusted to open
 another. Counts of answered questions go to the standard output, vLLM's log to the standard error.
+vLLM is imported in functions: it takes seconds, and reads an environment that is set before.
 """
 
 import os
@@ -18,9 +19,9 @@ from pydantic import BaseModel
 
 from sparsemm_vllm.commands.evaluate.questions import Choice, Question, load_questions
 from sparsemm_vllm.environment import has_gpu
-from sparsemm_vllm.files import write_whole
 from sparsemm_vllm.names import KEY
 from sparsemm_vllm.profiler.engine import parse_engine_options
+from sparsemm_vllm.store import Settings, Store
 
 CPU_OPTIONS = {
     "dtype": "float32",
@@ -90,6 +91,24 @@ class Result(BaseModel):
     block_bytes: int
     pool_blocks: int
     seconds: float
+
+
+def result_store(path: Path, settings: dict[str, Any]) -> Store[Result]:
+    """The file of a result.
+
+    Args:
+        path: file of a point.
+        settings: settings of SPARSEMM that the point is measured with.
+    """
+
+    def read(data: bytes) -> tuple[Settings, Result]:
+        result = Result.model_validate_json(data)
+        return {"settings": result.settings}, result
+
+    def write(settings: Settings, result: Result) -> str:
+        return result.model_dump_json(indent=1) + "\n"
+
+    return Store(path, {"settings": settings}, read, write)
 
 
 class HeldBytesError(RuntimeError):
@@ -233,7 +252,7 @@ def main() -> None:
             print(answered, file=progress)
 
     result = run(job, on_answer)
-    write_whole(job.result, result.model_dump_json(indent=1) + "\n")
+    result_store(job.result, job.settings).save(result)
 
 
 if __name__ == "__main__":

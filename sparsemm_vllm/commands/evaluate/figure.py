@@ -1,4 +1,7 @@
-"""An evaluation as a picture: accuracy against the KV cache that is really held."""
+"""An evaluation as a picture: accuracy against the KV cache that is really held.
+
+Matplotlib is imported in functions: it takes longer than all that other commands do first.
+"""
 
 import textwrap
 from collections.abc import Sequence

@@ -4,12 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from sparsemm_vllm.commands.evaluate.engine import Result
+from sparsemm_vllm.commands.evaluate.engine import Result, result_store
 from sparsemm_vllm.commands.evaluate.errors import EvalError
 from sparsemm_vllm.commands.evaluate.points import Point
-from sparsemm_vllm.files import write_whole
+from sparsemm_vllm.store import DamagedError, OtherSettingsError, Settings, Store
 
 
 class EvalFolder:
@@ -19,7 +17,7 @@ class EvalFolder:
 
     Args:
         path: folder; it is made if it does not exist.
-        configuration: values that all points have in common; JSON types only.
+        configuration: values that all points have in common, by name; JSON types only.
 
     Raises:
         EvalError: if the folder holds points of another configuration, or other things.
@@ -27,13 +25,20 @@ class EvalFolder:
 
     def __init__(self, path: Path, configuration: dict[str, Any]) -> None:
         self.path = path
-        own = path / "configuration.json"
-        if own.exists():
-            _check_same(path, json.loads(own.read_bytes()), configuration)
-        elif path.exists() and any(path.iterdir()):
+        own = Store(path / "configuration.json", configuration, _read, _write)
+        if not own.path.exists() and path.exists() and any(path.iterdir()):
             raise EvalError(f"{path} holds no evaluation, but other files; name another folder")
+        try:
+            own.load()
+        except OtherSettingsError as other:
+            raise EvalError(
+                f"{path} holds an evaluation with another {other.name} ({other.found!r}, not "
+                f"{other.wanted!r}); name another folder"
+            ) from None
+        except DamagedError:
+            raise EvalError(f"{own.path} is damaged; name another folder") from None
         path.mkdir(parents=True, exist_ok=True)
-        write_whole(own, json.dumps(configuration, indent=1) + "\n")
+        own.save(None)
         for folder in ("points", "logs"):
             (path / folder).mkdir(exist_ok=True)
 
@@ -48,25 +53,28 @@ class EvalFolder:
     def load(self, point: Point, settings: dict[str, Any]) -> Result | None:
         """A point's result, if it is there.
 
+        Args:
+            point: point that was measured.
+            settings: settings of SPARSEMM that it must have been measured with.
+
         Raises:
             EvalError: if it cannot be read, or was measured with other settings.
         """
         path = self.point(point)
-        if not path.exists():
-            return None
         try:
-            result = Result.model_validate_json(path.read_bytes())
-        except ValidationError:
+            return result_store(path, settings).load()
+        except DamagedError:
             raise EvalError(f"{path} is damaged; delete it to measure the point again") from None
-        if result.settings != settings:
-            raise EvalError(f"{path} was measured with other settings; name another folder")
-        return result
-
-
-def _check_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for key in wanted | found:
-        if found.get(key) != wanted.get(key):
+        except OtherSettingsError:
             raise EvalError(
-                f"{path} holds an evaluation with another {key} ({found.get(key)!r}, not "
-                f"{wanted.get(key)!r}); name another folder"
-            )
+                f"{path} was measured with other settings; name another folder"
+            ) from None
+
+
+def _read(data: bytes) -> tuple[Settings, None]:
+    """A configuration, which is all that its file holds."""
+    return json.loads(data), None
+
+
+def _write(configuration: Settings, nothing: None) -> str:
+    return json.dumps(configuration, indent=1) + "\n"

@@ -1,4 +1,8 @@
-"""Answers one question from a pruned cache and records where visual heads looked."""
+"""Answers one question from a pruned cache and records where visual heads looked.
+
+vLLM is imported in functions, and with it our engine: it takes seconds, and reads an environment
+that is set before.
+"""
 
 import tempfile
 from collections.abc import Sequence

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
 
 from sparsemm_vllm.engine.vllm_api import contract, hooks
 from sparsemm_vllm.engine.vllm_api.signatures import argument
@@ -186,8 +187,6 @@ def _greedy(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _top_k_top_p(original: Callable[..., Any]) -> Callable[..., Any]:
-    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
-
     def apply_top_k_top_p_triton(
         logits: torch.Tensor,
         k: torch.Tensor | None,

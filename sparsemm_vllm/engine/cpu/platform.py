@@ -1,4 +1,8 @@
-"""A platform without a GPU, for the vLLM wheel that is built for CUDA."""
+"""A platform without a GPU, for the vLLM wheel that is built for CUDA.
+
+vLLM asks for its platform before most of its modules are there, so what needs those is imported
+when a backend is chosen.
+"""
 
 from collections.abc import Callable
 from typing import Any

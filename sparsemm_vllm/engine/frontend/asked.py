@@ -1,4 +1,7 @@
-"""Whether SPARSEMM is asked for: on a command line, in a file, or in an engine's arguments."""
+"""Whether SPARSEMM is asked for: on a command line, in a file, or in an engine's arguments.
+
+Loaded in every process of every vLLM: yaml is imported when there is a file to read.
+"""
 
 import json
 import sys

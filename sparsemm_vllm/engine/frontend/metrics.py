@@ -10,7 +10,6 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from sparsemm_vllm.budget.profile import HeadProfile
 from sparsemm_vllm.engine.config import Serving
 from sparsemm_vllm.engine.scheduler.stats import Outcome, RequestRecord
+from sparsemm_vllm.files import write_whole
 from sparsemm_vllm.names import OTHERS, OURS
 
 logger = init_logger("vllm.sparsemm.metrics")
@@ -128,13 +128,9 @@ class SparseMMStatLogger(AggregateStatLoggerBase):
     def _write_recent(self, folder: Path, engine_idx: int) -> None:
         """Tell the others, if the folder takes it. vLLM calls this where it passes answers on."""
         file = folder / f"{RECENT}{engine_idx}-{os.getpid()}.json"
-        partial = file.with_suffix(".partial")
         try:
-            partial.write_text(json.dumps(self._recent[engine_idx]))
-            partial.replace(file)
+            write_whole(file, json.dumps(self._recent[engine_idx]), durable=False)
         except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
             logger.warning_once(
                 "SPARSEMM: the page of the other API servers lacks requests of this one: %s: %s",
                 error.strerror, folder,

@@ -15,6 +15,7 @@ from vllm.logger import init_logger
 
 from sparsemm_vllm.budget.profile import HeadProfile, ProfileError, load_profile, save_profile
 from sparsemm_vllm.environment import cache_folder
+from sparsemm_vllm.files import write_whole
 
 logger = init_logger("vllm.sparsemm.cache")
 
@@ -67,7 +68,8 @@ class ProfileCache:
             return
         holder = Path(f"{lock.lock_file}.holder")
         with suppress(OSError):  # only what those who wait say depends on it
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            said = f"process {os.getpid()} on {socket.gethostname()}"
+            write_whole(holder, said, durable=False)
         try:
             yield True
         finally:

@@ -9,6 +9,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from vllm.outputs import RequestError
+
 HIT_LIMIT = "max_cache_hit_length"
 
 
@@ -55,8 +57,6 @@ def end_with_error(scheduler: Any, request_id: str, message: str) -> None:
     if isinstance(failed, set):
         failed.add(request_id)
         return
-    from vllm.outputs import RequestError
-
     failed[request_id] = RequestError(code="internal_error", message=message)
 
 

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import torch
+from typing_extensions import override
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
@@ -49,7 +50,6 @@ class SparseMMModelState(DefaultModelState):
         self._group = 0
         self._block_tables: Any = None
         settings = self._serving.settings
-        self._poisons = settings.poison_freed
         if settings.mask_heads:
             layers = get_layers_from_vllm_config(vllm_config, Attention)
             rank = get_tp_group().rank_in_group
@@ -61,59 +61,49 @@ class SparseMMModelState(DefaultModelState):
         if self.device.type == "cuda":
             torch.accelerator.empty_cache()
 
+    @override
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, block_tables: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Find the pruned layers' cache, now that it has been allocated."""
+        """As vLLM's, and find the pruned layers' cache, now that it has been allocated."""
         super().initialize_kv_cache(kv_cache_config, block_tables, *args, **kwargs)
-        groups = [
-            i
-            for i, group in enumerate(kv_cache_config.kv_cache_groups)
-            if isinstance(group.kv_cache_spec, SparseMMSpec)
-        ]
-        if len(groups) != 1:
-            raise UnsupportedError(
-                f"SPARSEMM: vLLM put the layers to prune into {len(groups)} KV cache groups, not "
-                "into one; their budgets cannot be counted together"
-            )
-        self._group = groups[0]
+        self._group = _pruned_group(kv_cache_config)
+        self._block_tables = block_tables
         group = kv_cache_config.kv_cache_groups[self._group]
         cache = pruned_cache(self.vllm_config, group.kv_cache_spec, group.layer_names)
-        expected = self._state.heads.L
-        if len(cache.layers) != expected:
+        if len(cache.layers) != (expected := self._state.heads.L):
             raise UnsupportedError(
                 f"SPARSEMM: this rank has {len(cache.layers)} layers to prune, the layout expects "
                 f"{expected}"
             )
         self._state.attach(cache)
-        self._block_tables = block_tables
-        if self._poisons:
-            window = self._state.layout.window
-            self._state.poison = Poison(cache.tensor, window, self.max_num_tokens)
-            if len(kv_cache_config.kv_cache_groups) > 1:
-                # vLLM reads the null block where a sliding window has passed, and masks it.
-                cache.tensor[:, 0] = 0
-        # vLLM also comes here before it knows the number of blocks, to try CUDA graphs.
-        sized = kv_cache_config.num_blocks == self.vllm_config.cache_config.num_gpu_blocks
-        if sized and get_pp_group().is_first_rank and get_tp_group().is_first_rank:
-            logger.info(
-                describe_serving(
-                    self.vllm_config,
-                    self._serving,
-                    kv_cache_config.num_blocks,
-                    group.kv_cache_spec.block_size,
-                    group.kv_cache_spec.page_size_bytes,
-                )
-            )
+        if self._serving.settings.poison_freed:
+            self._poison(cache.tensor, len(kv_cache_config.kv_cache_groups))
+        self._describe_serving(kv_cache_config.num_blocks, group.kv_cache_spec)
         if self.device.type == "cuda":
             self._warm_up(kv_cache_config, block_tables.input_block_tables)
+
+    def _poison(self, cache: torch.Tensor, groups: int) -> None:
+        """Fill the pruned layers' cache with NaN, and watch it from now on."""
+        window = self._state.layout.window
+        self._state.poison = Poison(cache, window, self.max_num_tokens)
+        if groups > 1:
+            # vLLM reads the null block where a sliding window has passed, and masks it.
+            cache[:, 0] = 0
+
+    def _describe_serving(self, num_blocks: int, spec: Any) -> None:
+        """Log what is served, once: vLLM also comes here before it knows the number of blocks."""
+        sized = num_blocks == self.vllm_config.cache_config.num_gpu_blocks
+        if sized and get_pp_group().is_first_rank and get_tp_group().is_first_rank:
+            sizes = num_blocks, spec.block_size, spec.page_size_bytes
+            logger.info(describe_serving(self.vllm_config, self._serving, *sizes))
 
     def _warm_up(self, kv_cache_config: KVCacheConfig, block_tables: list[torch.Tensor]) -> None:
         """Compile what serving launches, also in layers that stay dense.
 
         Args:
-            kv_cache_config: which layers belong to which group.
-            block_tables: int32 ``[max_requests, max_blocks]`` of each group.
+            kv_cache_config: groups of layers.
+            block_tables: block table of each group, int32 ``[max_requests, max_blocks]``.
         """
         warm_up(self._state, self.dtype, block_tables[self._group])
         layers = self.vllm_config.compilation_config.static_forward_context
@@ -122,6 +112,7 @@ class SparseMMModelState(DefaultModelState):
                 if layer.get_attn_backend().get_name() == NAME:
                     layer.impl.warm_up_dense(layer, self.dtype, table)
 
+    @override
     def add_request(self, req_index: int, new_req_data: Any, *args: Any, **kwargs: Any) -> None:
         """Enter a request that starts, or resumes after preemption."""
         super().add_request(req_index, new_req_data, *args, **kwargs)
@@ -163,12 +154,14 @@ class SparseMMModelState(DefaultModelState):
             list(new_req_data.block_ids[self._group]),
         )
 
+    @override
     def remove_request(self, req_id: str, *args: Any, **kwargs: Any) -> None:
         """Forget a request that ended or was preempted."""
         super().remove_request(req_id, *args, **kwargs)
         if self._state.poison is not None:
             self._state.poison.remove(req_id)
 
+    @override
     def postprocess_state(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM's, when a step has run."""
         super().postprocess_state(*args, **kwargs)
@@ -192,6 +185,7 @@ class SparseMMModelState(DefaultModelState):
         """Time that pruning took in steps before, as far as it is known and was not taken yet."""
         return self._state.prune_timer.take()
 
+    @override
     def prepare_attn(
         self,
         input_batch: Any,
@@ -257,6 +251,22 @@ class SparseMMModelState(DefaultModelState):
         if full_graph and (step.prunes or step.pruned_rows):
             raise RuntimeError("vLLM replays a decode graph for a step that prunes a prompt")
         return step
+
+
+def _pruned_group(kv_cache_config: KVCacheConfig) -> int:
+    """Index of the KV cache group of the layers to prune.
+
+    Raises:
+        UnsupportedError: if they are not in one group.
+    """
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    groups = [i for i, spec in enumerate(specs) if isinstance(spec, SparseMMSpec)]
+    if len(groups) != 1:
+        raise UnsupportedError(
+            f"SPARSEMM: vLLM put the layers to prune into {len(groups)} KV cache groups, not "
+            "into one; their budgets cannot be counted together"
+        )
+    return groups[0]
 
 
 def request_seed(new_req_data: Any) -> int:

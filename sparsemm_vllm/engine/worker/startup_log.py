@@ -26,11 +26,11 @@ def describe_serving(
     """The paragraph.
 
     Args:
-        vllm_config: vLLM's.
+        vllm_config: configuration of the engine.
         serving: settings and layout of the server.
-        num_blocks: of the KV cache, vLLM's empty one among them.
+        num_blocks: blocks of the KV cache, vLLM's empty one among them.
         block_size: tokens in a block of the layers to prune; vLLM may give other layers another.
-        layer_block_bytes: of a block in one layer of one rank.
+        layer_block_bytes: bytes of a block in one layer of one rank.
     """
     settings, layout = serving.settings, serving.layout
     longest = vllm_config.model_config.max_model_len

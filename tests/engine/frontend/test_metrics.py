@@ -3,6 +3,7 @@
 import errno
 import inspect
 import json
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -145,7 +146,7 @@ def test_what_cannot_be_shared_ends_no_api_server(
     logger.share_recent(folder)
     with monkeypatch.context() as patch:
         if broken == "a full disk":
-            patch.setattr(Path, "replace", no_space)
+            patch.setattr(os, "replace", no_space)
         else:
             folder.rmdir()
         for at in (1.0, 2.0):

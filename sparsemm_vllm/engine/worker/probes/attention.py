@@ -20,12 +20,12 @@ class AttentionRecorder:
 
     Args:
         L: pruned layers of this rank.
-        Hq: its query heads.
+        Hq: query heads of this rank.
         G: query heads of a KV head.
-        max_rows: of a query tile; see `decode_rows`.
+        max_rows: rows of a query tile, at most; see `decode_rows`.
         rows: queries that the buffer holds.
-        max_requests: that run at once.
-        device: where the kernels run.
+        max_requests: requests that run at once, at most.
+        device: device of the kernels.
 
     Attributes:
         keys: positions, int32 ``[L, rows, Hq]``; -1 in rows that nothing was recorded in.
@@ -55,8 +55,8 @@ class AttentionRecorder:
         A request that resumes after preemption records the same again.
 
         Args:
-            index: of the request.
-            prompt_tokens: `n`.
+            index: index of the request.
+            prompt_tokens: length of its prompt, `n`, in tokens.
             wanted: first row and number of queries, ``[2]``, as the request asks; or nothing.
             dense: whether all its queries see all keys where they were computed; those of tokens
                 that are generated from a pruned prompt do not.

@@ -46,10 +46,10 @@ class KeptRecorder:
         A step prunes all layers, so that no request ends between two of them.
 
         Args:
-            request_id: vLLM's.
-            positions: kept positions per head, ascending, ``[Hkv, width]``.
-            lengths: how many of them count, ``[Hkv]``.
-            prompt_tokens: `n`.
+            request_id: name that vLLM gave the request.
+            positions: kept positions of each head, ascending, ``[Hkv, width]``.
+            lengths: number of them that count, ``[Hkv]``.
+            prompt_tokens: length of the prompt, `n`, in tokens.
         """
         kept = positions.cpu().numpy()
         heads = [kept[h, :k].copy() for h, k in enumerate(lengths.tolist())]
@@ -90,9 +90,9 @@ def load_kept(folder: Path, request_id: str) -> dict[tuple[int, int], np.ndarray
     """Kept positions, the window not among them, by (pruned layer, KV head) of the whole model.
 
     Args:
-        folder: as given to the engine.
-        request_id: vLLM's, or the client's, to which vLLM appends ``-`` and eight random digits. Of
-            requests that a client gave the same id, the last one counts.
+        folder: folder that the engine was given.
+        request_id: name that vLLM gave the request, or the client's, to which vLLM appends ``-``
+            and eight random digits. Of requests that a client gave the same id, the last counts.
 
     Raises:
         FileNotFoundError: if nothing was recorded for it.

@@ -18,11 +18,11 @@ class Knockout:
     """A request's queries of one step whose head is knocked out.
 
     Attributes:
-        layer: of this rank's pruned layers.
+        layer: index among this rank's pruned layers.
         head: KV head of this rank.
-        row: of the block table.
+        row: row of the block table.
         query: first query in the step's.
-        position: of that query.
+        position: position of that query in its request.
         count: queries.
         first_key: position of the first key that they see.
     """
@@ -41,7 +41,7 @@ class Knockouts:
 
     Args:
         own: pruned layers and KV heads of the whole model that this rank owns.
-        window: `W`, in tokens.
+        window: observation window, `W`, in tokens.
     """
 
     def __init__(self, own: tuple[slice, slice], window: int) -> None:
@@ -106,11 +106,11 @@ def attend_without(
 
     Args:
         query: the step's queries, ``[T, Hq, D]``.
-        layer_cache: of one layer, not quantised, ``[B, Hkv, P, 2 * D]``.
-        block_table: int32 ``[R, max_blocks]``.
-        knockout: which queries and keys.
-        output: ``[T, Hq, D]``; those of the queries and of the head's group are written.
-        scale: of the attention logits.
+        layer_cache: KV cache of one layer, not quantised, ``[B, Hkv, P, 2 * D]``.
+        block_table: block table of the step, int32 ``[R, max_blocks]``.
+        knockout: queries, head and keys.
+        output: attention, ``[T, Hq, D]``; that of the queries and of the head's group is written.
+        scale: factor of the attention logits.
     """
     _, Hkv, P, _ = layer_cache.shape
     G, D = query.shape[1] // Hkv, query.shape[2]

@@ -31,10 +31,10 @@ def own_heads(heads: Iterable[Sequence[int]], layer: int, count: int, rank: int)
     """Which of a rank's heads in a layer are silenced, counted from its first.
 
     Args:
-        heads: to silence, layer and query head of the whole model.
-        layer: of these outputs.
+        heads: heads to silence, layer and query head of the whole model.
+        layer: index of the layer in the whole model.
         count: query heads of each tensor-parallel rank.
-        rank: this one.
+        rank: tensor-parallel rank, from 0.
     """
     first = rank * count
     return [head - first for at, head in heads if at == layer and 0 <= head - first < count]
@@ -44,9 +44,9 @@ def mask_layers(layers: dict[str, Any], heads: Sequence[Sequence[int]], rank: in
     """Let attention layers put out zeros for some heads, whatever their backend computes.
 
     Args:
-        layers: vLLM's, by name; those of this pipeline stage.
-        heads: to silence, layer and query head of the whole model.
-        rank: among the tensor-parallel ones.
+        layers: attention layers of this pipeline stage, by name.
+        heads: heads to silence, layer and query head of the whole model.
+        rank: tensor-parallel rank, from 0.
     """
     for name, layer in layers.items():
         if own := own_heads(heads, extract_layer_index(name), layer.num_heads, rank):

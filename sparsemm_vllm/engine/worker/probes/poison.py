@@ -32,7 +32,7 @@ class Poison:
 
     Args:
         cache: KV cache of the pruned layers, ``[L, B, Hkv, P, 2 * D]``; all of it is filled.
-        window: `W`, in tokens.
+        window: observation window, `W`, in tokens.
         max_tokens: tokens of a step at most.
     """
 
@@ -101,7 +101,7 @@ class Poison:
             pruned_rows: rows whose prompt the step prunes.
             positions: position of each token of the step in its request, ``[T]``.
             slots: cache slot of each token, as it will be written, ``[T]``.
-            block_table: ``[R, max_blocks]``.
+            block_table: block table of the step, ``[R, max_blocks]``.
             block_counts: entries of each request's row, ``[max_requests]``.
 
         Raises:
@@ -323,7 +323,7 @@ class Poison:
 
         Args:
             layer: layer that attended.
-            output: ``[T, Hq, D]``, of padding tokens too.
+            output: attention of all tokens, padding ones too, ``[T, Hq, D]``.
         """
         is_nan = output.flatten(1).isnan().any(1)[: self._is_nan.shape[1]]
         self._is_nan[layer].fill_(False)

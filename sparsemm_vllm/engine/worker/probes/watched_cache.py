@@ -92,7 +92,7 @@ def number_slots(cache: torch.Tensor) -> torch.Tensor:
     """The number of each slot ``[l, b, h, t]``, counted in this order, where it lies in memory.
 
     Args:
-        cache: ``[L, B, Hkv, P, 2 * D]``.
+        cache: KV cache of the pruned layers, ``[L, B, Hkv, P, 2 * D]``.
 
     Returns:
         int64, one-dimensional, a number for every ``2 * D`` elements of the cache's memory, up to
