@@ -41,9 +41,9 @@ def prepare(
     """The model, and options of `vllm.LLM` for it; before vLLM is imported.
 
     Args:
-            model: name of a model of benchmarks/models, or none for the bundled one.
+        model: name of a model of benchmarks/models, or none for the bundled one.
         models: folder in which models are made.
-            no_inductor: whether CUDA graphs are captured of what is not compiled.
+        no_inductor: whether CUDA graphs are captured of what is not compiled.
     """
     if not has_gpu():
         use_cpu()
