@@ -28,15 +28,18 @@ hypothesis.settings.register_profile("new", deadline=None)
 hypothesis.settings.load_profile("same")
 
 
+# Files of half a minute and more, the longest first.
 LONG = (
-    "test_soak", "test_engine_kernels", "test_window_scores", "test_demo", "test_serve",
-    "test_hostile",
+    "test_hostile", "test_engine_kernels", "test_soak", "test_demo", "test_kernel_report",
+    "test_serve", "test_broken_workers", "test_gpu_suite", "test_gpu_run", "test_check_run",
+    "test_processes", "test_parallel", "test_window_scores",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of minutes first, so that no process has one left when the other is done."""
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    """Long files first, so that no process has one left when the other is done."""
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -243,6 +243,16 @@ def test_no_prompt_needs_more_than_the_most(layout, longest, block_size):
         assert most == needs[-1]
 
 
+def test_the_most_covers_lengths_between_those_that_are_looked_at():
+    layout = CacheLayout(
+        ((17,), (3,), (600,)), window=W, base=206, stages=((0, 1), (1, 3)), redistribute=True
+    )
+    first, last = W + 206, W + 600  # there all is given
+    needs = [layout.compact_blocks(n, 1) for n in range(first, last + 1)]
+    assert max(needs[:: -(-(last - first) // 64)]) < max(needs)
+    assert max(needs) <= layout.most_compact_blocks(1200, 1)
+
+
 def test_redistribution_can_need_fewer_blocks_for_a_longer_prompt():
     """Or nobody would have to look for the most."""
     layout = CacheLayout(((100, 17, 17, 17),), window=W, base=37, redistribute=True)

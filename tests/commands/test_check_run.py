@@ -270,6 +270,17 @@ def test_an_answer_that_is_too_short() -> None:
     assert (row.status, row.finding) == ("differs", f"1 tokens instead of {MAX_TOKENS}")
 
 
+@pytest.mark.parametrize("left", [0, 3])
+def test_blocks_that_are_not_given_back(left: int) -> None:
+    (case,) = (case for case in CASES if case.name == "several at once")
+    count = len(case.requests)
+    layout = CacheLayout.from_scores(skewed_profile(layers=2).tensor(), KV_HEADS, BUDGET, WINDOW)
+    seen = Seen([162] * count, [0] * count, [20, left], 0)
+    row = judge(case, [answer(tokens=[7])] * count, seen, Unasked(layout), EXACT)
+    assert ("3 blocks are not given back" in row.finding) is bool(left)
+    assert row.blocks == f"at most 20, {left}"
+
+
 @pytest.mark.parametrize(
     ("name", "n", "cached", "preemptions", "fine"),
     [

@@ -114,6 +114,16 @@ def test_nothing_is_missing_or_nothing_helps() -> None:
     assert split_half(np.ones((1, 2, 3))) is None
 
 
+def test_halves_do_not_follow_the_order_of_the_samples() -> None:
+    """Data may be sorted: first what some heads read, then what the others do."""
+    easy, hard = np.linspace(0, 1, 24), np.linspace(1, 0, 24) ** 2
+    hits = np.repeat([easy, hard], 200, axis=0).reshape(400, 4, 6)
+    correlation = split_half(hits)
+    assert correlation is not None
+    assert correlation > 0.9
+    assert spearman(easy, hard) == pytest.approx(-1)
+
+
 # Interruption
 
 

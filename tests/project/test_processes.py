@@ -23,22 +23,31 @@ def python(code: str, environment: dict[str, str]) -> subprocess.CompletedProces
     )
 
 
-def test_import_vllm_behaves_as_if_the_plugin_were_absent() -> None:
-    code = (
-        "import vllm, sys\n"
-        "from vllm.platforms import current_platform\n"
-        "from vllm.plugins import load_general_plugins\n"
-        "load_general_plugins()\n"
-        "from vllm.v1.core.kv_cache_manager import KVCacheManager\n"
-        "print(type(current_platform).__name__,"
-        " hasattr(KVCacheManager.get_computed_blocks, '__sparsemm__'),"
-        " 'sparsemm_vllm.engine.scheduler.manager' in sys.modules)"
-    )
-    with_plugin = python(code, PLAIN)
-    without = python(code, PLAIN | {"VLLM_PLUGINS": ""})
-    assert with_plugin.returncode == without.returncode == 0, with_plugin.stderr
-    assert with_plugin.stdout == without.stdout
-    assert with_plugin.stdout.endswith("False False\n")
+IMPORT = """
+import vllm, sys
+from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+print(type(current_platform).__name__, hasattr(KVCacheManager.get_computed_blocks, '__sparsemm__'),
+      'sparsemm_vllm.engine.scheduler.manager' in sys.modules)
+"""
+ASK = "vllm.LLM(model='.', attention_backend='SPARSEMM')"
+
+
+@pytest.fixture(scope="module")
+def asked_late() -> subprocess.CompletedProcess[str]:
+    """A process without a GPU that imports vLLM, and asks for SPARSEMM after that."""
+    return python(IMPORT + ASK, PLAIN)
+
+
+def test_import_vllm_behaves_as_if_the_plugin_were_absent(
+    asked_late: subprocess.CompletedProcess[str],
+) -> None:
+    without = python(IMPORT, PLAIN | {"VLLM_PLUGINS": ""})
+    assert without.returncode == 0, without.stderr
+    assert without.stdout.endswith("False False\n")
+    assert asked_late.stdout.startswith(without.stdout)
 
 
 @pytest.mark.engine
@@ -71,11 +80,9 @@ def test_vllm_serve_without_a_gpu_names_the_command() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_llm_without_a_gpu_names_the_call() -> None:
-    code = "from vllm import LLM; LLM(model='.', attention_backend='SPARSEMM')"
-    done = python(code, PLAIN)
-    assert done.returncode != 0
-    assert "sparsemm_vllm.use_cpu()" in done.stderr
+def test_llm_without_a_gpu_names_the_call(asked_late: subprocess.CompletedProcess[str]) -> None:
+    assert asked_late.returncode != 0
+    assert "sparsemm_vllm.use_cpu()" in asked_late.stderr
 
 
 @pytest.mark.parametrize(
