@@ -255,7 +255,7 @@ def compile_share(library: str, share: str, pattern: str) -> dict[str, int]:
     import re
 
     import triton
-    from kernel_report import compiling
+    from kernel_launches import compiling
     from precompiled_launches import cases
     from triton.runtime import cache
 

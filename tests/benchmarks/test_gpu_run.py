@@ -8,6 +8,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import gpu_plans
 import gpu_run
 import pytest
 from gpu_run import CHARACTERS, Job, Places, Run, clip
@@ -182,8 +183,8 @@ def test_timed_jobs_are_alone(name: str, places: Places) -> None:
 
 def test_some_jobs_keep_their_order(places: Places) -> None:
     """Through those that are left out, too."""
-    plan = gpu_run.first_run(places, False)
-    smoke, timings = gpu_run.some_jobs(plan, {"timings", "smoke"})
+    plan = gpu_plans.first_run(places, False)
+    smoke, timings = gpu_plans.some_jobs(plan, {"timings", "smoke"})
     assert (smoke.name, smoke.after) == ("smoke", ())
     assert (timings.name, timings.after, timings.needs) == ("timings", ("smoke",), ())
 

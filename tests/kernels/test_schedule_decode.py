@@ -15,6 +15,7 @@ from sparsemm_vllm.triton_kernels.decode_batch import SETUP_TILES, DecodeBatch, 
 from sparsemm_vllm.triton_kernels.schedule_decode import schedule_decode
 from sparsemm_vllm.triton_kernels.tables import (
     COMPACT_BLOCKS,
+    KEPT,
     PROMPT_BLOCKS,
     QUERIES,
     TAIL,
@@ -102,7 +103,7 @@ def test_a_prompt_is_dense_until_it_is_computed(computed: int, pruned: bool) -> 
     batch = both(requests(), [1], [computed + 1], [0])
     assert bool(batch.buffers.tiles[0, COMPACT_BLOCKS]) == pruned
     assert batch.buffers.tiles[0, TAIL].item() == (computed + 1 - 57 if pruned else computed + 1)
-    assert bool(batch.buffers.items[0, 0, 0]) == pruned
+    assert bool(batch.buffers.items[0, 0, KEPT]) == pruned
 
 
 @pytest.mark.parametrize("query_len", [1, 2, 16, 17, 40])  # one tile of 16 rows, several of 64

@@ -31,6 +31,7 @@ from sparsemm_vllm.triton_kernels.tables import (
     BATCH_ROW,
     COMPACT_BLOCKS,
     FIRST_QUERY,
+    KEPT,
     OFFSET,
     POSITION,
     PROMPT_BLOCKS,
@@ -446,7 +447,7 @@ def test_every_decode_row_is_scheduled(ops):
     ]
     for batch, tiles in zip(step.decodes, expected, strict=True):
         assert batch.buffers.tiles[: len(tiles), names].tolist() == tiles
-        kept = batch.buffers.items[:, :2, 0]
+        kept = batch.buffers.items[:, :2, KEPT]
         assert torch.equal(kept, state.pages.lengths[0]), "the first row's request is pruned"
 
 
