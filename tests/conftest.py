@@ -31,8 +31,8 @@ hypothesis.settings.load_profile("same")
 # Files of half a minute and more, the longest first.
 LONG = (
     "test_hostile", "test_engine_kernels", "test_soak", "test_demo", "test_kernel_report",
-    "test_serve", "test_broken_workers", "test_gpu_suite", "test_gpu_run", "test_check_run",
-    "test_processes", "test_parallel", "test_window_scores",
+    "test_serve", "test_check_run", "test_broken_workers", "test_evaluate", "test_gpu_suite",
+    "test_gpu_run", "test_processes", "test_parallel", "test_window_scores",
 )  # fmt: skip
 
 
