@@ -13,7 +13,7 @@ OTHER_TRITON := .cache/triton-3.6.0
 PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder  # the tests of a file share engines
 
 # Of a release that is not the default one, what CI runs: scheduler, blocks, the real engine.
-REDUCED := tests/engine/vllm_api tests/engine/test_patches.py tests/engine/cpu \
+REDUCED := tests/engine/vllm_api tests/engine/test_patches.py tests/engine/test_spec.py tests/engine/cpu \
 	$(patsubst %,tests/engine/scheduler/test_%.py,scheduling kv_cache kv_histories \
 	scheduler_steps simulation) tests/engine/attention/test_prune.py \
 	tests/engine/worker/test_poison.py tests/commands/test_canary.py \
