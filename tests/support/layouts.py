@@ -31,3 +31,18 @@ def method_layouts(draw):
         stages=((0, cut), (cut, L)) if cut else (),
         tensor_parallel=draw(st.sampled_from(ranks)),
     )
+
+
+BASE = 6
+# Per layer and head; with pages of 16: none, one token, a page less one, a page, a page and one,
+# several, and more than any prompt here has.
+CAPACITIES = (
+    (0, 1, 15, 16),
+    (17, 0, 33, 160),
+    (1, 5000, 3, 2),
+    (48, 47, 49, 0),
+)
+
+
+def make_layout(**options):
+    return CacheLayout(CAPACITIES, window=W, base=BASE, **options)
