@@ -1,14 +1,6 @@
-"""A step must not wait for the device: no operation whose result the host has to see.
+"""A step must not wait for the device: no operation whose result the host has to see."""
 
-Two watches. With the interpreter the kernels run and the CPU stands for the device: there, what
-reads values is known by name. On PyTorch's meta device no tensor has values and no kernel runs:
-what reads one raises by itself, and every copy from the host can be told from work on the device.
-"""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from numbers import Number
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,13 +8,10 @@ import numpy as np
 import pytest
 import torch
 from kernel_cases import DEVICE
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 from vllm.config.compilation import CUDAGraphMode
-from vllm.utils import gpu_sync_debug
-from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.budget.request import RequestLimits
@@ -36,94 +25,13 @@ from sparsemm_vllm.engine.worker.step import capture_step, plan_step
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
 from sparsemm_vllm.triton_kernels.batch import Rows
 from support.dense_metadata import dense_metadata
+from support.meta_batches import on_device, vllm_batch, vllm_common
+from support.no_waiting import META, no_waiting
 
 L, HKV, G, D, P, WINDOW = 2, 3, 2, 16, 8, 4
 LAYOUT = CacheLayout(capacities=((0, 1, 40), (8, 9, 3)), window=WINDOW, base=10, pool_kernel=3)
 N = 61  # prompt tokens
 LONG = 20  # queries: more than the decode kernel's buffers take
-
-# A meta tensor has no values: what reads one, on whatever path, raises.
-META = torch.device("meta")
-
-# What reads a value, or makes a shape from values, on the device.
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
-
-
-class NoWaiting(TorchDispatchMode):
-    """Raises where CUDA would wait, if values of what stands for the device are read or copied."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.device = device
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if isinstance(args[0] if args else None, torch.Tensor) and args[0].device == self.device:
-            self.check_values(name, args, kwargs or {})
-        if name in ("copy_", "_to_copy"):
-            check_copy(name, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
-
-    @staticmethod
-    def check_values(name: str, args: Any, kwargs: dict[str, Any]) -> None:
-        if name in WAITS:
-            raise AssertionError(f"aten::{name} waits for the device")
-        if name in ("index", "index_put", "index_put_"):
-            masks = [i for i in args[1] if i is not None and i.dtype == torch.bool]
-            assert not masks, f"aten::{name} with a mask waits for the device"
-        if name == "repeat_interleave":
-            size = kwargs.get("output_size")
-            assert size is not None, "repeat_interleave waits for the device"
-
-
-def check_copy(name: str, args: Any, kwargs: dict[str, Any]) -> None:
-    """Between host and device only copies that vLLM's own checker lets pass."""
-    if name == "copy_":
-        target, source = args[0].device, args[1]
-        asynchronous = args[2] if len(args) > 2 else kwargs.get("non_blocking")
-    else:
-        source, asynchronous = args[0], kwargs.get("non_blocking")
-        target = torch.device(kwargs.get("device") or source.device)
-    if (source.device.type == "cpu") == (target.type == "cpu"):
-        return
-    assert source.device.type == "cpu", "a copy to the host waits for the device"
-    assert asynchronous, "a copy that blocks waits for the device"
-    stalls = gpu_sync_debug._cpu_copy_stall_reason(source, torch.device("cuda"))
-    assert stalls is None, f"{stalls}: the copy waits for the device"
-
-
-class NoHostValues(TorchFunctionMode):
-    """Raises where Python values reach the device by a copy of their own, which CUDA waits for.
-
-    PyTorch makes these copies where no dispatch mode sees them. A number that is assigned to one
-    element is one of them: CUDA copies it from the host. Assigned to a slice, even of one element,
-    it is filled in by a kernel.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.tensor, torch.as_tensor, torch.asarray):
-            device = torch.device(kwargs.get("device") or "cpu")
-            assert device.type == "cpu", f"{func.__name__} on the device copies from the host"
-        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
-            tensor, index, *value = args
-            indices = index if isinstance(index, tuple) else (index,)
-            if tensor.device.type != "cpu":
-                for i in indices:
-                    listed = isinstance(i, list | np.ndarray)
-                    listed |= isinstance(i, torch.Tensor) and i.device.type == "cpu"
-                    assert not listed, "indices are copied from the host"
-                if value and isinstance(value[0], Number):
-                    one = sum(isinstance(i, int | np.integer) for i in indices) == tensor.ndim
-                    assert not one, "a number assigned to one element is copied from the host"
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def no_waiting(device: torch.device = META) -> Iterator[None]:
-    """Raise where CUDA would wait for what `device` stands for."""
-    with NoHostValues(), NoWaiting(device):
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -185,10 +93,6 @@ def plan(state: SparseState, computed: int, queries: int) -> Any:
 
 def pageable() -> torch.Tensor:
     return torch.ones(3, dtype=torch.int32)
-
-
-def on_device(*shape: int) -> torch.Tensor:
-    return torch.zeros(shape, dtype=torch.int32, device=META)
 
 
 @pytest.mark.parametrize(
@@ -360,39 +264,6 @@ def test_a_step_is_planned_without_the_device() -> None:
         assert capture_step(state, 4, 1).short_rows == 4
     with pytest.raises(RuntimeError):
         prunes.prunes[0].table.tolist()
-
-
-def vllm_batch(starts: list[int], seq_lens: list[int]) -> Any:
-    """vLLM's input batch of one row for each of the first requests."""
-    rows, tokens = len(seq_lens), starts[-1]
-    return SimpleNamespace(
-        idx_mapping_np=np.arange(rows),
-        idx_mapping=torch.arange(rows, dtype=torch.int32, device=META),
-        query_start_loc_np=np.array(starts),
-        query_start_loc=on_device(rows + 1),
-        seq_lens=on_device(rows),
-        seq_lens_cpu_upper_bound=torch.tensor(seq_lens),
-        prefill_len_np=np.ones(rows, dtype=int),
-        num_scheduled_tokens=np.diff(starts),
-        num_reqs=rows,
-        num_reqs_after_padding=rows,
-        positions=torch.zeros(tokens, dtype=torch.int64, device=META),
-    )
-
-
-def vllm_common(starts: list[int], seq_lens: list[int]) -> CommonAttentionMetadata:
-    rows, tokens = len(seq_lens), starts[-1]
-    return CommonAttentionMetadata(
-        query_start_loc=on_device(rows + 1),
-        query_start_loc_cpu=torch.tensor(starts, dtype=torch.int32),
-        seq_lens=on_device(rows),
-        num_reqs=rows,
-        num_actual_tokens=tokens,
-        max_query_len=int(np.diff(starts).max()),
-        max_seq_len=max(seq_lens),
-        block_table_tensor=on_device(rows, 32),
-        slot_mapping=torch.zeros(tokens, dtype=torch.int64, device=META),
-    )
 
 
 # Of each request: prompt tokens, tokens after the step, and queries.
