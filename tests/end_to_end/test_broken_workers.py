@@ -12,7 +12,7 @@ import pytest
 from sparsemm_vllm.commands.server import Server
 from support.children import PYTHONPATH
 from support.engines import serve_options, settings
-from support.hostile import (
+from support.hostile_clients import (
     LONG_ANSWER,
     Reply,
     connection,

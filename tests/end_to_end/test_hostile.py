@@ -20,22 +20,17 @@ from support.hostile import (
     CHAT,
     COMPLETIONS,
     HUGE,
-    RUDE,
     TOO_LONG,
     URLS,
     VOCABULARY,
     Call,
-    Reply,
-    Witness,
     calls,
     chat,
     completion,
     picture_urls,
-    probe,
-    send,
     tokens,
-    wait_until_idle,
 )
+from support.hostile_clients import RUDE, Reply, Witness, probe, send, wait_until_idle
 
 pytestmark = pytest.mark.engine
 
