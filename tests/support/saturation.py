@@ -3,7 +3,7 @@
     PYTHONPATH=tests python -m support.saturation
     PYTHONPATH=tests python -m support.saturation --requests 100
 
-The traffic of `simulation.py` without its faults, all of it waiting from the start. Nothing
+The traffic of the simulation without its faults, all of it waiting from the start. Nothing
 is timed and nothing is random, so two commits can be compared.
 """
 
@@ -27,7 +27,8 @@ def saturate(requests: int) -> dict[str, Any]:
         For each: `finished` requests, `preemptions`, `steps` that computed anything, and requests
         that ran in them, `mean_running` and `most_running`.
     """
-    from support.simulation import Scenario, Simulation
+    from support.simulation.engine import Simulation
+    from support.simulation.scenario import Scenario
 
     kinds = {
         "synchronous": Scenario(spare=SPARE, faulty=0.0),

@@ -19,7 +19,9 @@ from vllm.distributed.kv_events import (
 from vllm.v1.core.kv_cache_utils import get_block_hash, maybe_convert_block_hash
 
 from support.engines import BLOCK, WINDOW, Engine, settings
-from support.simulation import AHEAD, DRAFTS, Scenario, Simulation
+from support.simulation.engine import Simulation
+from support.simulation.scenario import DRAFTS, Scenario
+from support.simulation.traffic import AHEAD
 
 DENSE = {"sparsemm": 0}
 

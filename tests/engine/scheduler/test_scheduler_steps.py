@@ -11,7 +11,9 @@ from vllm.v1.request import Request, RequestStatus
 
 from sparsemm_vllm.engine.sampling_limits import too_long
 from sparsemm_vllm.engine.scheduler.stats import Outcome
-from support.simulation import Chat, P, Scenario, Simulation, W
+from support.simulation.engine import Simulation
+from support.simulation.scenario import P, Scenario, W
+from support.simulation.traffic import Chat
 
 LONG = [5000 + i for i in range(160)]
 SPARE = 20

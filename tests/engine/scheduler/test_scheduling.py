@@ -1,4 +1,4 @@
-"""Chunk ends and prefix hits; simulation.py has them in vLLM's engine core."""
+"""Chunk ends and prefix hits; test_simulation.py has them in vLLM's engine core."""
 
 from types import SimpleNamespace
 

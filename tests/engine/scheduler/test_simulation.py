@@ -1,4 +1,4 @@
-"""Thousands of requests through vLLM's real engine core, faults among them; see simulation.py."""
+"""Thousands of requests through vLLM's real engine core, faults among them."""
 
 import logging
 import os
@@ -8,7 +8,9 @@ import pytest
 
 from sparsemm_vllm.engine.scheduler.stats import Outcome
 from support.saturation import saturate
-from support.simulation import MAX_LEN, Chat, P, Scenario, Simulation, W, least_blocks, make_config
+from support.simulation.engine import Simulation
+from support.simulation.scenario import MAX_LEN, P, Scenario, W, least_blocks, make_config
+from support.simulation.traffic import Chat
 
 SEEDS = range(40)
 SEED = os.environ.get("SIMULATION_SEED")  # of a run to be repeated
