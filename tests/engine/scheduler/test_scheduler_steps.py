@@ -45,7 +45,7 @@ class Steps(Simulation):
         self.device.run_until(step)
         outputs = self.scheduler.update_from_output(step.output, step.result)
         self.deliver(outputs)
-        self.check()
+        self.invariants.check()
         return outputs
 
     def step(self):
@@ -125,7 +125,7 @@ def test_older_blocks_are_free_when_the_step_that_prunes_is_processed(ahead):
     steps.update()
     assert prompt.freed_blocks == (60 - W) // P > 0
     assert steps.pool.get_num_free_blocks() == free - held + prompt.freed_blocks
-    steps.check()
+    steps.invariants.check()
     while steps.steps:
         steps.update()
     steps.run_to_the_end()

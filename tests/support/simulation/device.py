@@ -282,24 +282,10 @@ class Device(Executor):
 
     def run_until(self, step):
         """Execute all steps up to this one."""
-        self.simulation.interrupt("while a step runs")
+        self.simulation.faults.interrupt("while a step runs")
         while step.result is None:
             first = self.queue.popleft()
             if first.fails:
                 raise DeviceError("this device fails")
             first.result = self.simulation.worker.execute(first)
-        self.simulation.interrupt("when a result is there")
-
-
-class Verified(dict):
-    """Hashes of blocks whose content was looked at; forgotten when the device writes there."""
-
-    def __init__(self, worker):
-        super().__init__()
-        self.worker = worker
-
-    def get(self, block):
-        if block in self.worker.written:
-            self.worker.written.discard(block)
-            self.pop(block, None)
-        return super().get(block)
+        self.simulation.faults.interrupt("when a result is there")

@@ -4,20 +4,17 @@ import copy
 import pickle
 import random
 from collections import Counter, deque
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 from unittest import mock
 
-import numpy as np
-import pytest
-from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
 from vllm.v1.engine import FinishReason
 from vllm.v1.engine.core import EngineCore
 
 from sparsemm_vllm.engine.scheduler.manager import SparseMMManager
 from sparsemm_vllm.engine.scheduler.stats import Outcome
-from support.simulation.device import Device, DeviceError, Step, Verified, Worker, layout_of
+from support.simulation.device import Device, DeviceError, Step, Worker, layout_of
+from support.simulation.faults import Faults
+from support.simulation.invariants import Invariants
 from support.simulation.scenario import (
     SLIDING,
     STEP_TOKENS,
@@ -29,6 +26,7 @@ from support.simulation.scenario import (
     make_config,
 )
 from support.simulation.traffic import PICTURES, any_chat
+from support.simulation.watch import Watch
 
 REPLAY = "tests/engine/scheduler/test_simulation.py -k test_any_seed"
 PATIENCE = 400  # calls of the engine without any progress
@@ -59,8 +57,7 @@ class Simulation:
         self.rng = random.Random(seed)
         self.seen = Counter()
         self.events = deque(maxlen=30)
-        self.chats, self.steps, self.expected = {}, deque(), {}
-        self.pending_abort = None
+        self.chats, self.steps = {}, deque()
         self.running = []  # requests, in each step that computes anything
         self.calls = self.quiet = self.last_call = 0
         config = make_config(self.scenario)
@@ -90,74 +87,9 @@ class Simulation:
             self.chats,
             self.seen,
         )
-        self.verified = Verified(self.worker)
         self.device = self.core.model_executor
-        self._watch()
-        self._remember()
-
-    # What vLLM calls inside, seen by name.
-
-    def _watch(self):
-        """Note calls inside `schedule` and `update_from_output`."""
-        scheduler, kv = self.scheduler, self.kv
-        self.allocated, self.lookups = set(), {}
-
-        def watch(holder: Any, name: str, note: Callable[..., None], before: bool = False) -> None:
-            original = getattr(holder, name)
-
-            def watched(*args: Any, **kwargs: Any) -> Any:
-                if before:
-                    note(*args)
-                result = original(*args, **kwargs)
-                if not before:
-                    note(result, *args)
-                return result
-
-            setattr(holder, name, watched)
-
-        watch(scheduler, "_preempt_request", self._on_preempt, before=True)
-        watch(scheduler, "_reserve_prefill_lookahead", self._on_chunk)
-        watch(kv, "allocate_slots", self._on_allocate)
-        watch(kv, "get_computed_blocks", self._on_lookup, before=True)
-        watch(scheduler, "update_from_output", self._on_update, before=True)
-        watch(scheduler, "update_from_output", self._on_updated)
-
-    def _on_preempt(self, request, *_):
-        name = request.request_id
-        in_its_step = name in self.allocated
-        self.note("preempts", name, "scheduled in this step" if in_its_step else "")
-        self.seen["preempted"] += 1
-        self.seen["preempted in its own step"] += in_its_step
-        self.seen["preempted in flight"] += self.in_flight(name)
-        self.seen["preempted in its prompt"] += request.num_computed_tokens < self.chats[name].n
-        self.seen["preempted in its prune step"] += self.is_in_prune_step(name)
-
-    def _on_chunk(self, tokens, request, computed, asked, *_):
-        self.seen["window did not fit"] += tokens == 0 < asked
-
-    def _on_allocate(self, blocks, request, *_):
-        if blocks is not None:
-            self.allocated.add(request.request_id)
-
-    def _on_lookup(self, request, *_):
-        found = self.kv.coordinator.find_longest_cache_hit(
-            request.block_hashes, request.num_tokens - 1
-        )
-        self.lookups[request.request_id] = found[1]
-
-    def _on_update(self, output, *_):
-        assert output is self.steps[0].output, "steps are processed in their order"
-        self.alive = set(self.scheduler.requests)
-        for name in self.steps.popleft().reads:
-            request = self.scheduler.requests.get(name)
-            if request is not None and request.num_stale_output_tokens:
-                what = "dropped" if request.drop_stale_output else "delivered"
-                self.seen[f"outputs from before a preemption {what}"] += 1
-
-    def _on_updated(self, _, output, *__):
-        finished = self.alive - set(self.scheduler.requests)
-        self.seen["finished in flight"] += sum(map(self.in_flight, finished))
-        self._remember()
+        self.watch, self.faults = Watch(self), Faults(self)
+        self.invariants = Invariants(self)
 
     def note(self, *words):
         self.events.append(f"{self.calls}: " + " ".join(str(word) for word in words))
@@ -193,7 +125,7 @@ class Simulation:
                 for first, number in self.chats[name].pictures
             )
         for block in self.pool.blocks:
-            promised = self.promised[block.block_id]
+            promised = self.invariants.promised[block.block_id]
             if promised is not None and promised is block.block_hash:
                 step.sealed[block.block_id] = promised
         if step.reads:
@@ -205,9 +137,9 @@ class Simulation:
         self.seen["full pool, one request"] += (
             len(self.scheduler.running) == 1 and not self.pool.get_num_free_blocks()
         )
-        self.allocated.clear()
-        self.check(executing=step)
-        self.interrupt("when a step is sent")
+        self.watch.allocated.clear()
+        self.invariants.check(executing=step)
+        self.faults.interrupt("when a step is sent")
         return step
 
     def _sent(self, new):
@@ -222,7 +154,7 @@ class Simulation:
         self.seen[prompt.outcome] += 1
         self.seen["hits"] += hit > 0
         self.seen["hits cut before the window"] += (
-            prompt.outcome is Outcome.PRUNED and hit <= chat.n - W < self.lookups[name]
+            prompt.outcome is Outcome.PRUNED and hit <= chat.n - W < self.watch.lookups[name]
         )
         self.seen["resumed from its own prompt"] += request.num_preemptions > 0 and hit > 0
         row = self.manager.req_to_blocks[name]
@@ -259,99 +191,6 @@ class Simulation:
             for block in manager.req_to_blocks[name][start // P : -(-end // P) + shift]:
                 yield block.block_id
 
-    def interrupt(self, where):
-        """A client's abort arrives in another thread, whatever the engine does."""
-        alive = list(self.scheduler.requests) if self.pending_abort is None else []
-        if alive and self.rng.random() < self.scenario.faulty:
-            self.pending_abort = self.rng.choice(alive)
-            self._note_abort(self.pending_abort, where)
-            self.core.aborts_queue.put_nowait([self.pending_abort])
-
-    def _note_abort(self, name, where):
-        self.note("aborts", name, where)
-        self.chats[name].aborted = True
-        request = self.scheduler.requests.get(name)
-        if request is not None:
-            self.seen[f"aborted {where}"] += 1
-            self.seen["aborted in flight"] += self.in_flight(name)
-            self.seen["aborted in its prune step"] += self.is_in_prune_step(name)
-            self.seen["aborted before its first step"] += name not in self.manager.prompts
-
-    # Invariants.
-
-    def _remember(self):
-        """Hashes in the prefix cache when the engine schedules next."""
-        self.promised = [block.block_hash for block in self.pool.blocks]
-
-    def check(self, executing=None):
-        """What holds after every call."""
-        owners = Counter(
-            block.block_id
-            for manager in self.managers
-            for row in manager.req_to_blocks.values()
-            for block in row
-            if not block.is_null
-        )
-        held = self.withheld + len(owners)
-        assert self.pool.get_num_free_blocks() + held + 1 == self.blocks
-        assert all(self.pool.blocks[block].ref_cnt == count for block, count in owners.items())
-        for step in self.steps:
-            for name, blocks in step.reads.items():
-                request = self.scheduler.requests.get(name)
-                if request is not None and request.num_preemptions == step.preemptions[name]:
-                    assert all(block.ref_cnt for block in blocks), "freed while a step reads it"
-        for name, prompt in self.manager.prompts.items():
-            if prompt.compact_blocks:
-                own = self.manager.req_to_blocks.get(name, [])[-(-prompt.tokens // P) :]
-                assert all(b.ref_cnt == 1 and b.block_hash is None for b in own), "not private"
-                request = self.scheduler.requests[name]
-                processed = request.num_computed_tokens - request.num_in_flight_tokens
-                if processed >= prompt.tokens and own:
-                    older = self.manager.req_to_blocks[name][: prompt.freed_blocks]
-                    assert all(block.is_null for block in older), "pruned and not freed"
-        self._check_prefix_cache(executing)
-        self._check_encoder_cache(executing)
-
-    def _check_prefix_cache(self, executing):
-        """Every block holds what its hash promises, or a step that will write it was sent."""
-        sent = [*self.device.queue, *([executing] if executing else [])]
-        writes = set().union(*(step.writes for step in sent))
-        for block in self.pool.blocks:
-            if block.block_hash is None or block.block_id in writes:
-                continue
-            if self.verified.get(block.block_id) is block.block_hash:
-                continue
-            chat, i = self._promise(get_block_hash(block.block_hash))
-            group = get_group_id(block.block_hash)
-            expected = chat.dense_values[P * i : P * (i + 1)] ^ group
-            wrong = np.flatnonzero(self.worker.memory[block.block_id] != expected)
-            assert not wrong.size, (
-                f"block {block.block_id} of group {group} is in the prefix cache as [{P * i}, "
-                f"{P * (i + 1)}) of {chat.name} or another; it has not the right content from "
-                f"{P * i + wrong[0]} on, and no step that would compute it was sent"
-            )
-            self.verified[block.block_id] = block.block_hash
-
-    def _promise(self, block_hash):
-        """A chat whose tokens the hash means, and which block of them."""
-        if block_hash not in self.expected:
-            for chat in self.chats.values():
-                for i, known in enumerate(chat.request.block_hashes):
-                    self.expected[known] = chat, i
-        return self.expected[block_hash]
-
-    def _check_encoder_cache(self, executing):
-        """The device has every picture that the scheduler believes it has."""
-        has = set(self.worker.encoder)
-        for step in [*self.device.queue, *([executing] if executing else [])]:
-            has -= set(step.output.free_encoder_mm_hashes)
-            for name, numbers in step.output.scheduled_encoder_inputs.items():
-                has |= {f"picture-{self.chats[name].pictures[i][1]}" for i in numbers}
-        cache_manager = self.scheduler.encoder_cache_manager
-        missing = set(cache_manager.cached) - has
-        assert not missing, f"{missing}: in the encoder cache, and no step computes it"
-        assert has <= set(cache_manager.cached) | set(cache_manager.freed), "never freed"
-
     # Clients.
 
     def add(self):
@@ -367,72 +206,6 @@ class Simulation:
         self.seen["one-token answers"] += chat.max_tokens == 1
         self.seen["prompts that end a block"] += chat.n % P == 0
 
-    def act(self):
-        """Whatever clients and operators do between two steps."""
-        if self.pending_abort is not None:  # vLLM gets it a second time, among the other requests
-            self.core.abort_requests([self.pending_abort])
-            self.pending_abort = None
-            self._remember()
-        rng, faulty = self.rng, self.scenario.faulty
-        alive = list(self.scheduler.requests)
-        if alive and rng.random() < faulty:
-            name = rng.choice(alive)
-            self._note_abort(name, "between steps")
-            self.core.abort_requests([name])
-        if alive and rng.random() < faulty / 2:
-            self._add_twice(rng.choice(alive))
-        if rng.random() < faulty / 2:
-            self._reset()
-        if rng.random() < faulty / 3:
-            self._pause()
-        self._remember()
-        self.check()
-
-    def _add_twice(self, name):
-        """A second request of the same name is refused, and the first one does not notice."""
-        if name not in self.scheduler.requests:
-            return
-        self.note("adds", name, "again")
-        twin, wave = self.core.preprocess_add_request(self.chats[name].engine_request())
-        with pytest.raises(AssertionError, match="duplicate request id"):
-            self.core.add_request(twin, wave)
-        self.seen["duplicates refused"] += 1
-
-    def _reset(self):
-        kind = self.rng.choice(["prefix cache", "running requests", "encoder cache", "all"])
-        self.note("resets", kind)
-        self.seen[f"reset of {kind} in flight"] += bool(self.steps)
-        if kind in ("prefix cache", "running requests"):
-            done = self.core.reset_prefix_cache(reset_running_requests=kind != "prefix cache")
-            assert done or kind == "prefix cache"
-            self.seen["reset refused while requests run"] += not done
-        elif kind == "encoder cache":
-            self.core.reset_encoder_cache()
-        else:
-            self.core._reset_caches()
-
-    def _pause(self):
-        """Pause or sleep, add requests meanwhile, and go on."""
-        mode, sleeps = self.rng.choice(["abort", "keep"]), self.rng.random() < 0.5
-        self.note("pauses", mode, "and sleeps" if sleeps else "")
-        self.seen[f"paused to {mode} in flight"] += bool(self.steps)
-        if mode == "abort":
-            for name in self.scheduler.requests:
-                self._note_abort(name, "by a pause")
-        if sleeps:
-            self.core.sleep(level=1, mode=mode)
-        else:
-            self.core.pause_scheduler(mode=mode, clear_cache=self.rng.random() < 0.5)
-        self._remember()
-        self.check()
-        for _ in range(self.rng.randrange(3)):
-            self.add()
-            self.advance()
-        if sleeps:
-            self.core.wake_up()
-        else:
-            self.core.resume_scheduler()
-
     def advance(self):
         """A call of the engine, if it has anything to do."""
         if not self.scheduler.has_requests() and not self.core.batch_queue:
@@ -445,8 +218,8 @@ class Simulation:
         outputs, executed = self.core.step_fn()
         self.core.post_step(executed)
         self.deliver(outputs or {})
-        self._remember()
-        self.check()
+        self.invariants.remember()
+        self.invariants.check()
         self.quiet += 1
         assert self.quiet < PATIENCE, "nothing advances any more"
 
@@ -499,9 +272,9 @@ class Simulation:
                     self.add()
                     if self.rng.random() < self.scenario.faulty / 2:
                         name = self.rng.choice(list(self.chats))
-                        self._note_abort(name, "when another was added")
+                        self.faults.note_abort(name, "when another was added")
                         self.core.abort_requests([name])
-            self.act()
+            self.faults.act()
             self.advance()
             if not self.scheduler.has_requests() and at_once is not None:
                 break
