@@ -191,7 +191,7 @@ def measure(
     left = [cell.name for _, cells in todo for cell in cells]
     if not left:
         return left
-    with Bench(work / "bench.log") as bench:
+    with contextlib.closing(Bench(work / "bench.log")) as bench:
         for plan, cells in todo:
             if not cells or deadline.left <= 0:
                 continue

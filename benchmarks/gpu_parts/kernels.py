@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gpu_parts.device import Context, Device
+from gpu_parts.device import Cases, Context, Device
 from gpu_parts.scene import HKV, ROWS, L, Scene, relayout, tensors
 from sparsemm_vllm.triton_kernels import triton_ops
 from sparsemm_vllm.triton_kernels.batch import HeadPages, Rows
@@ -144,7 +144,7 @@ def check_graph(device: Device, G: int, Q: int, layout: str, **changes: Any) -> 
     return {"errors": {"sparse_decode": max(errors)}, "tolerance": first.tolerance}
 
 
-def smoke_cases(device: Device) -> dict[str, Callable[[], dict[str, Any]]]:
+def smoke_cases(device: Device) -> Cases:
     """The few launches that serving makes most, then decoding in a graph; names begin alike."""
     first, graphs = (DRY_FIRST, DRY_GRAPHS) if device.dry else (FIRST, FIRST_GRAPHS)
     D = 32 if device.dry else 128
@@ -167,7 +167,7 @@ def _graph(device: Device, G: int, Q: int) -> Callable[[], dict[str, Any]]:
     return partial(check_graph, device, G, Q, LAYOUTS[(G + Q) % 2])
 
 
-def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
+def cases(context: Context) -> Cases:
     """A first look, graphs and variants, then a covering selection of sizes, the served first."""
     device = context.device
     axes = AXES | DRY_AXES if device.dry else AXES

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -234,11 +235,7 @@ class Fakes:
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
     made = Fakes()
 
-    @contextmanager
-    def no_bench(log: Path) -> Iterator[None]:
-        yield None
-
-    monkeypatch.setattr(serving, "Bench", no_bench)
+    monkeypatch.setattr(serving, "Bench", lambda log: SimpleNamespace(close=lambda: None))
     monkeypatch.setattr(serving, "started", made.start)
     monkeypatch.setattr(serving, "measure_cell", made.measure_cell)
     return made

@@ -190,21 +190,24 @@ def test_pools_have_equal_bytes_so_that_fp8_holds_twice_the_tokens():
 def test_engines_differ_in_backend_and_cache_only(monkeypatch):
     """The options that vLLM gets."""
     opened: dict[str, Any] = {}
-    monkeypatch.setattr(decode_latency, "Engine", lambda *a, **options: (a, options))
-    monkeypatch.setattr(prefill_cost, "Engine", lambda *a, **options: (a, options))
+    monkeypatch.setattr(decode_latency, "Engine", dict)
+    monkeypatch.setattr(prefill_cost, "Engine", dict)
     for name in FOUR:
         opened[name] = decode_latency.open_engine(reader(), VARIANTS[name], SMALL, {"seed": 1})
-        (_, backend, settings), options = opened[name]
-        assert (backend, settings is None) == {
-            "dense": ("CPU_ATTN", True),
-            "sparsemm": ("SPARSEMM", False),
+        options = opened[name]
+        assert (options["attention_backend"], "additional_config" in options) == {
+            "dense": ("CPU_ATTN", False),
+            "sparsemm": ("SPARSEMM", True),
         }[name.removesuffix("-fp8")]
         assert options.get("kv_cache_dtype") == ("fp8" if name.endswith("fp8") else None)
-        assert prefill_cost.open_engine(reader(), VARIANTS[name], (8,), {})[0][1] == backend
+        assert (options["seed"], options["max_model_len"]) == (1, 640 + 12 + 1)
+        alone = prefill_cost.open_engine(reader(), VARIANTS[name], (8,), {})
+        assert alone["attention_backend"] == options["attention_backend"]
+        assert (alone["seed"], alone["max_model_len"]) == (0, 8 + 2)
+    settings = opened["sparsemm"]["additional_config"]["sparsemm"]
+    assert (settings["budget"], settings["max_request_budget"]) == SMALL.budgets
     for name in ("dense", "sparsemm"):
-        (place, options), (other, quantized) = opened[name], opened[f"{name}-fp8"]
-        assert place == other
-        assert quantized == options | {"kv_cache_dtype": "fp8"}
+        assert opened[f"{name}-fp8"] == opened[name] | {"kv_cache_dtype": "fp8"}
 
 
 def rivals(plan: Plan, *variants: str) -> Rivals:
