@@ -20,6 +20,7 @@ vLLM only.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import product
@@ -243,12 +244,12 @@ def measure(
     sizes = list(product(plan.lengths, plan.batches))
     bandwidth = cache(lambda: in_own_process(copy_bandwidth))
 
-    def group(variants: list[Variant]) -> tuple[Callable[[], Rivals], Cells]:
+    def group(variants: list[Variant]) -> tuple[Callable[[], closing[Rivals]], Cells]:
         names = "+".join(variant.name for variant in variants)
         cells: Cells = {
             f"n={n} batch={batch} {names}": methodcaller("measure", n, batch) for n, batch in sizes
         }
-        return lambda: Rivals(subject, variants, plan, options, bandwidth()), cells
+        return lambda: closing(Rivals(subject, variants, plan, options, bandwidth())), cells
 
     return measure_groups(results, map(group, plan.groups(memory, subject)), deadline)
 

@@ -225,21 +225,15 @@ def report(args: argparse.Namespace, called: list[str]) -> int:
         data = record.data
         if record.status == "not begun" and (part not in called or args.report):
             continue
-        counts = f"{len(data['cases'])} of {data['total']} cases"
+        cases = f"{len(data['cases'])} of {data['total']} cases"
         failed = f", {len(data['failed'])} failed" if data["failed"] else ""
-        print(f"{part}: {record.status}, {counts}{failed}, {data['seconds']:.0f} s")
+        print(f"{part}: {record.status}, {cases}{failed}, {data['seconds']:.0f} s")
         for name, error in data["failed"].items():
             print(f"  FAILED {name}: {error.strip().splitlines()[-1][:200]}")
         found[part] = data
-        overview[part] = {
-            "status": record.status,
-            "cases": len(data["cases"]),
-            "total": data["total"],
-            "failed": list(data["failed"]),
-            "seconds": data["seconds"],
-            "machine": data.get("machine"),
-            "source": data["source"],
-        }
+        overview[part] = {key: data.get(key) for key in ("total", "seconds", "machine", "source")}
+        counts = {"cases": len(data["cases"]), "failed": list(data["failed"])}
+        overview[part] |= {"status": record.status} | counts
     print("", *sections(found), sep="\n")
     for part, name, why in skipped(found):
         print(f"skipped: {part}, {name}: {why}")

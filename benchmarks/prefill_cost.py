@@ -11,6 +11,7 @@ decode_latency.py. Needs vLLM only.
 """
 
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from statistics import median
 from typing import Any
@@ -82,10 +83,10 @@ def measure_all(
 ) -> bool:
     """Measure the missing cells, one engine after the other; whether none is left."""
 
-    def group(variant: Variant) -> tuple[Callable[[], Engine], Cells]:
+    def group(variant: Variant) -> tuple[Callable[[], closing[Engine]], Cells]:
         asked = {"variant": variant, "vocabulary": subject.config.vocab_size, "rounds": rounds}
         cells: Cells = {f"n={n} {variant.name}": partial(measure, n=n, **asked) for n in lengths}
-        return partial(open_engine, subject, variant, lengths, options), cells
+        return lambda: closing(open_engine(subject, variant, lengths, options)), cells
 
     return measure_groups(results, map(group, (VARIANTS[name] for name in names)), deadline)
 

@@ -131,32 +131,26 @@ class Predicted(Decode):
         version = 3 if torch.cuda.get_device_capability()[0] == 9 else 2
         _, Hq, D = self.query.shape
         Hkv, dtype = self.model.Hkv, self.cache.dtype
-        options: dict[str, Any] = {
-            "max_seqlen_q": 1,
-            "cu_seqlens_q": self.start,
-            "max_seqlen_k": self.n + 1,
+        lengths = {"max_seqlen_q": 1, "cu_seqlens_q": self.start, "max_seqlen_k": self.n + 1}
+        shared: dict[str, Any] = {"causal": True} | lengths
+        options = shared | {
             "seqused_k": self.seq_lens,
             "softmax_scale": D**-0.5,
-            "causal": True,
             "block_table": self.table,
             "out": self.output,
             "fa_version": version,
         }
         if version == 3:
-            options |= {"num_splits": MOST_SPLITS}
+            shared["num_splits"] = options["num_splits"] = MOST_SPLITS
             options["scheduler_metadata"] = get_scheduler_metadata(
                 batch_size=self.batch,
-                max_seqlen_q=1,
-                max_seqlen_k=self.n + 1,
                 num_heads_q=Hq,
                 num_heads_kv=Hkv,
                 headdim=D,
                 cache_seqlens=self.seq_lens,
                 qkv_dtype=dtype,
-                cu_seqlens_q=self.start,
                 page_size=P,
-                causal=True,
-                num_splits=MOST_SPLITS,
+                **shared,
             )
         query = self.query.to(dtype)  # vLLM's attention layer makes queries of an fp8 cache fp8
         if dtype != self.query.dtype:

@@ -1,7 +1,6 @@
 """Every launcher against its torch twin, over types, sizes, layouts; decoding in a CUDA graph."""
 
 import itertools
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -152,30 +151,27 @@ def smoke_cases(device: Device) -> Cases:
     for dtype, G, Q, layout in first:
         case = {"dtype": dtype, "D": D, "P": 16, "G": G, "Q": Q, "layout": layout}
         found[f"smoke {_name(case)}"] = partial(check, device, **case)
-    return found | {f"smoke {_graph_name(G, Q)}": _graph(device, G, Q) for G, Q in graphs}
+    return found | {f"smoke {name}": case for name, case in _graphs(device, graphs).items()}
 
 
 def _name(case: dict[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in case.items())
 
 
-def _graph_name(G: int, Q: int) -> str:
-    return f"graph G={G} Q={Q} layout={LAYOUTS[(G + Q) % 2]}"
-
-
-def _graph(device: Device, G: int, Q: int) -> Callable[[], dict[str, Any]]:
-    return partial(check_graph, device, G, Q, LAYOUTS[(G + Q) % 2])
+def _graphs(device: Device, sizes: list[tuple[int, int]]) -> Cases:
+    """Graphs of these `G` and `Q`, by turns in one layout and in the other."""
+    cases = [{"G": G, "Q": Q, "layout": LAYOUTS[(G + Q) % 2]} for G, Q in sizes]
+    return {f"graph {_name(case)}": partial(check_graph, device, **case) for case in cases}
 
 
 def cases(context: Context) -> Cases:
     """A first look, graphs and variants, then a covering selection of sizes, the served first."""
     device = context.device
     axes = AXES | DRY_AXES if device.dry else AXES
-    graphs = DRY_GRAPHS if device.dry else GRAPHS
     found = smoke_cases(device)
-    for G, Q in graphs:
-        if f"smoke {_graph_name(G, Q)}" not in found:
-            found[_graph_name(G, Q)] = _graph(device, G, Q)
+    for name, graph in _graphs(device, DRY_GRAPHS if device.dry else GRAPHS).items():
+        if f"smoke {name}" not in found:
+            found[name] = graph
     for changes, G, Q in DRY_VARIANTS if device.dry else VARIANTS:
         name = f"variant {' '.join(changes)} G={G} Q={Q}"
         found[name] = partial(check_variant, device, G, Q, **changes)

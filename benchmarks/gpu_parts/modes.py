@@ -176,14 +176,11 @@ def compare(
     found = distribution(differences)
     result = {"compared": len(differences), "of": total, "swaps": swaps, "differences": found}
     assert len(differences) >= total // 8, f"too few tokens could be compared: {result}"
+    allowed = {"median": gate.median, "q99": gate.most, "largest": gate.largest}
     wrong = [
-        f"{name} {found[name]:.1e}, at most {allowed:.1e}"
-        for name, allowed in (
-            ("median", gate.median),
-            ("q99", gate.most),
-            ("largest", gate.largest),
-        )
-        if not found[name] <= allowed  # NaN is wrong too
+        f"{name} {found[name]:.1e}, at most {most:.1e}"
+        for name, most in allowed.items()
+        if not found[name] <= most  # NaN is wrong too
     ]
     worst = where[differences.index(found["largest"])] if wrong else None
     assert not wrong, f"differences: {'; '.join(wrong)}, at {worst}; {result}"

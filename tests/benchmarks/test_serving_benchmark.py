@@ -222,7 +222,7 @@ class Fakes:
         yield "http://127.0.0.1:1", work
 
     def measure_cell(self, *arguments: Any) -> dict[str, float]:
-        cell = arguments[-1]
+        cell = arguments[-2]
         if cell.name == self.fail_at:
             raise LoadError("2 of 5 requests failed")
         self.measured.append(cell.name)

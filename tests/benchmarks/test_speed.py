@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import prefill_cost
 import pytest
 import report
 from decode_latency import NO_DENSE, SMALL, Plan, Rivals
-from speed.command import measure_cells
+from speed.command import measure_groups
 from speed.engines import Engine, Timing, _step_ms, random_prompts
 from speed.results import Deadline, Results
 from speed.subject import GIB, Subject, reader
@@ -66,11 +67,11 @@ def test_cells_are_kept_and_not_measured_again(tmp_path):
     file = tmp_path / "folder" / "r.json"
     results = Results(file, ASKED, cpu=True)
     asked: list[str] = []
-    cells = {name: lambda name=name: asked.append(name) or {"n": name} for name in "abc"}
-    assert not measure_cells(results, cells, Left(2))
+    cells = {name: lambda _, name=name: asked.append(name) or {"n": name} for name in "abc"}
+    assert not measure_groups(results, [(nullcontext, cells)], Left(3))
     assert asked == ["a", "b"]
     again = Results(file, ASKED, cpu=True)
-    assert measure_cells(again, cells, Deadline(60))
+    assert measure_groups(again, [(nullcontext, cells)], Deadline(60))
     assert asked == ["a", "b", "c"]
     saved = json.loads(file.read_text())
     assert [saved["cells"][name]["n"] for name in "abc"] == ["a", "b", "c"]
@@ -81,11 +82,12 @@ def test_a_cell_that_fails_loses_no_other(tmp_path):
     file = tmp_path / "r.json"
     results = Results(file, ASKED, cpu=True)
 
-    def fails() -> dict[str, Any]:
+    def fails(_: Any) -> dict[str, Any]:
         raise RuntimeError("out of memory")
 
+    cells = {"a": lambda _: {"n": 1}, "b": fails}
     with pytest.raises(RuntimeError, match="out of memory"):
-        measure_cells(results, {"a": lambda: {"n": 1}, "b": fails}, Deadline(60))
+        measure_groups(results, [(nullcontext, cells)], Deadline(60))
     assert list(Results(file, ASKED, cpu=True).cells) == ["a"]
 
 
