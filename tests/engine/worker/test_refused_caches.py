@@ -10,10 +10,12 @@ from vllm.v1.attention.backends.flash_attn_diffkv import FlashAttentionDiffKVBac
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from sparsemm_vllm.budget.layout import CacheLayout
+from sparsemm_vllm.budget.request import RequestLimits
+from sparsemm_vllm.budget.settings import Settings
 from sparsemm_vllm.engine import patches
 from sparsemm_vllm.engine import spec as layer_spec
 from sparsemm_vllm.engine.attention.cuda import SparseMMBackend
-from sparsemm_vllm.engine.config import UnsupportedError
+from sparsemm_vllm.engine.config import Serving, UnsupportedError
 from sparsemm_vllm.engine.spec import SparseMMSpec
 from sparsemm_vllm.engine.worker import model_state
 from sparsemm_vllm.engine.worker.state import PrunedCache
@@ -25,6 +27,7 @@ LAYOUT = CacheLayout.from_scores(skewed_profile().tensor(), KV_HEADS, 40, 8)
 SHAPE = {"block_size": P, "num_kv_heads": KV_HEADS, "head_size": D, "dtype": torch.float32}
 install()
 SPEC = SparseMMSpec(**SHAPE, layout=LAYOUT)
+SERVING = Serving(Settings(), LAYOUT, RequestLimits.of(Settings()))
 
 
 def make_config(caches: list[torch.Tensor], pruned: list[int] | None = None) -> Any:
@@ -58,7 +61,7 @@ def attach(config: Any, *specs: Any, monkeypatch: pytest.MonkeyPatch) -> PrunedC
     state.vllm_config, state.device = config, torch.device("cpu")
     state._state = SimpleNamespace(heads=SimpleNamespace(L=LAYERS))
     state._state.attach = lambda cache: setattr(state._state, "cache", cache)
-    state._poisons = False
+    state._serving = SERVING
     names = list(config.compilation_config.static_forward_context)
     groups = [SimpleNamespace(kv_cache_spec=spec, layer_names=names) for spec in specs]
     state.initialize_kv_cache(SimpleNamespace(kv_cache_groups=groups, num_blocks=5), None)
@@ -90,7 +93,7 @@ def test_every_sparsemm_layer_of_a_gpu_is_warmed_up(monkeypatch: pytest.MonkeyPa
     state: Any = object.__new__(model_state.SparseMMModelState)
     state.vllm_config, state.device, state.dtype = config, torch.device("cuda"), torch.float16
     state._state = SimpleNamespace(heads=SimpleNamespace(L=LAYERS), attach=lambda cache: None)
-    state._poisons = False
+    state._serving = SERVING
     pruned = [f"layers.{i}" for i in range(LAYERS)]
     groups = [
         SimpleNamespace(

@@ -73,7 +73,7 @@ class Compiler:
     """
 
     def __init__(self) -> None:
-        from kernel_report import Gpu
+        from kernel_launches import Gpu
         from triton.runtime.driver import driver
         from triton.runtime.jit import JITFunction
 
