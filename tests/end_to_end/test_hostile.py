@@ -60,6 +60,10 @@ class Fault:
     why: str
 
 
+# A request that is refused when its pictures have been processed leaves them in the front end's
+# cache, and not in the engine's. vLLM ends the next that shows one with an error, and forgets it:
+# asked again, it answers.
+DRIFT = "P0/P1 cache drift"
 FAULTS = {
     "python": (
         Fault(r"\\ud800", "", "a lone surrogate cannot be encoded"),
@@ -156,12 +160,16 @@ def judge(front_end: str, call: Call, reply: Reply) -> None:
 
 def attack(server: Server, front_end: str, answer: str, asked: list[Call]) -> list[Reply]:
     """Send requests at once while somebody else asks the fixed question; judge all answers."""
+    before = server.log.read_text(errors="replace").count(DRIFT)
     with Witness(server) as witness:
         replies = send_all(server, asked)
     assert witness.answers == {answer}
     assert max(witness.seconds) < PATIENCE
-    for call, reply in zip(asked, replies, strict=True):
-        judge(front_end, call, reply)
+    drifts = server.log.read_text(errors="replace").count(DRIFT) - before
+    for index, (call, reply) in enumerate(zip(asked, replies, strict=True)):
+        if drifts and reply.status == 500 and b"image_url" in call.content():
+            replies[index] = send(server, call, timeout=PATIENCE)
+        judge(front_end, call, replies[index])
     return replies
 
 

@@ -7,7 +7,6 @@ traceback. Nothing of vLLM is changed, and no module of ours that needs vLLM is 
 import inspect
 import re
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 from rich import box
@@ -17,7 +16,7 @@ from rich.text import Text
 
 from sparsemm_vllm.engine.vllm_api import contract
 from sparsemm_vllm.engine.vllm_api.attributes import ATTRIBUTES
-from sparsemm_vllm.engine.vllm_api.compatibility import version_problem
+from sparsemm_vllm.engine.vllm_api.compatibility import installed_version, version_problem
 from sparsemm_vllm.engine.vllm_api.hooks import HOOKS
 
 
@@ -40,7 +39,7 @@ class Finding:
 
 def check() -> list[Finding]:
     """Look for everything, in any version of vLLM; what breaks comes first."""
-    known = contract.nearest(version("vllm"))
+    known = contract.nearest(installed_version())
     different = {d.symbol: d for d in contract.compare(known, HOOKS)}
     uses = contract.uses(HOOKS)
     findings = []
@@ -105,7 +104,7 @@ def _mark(finding: Finding) -> Text:
 
 
 def _summary(findings: list[Finding]) -> str:
-    installed = version("vllm")
+    installed = installed_version()
     different = [finding for finding in findings if finding.problem]
     breaking = sum(finding.breaks for finding in findings)
     text = (

@@ -17,6 +17,11 @@ from sparsemm_vllm.environment import admits_any_vllm
 SUPPORTED = ("0.32", "0.34")
 
 
+def installed_version() -> str:
+    """The version of vLLM that is installed. Imports nothing."""
+    return version("vllm")
+
+
 class IncompatibleError(RuntimeError):
     """This vLLM is not one that SPARSEMM was written for."""
 
@@ -24,7 +29,7 @@ class IncompatibleError(RuntimeError):
 def version_problem() -> str | None:
     """Why the installed vLLM is not one of the supported ones, if it is not. Imports nothing."""
     lowest, above = map(Version, SUPPORTED)
-    installed = Version(version("vllm"))
+    installed = Version(installed_version())
     if admits_any_vllm():
         return None
     if not lowest <= Version(installed.base_version) < above:
@@ -43,7 +48,7 @@ def version_problem() -> str | None:
 
 def differences() -> list[contract.Difference]:
     """What in the modules of vLLM that this process has loaded is not as it was recorded."""
-    return contract.compare(contract.nearest(version("vllm")), HOOKS, loaded_only=True)
+    return contract.compare(contract.nearest(installed_version()), HOOKS, loaded_only=True)
 
 
 def require_compatible() -> None:
@@ -91,8 +96,8 @@ def _breaking(found: list[contract.Difference]) -> list[str]:
         logging.getLogger("vllm.sparsemm").warning(
             "SPARSEMM: vLLM %s is not in all as the %s that SPARSEMM was tested with; run "
             "`sparsemm check --run` before you rely on it: %s",
-            version("vllm"),
-            contract.nearest(version("vllm")).vllm,
+            installed_version(),
+            contract.nearest(installed_version()).vllm,
             "; ".join(harmless),
         )
     return [str(difference) for difference in breaking]
