@@ -87,6 +87,15 @@ def _begin(log: Path, environment: dict[str, str]) -> None:
     with log.open("w") as output:
         for descriptor in (1, 2):
             os.dup2(output.fileno(), descriptor)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A pool's process outlives a parent that is killed, unless it looks."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run(arguments: list[str], timeout: float) -> None:
