@@ -49,13 +49,16 @@ def print_report(document: dict[str, Any]) -> None:
 
 def main(
     requests: Annotated[int, typer.Option(help="Requests of the trace.")] = 1000,
+    dense_requests: Annotated[int, typer.Option(help="That the pool holds, dense.")] = 20,
+    budget: Annotated[int, typer.Option(help="Tokens per KV head.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of trace and scores.")] = 0,
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULT,
 ) -> None:
     """Simulate serving with dense attention and with SPARSEMM, and write down the figures."""
     environment.use_cpu()  # before vLLM is imported
     from simulated.serving import simulate
 
-    document = simulate(requests, dense_requests=20, budget=256, seed=0)
+    document = simulate(requests, dense_requests, budget, seed)
     document["commit"] = code_version()["commit"]
     document["versions"] = {name: version(name) for name in ("vllm", "torch", "sparsemm-vllm")}
     print_report(document)
