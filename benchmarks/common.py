@@ -45,7 +45,7 @@ def aligned(lines: Sequence[Sequence[str]], first: Justify, others: Justify) -> 
     Args:
         lines: words of each line, as many in each.
         first: `str.ljust` or `str.rjust`, for the first column.
-        others: one of the two, for the other columns.
+        others: alignment of the other columns, one of the two.
     """
     columns = list(zip(*lines, strict=True))
     widths = [max(map(len, column)) for column in columns]

@@ -1,12 +1,12 @@
 """The model that is measured, and the bytes that a decode step cannot do without."""
 
 import copy
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.benchmark import Timer
 from transformers import AutoConfig
 
 from sparsemm_vllm.budget.layout import CacheLayout
@@ -114,8 +114,14 @@ def copy_bandwidth(repeats: int = 10) -> float:
     cuda = has_gpu()
     source = torch.zeros(2 * GIB if cuda else GIB // 4, dtype=torch.uint8)
     source = source.to("cuda" if cuda else "cpu")
-    copies = Timer("target.copy_(source)", globals={"source": source, "target": source.clone()})
-    seconds = (copy.median for copy in copies.repeat(repeats, number=1))  # of one run each
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        target.copy_(source)
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
     return 2 * source.numel() / min(seconds)
 
 

@@ -15,7 +15,7 @@ from decode_latency import NO_DENSE, SMALL, Plan, Rivals
 from speed.command import measure_groups
 from speed.engines import Engine, Timing, _step_ms, random_prompts
 from speed.results import Deadline, Results
-from speed.subject import GIB, Subject, reader
+from speed.subject import GIB, Subject, copy_bandwidth, reader
 from speed.variants import FOUR, VARIANTS, ratios, served_here
 from transformers import LlamaConfig, Qwen2Config
 
@@ -397,3 +397,8 @@ def test_decode_curves(tmp_path):
     assert [step for _, step, _ in points[2]["dense"]] == [20.0], "dense is drawn once"
     report.draw_decode(results.data, tmp_path / "r.png")
     assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_bandwidth_is_measured() -> None:
+    """Bytes a second, of some machine: at least those of a slow disk."""
+    assert 1e8 < copy_bandwidth(repeats=2) < 1e14
