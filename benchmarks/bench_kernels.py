@@ -14,7 +14,7 @@ import torch
 from decode_model import QWEN, VICUNA
 from gpu_parts.bench import DRY_STEPS, STEPS
 from gpu_parts.device import Device
-from timed_cases import TINY, Decode, Model, P, Prune, Step, head_scores
+from timed_cases import TINY, Decode, Model, P, Prune, Step
 
 from sparsemm_vllm.environment import has_gpu
 from sparsemm_vllm.triton_kernels import torch_ops, triton_ops
@@ -60,8 +60,7 @@ def timed(benchmark: Any, function: Callable[[], Any], **costs: float) -> None:
 def decode(step: Step, programs_each: int | None = None) -> Decode:
     """A scheduled step of one layer."""
     step = replace(step, model=replace(step.model, L=1))
-    scores = head_scores(step.model, None)
-    return Decode(DEVICE, step, scores, DTYPE, programs_each=programs_each, ops=OPS)
+    return Decode(DEVICE, step, DTYPE, programs_each=programs_each, ops=OPS)
 
 
 @pytest.mark.parametrize("step", CASES, ids=name)
@@ -74,7 +73,7 @@ def bench_sparse_decode(benchmark: Any, step: Step) -> None:
 @pytest.mark.parametrize("step", [FULL, CASES[0]], ids=name)
 def bench_schedule_decode(benchmark: Any, step: Step) -> None:
     """The schedule of all layers, once a step: lengths and pages in; both and the sums out."""
-    setup = Decode(DEVICE, step, head_scores(step.model, None), DTYPE, programs_each=2, ops=OPS)
+    setup = Decode(DEVICE, step, DTYPE, programs_each=2, ops=OPS)
     timed(benchmark, setup.schedule, bytes=step.batch * step.model.L * step.model.Hkv * 4 * 5)
 
 
@@ -98,7 +97,7 @@ def bench_prune(
     """A step of the prune of one prompt, one layer."""
     model = replace(model, L=1)
     budget = 256 if GPU else 64
-    setup = Prune(DEVICE, model, n, budget, head_scores(model, None), DTYPE, fp8, ops)
+    setup = Prune(DEVICE, model, n, budget, DTYPE, fp8, ops)
     setup.run("scores", "select")
     flop = setup.flop if step == "scores" else 0
     timed(benchmark, lambda: setup.run(step), bytes=setup.bytes[step], flop=flop)

@@ -3,11 +3,13 @@
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import os
 import platform
 import signal
 import subprocess
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
@@ -18,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
 COMMIT = ROOT / ".gpu" / "commit"
+Justify = Callable[[str, int], str]
 TIME_IS_OVER = 3  # exit status: something is left to do, and no time
 
 
@@ -36,15 +39,19 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     return [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *lines] if lines else []
 
 
-def aligned(lines: Sequence[Sequence[str]], justify: Callable[[str, int], str] = str.ljust) -> str:
+def aligned(lines: Sequence[Sequence[str]], first: Justify, others: Justify) -> str:
     """Text in columns, two blanks apart.
 
     Args:
         lines: words of each line, as many in each.
-        justify: `str.ljust` or `str.rjust`.
+        first: `str.ljust` or `str.rjust`, for the first column.
+        others: alignment of the other columns, one of the two.
     """
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(justify, line, widths)).rstrip() for line in lines)
+    columns = list(zip(*lines, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    justify = [first, *[others] * (len(columns) - 1)]
+    placed = ([j(*at) for j, *at in zip(justify, line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(words).rstrip() for words in placed)
 
 
 # Processes and files
@@ -78,6 +85,13 @@ def files_of(out: Path, last: str = "") -> Iterator[Path]:
         for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == last):
             file.chmod(0o644)
             os.replace(file, out / file.name)
+
+
+def add_file(tar: tarfile.TarFile, name: str, content: bytes, mtime: int = 0) -> None:
+    """Put a file into a tar, with nobody's name on it."""
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mtime = len(content), mtime
+    tar.addfile(entry, io.BytesIO(content))
 
 
 # What was measured, and what measured it

@@ -45,14 +45,10 @@ def record(
         command = [str(Path(sys.executable).with_name("sparsemm")), "check", "--run"]
         subprocess.run([*command, "--json", str(file)])  # its status is in the file
         found = json.loads(file.read_text())
-    path = keep(found, count_tests(tests) if tests else None, commit(), records)
+    code = code_version()
+    commit = code["commit"][:12] + "+" * code["changed"]  # a plus: the package's files differ
+    path = keep(found, count_tests(tests) if tests else None, commit, records)
     console.print(str(path), soft_wrap=True)
-
-
-def commit() -> str:
-    """The commit that is checked out, with a plus if files of the package differ from it."""
-    found = code_version()
-    return found["commit"][:12] + "+" * found["changed"]
 
 
 def count_tests(file: Path) -> dict[str, Any]:

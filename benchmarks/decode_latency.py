@@ -20,6 +20,7 @@ vLLM only.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import product
@@ -28,7 +29,7 @@ from statistics import median
 from typing import Any, Self
 
 from speed.command import Cells, finish, make_parser, measure_groups, prepare
-from speed.engines import Engine, Timing, random_prompts
+from speed.engines import Engine, Timing, engine_options, random_prompts
 from speed.results import Deadline, Results
 from speed.subject import GIB, Subject, copy_bandwidth, device_memory
 from speed.variants import (
@@ -224,24 +225,11 @@ def budgets_of(variant: Variant, plan: Plan) -> list[str]:
 
 def open_engine(subject: Subject, variant: Variant, plan: Plan, options: dict[str, Any]) -> Engine:
     """An engine of a variant that has room for every cell of a plan."""
-    settings = None
-    if variant.method:
-        settings = {
-            "profile": subject.profile,
-            "method": variant.method,
-            "budget": min(plan.budgets),
-            "max_request_budget": max(plan.budgets),
-            "window": subject.window,
-        }
-    common = {
-        "max_model_len": max(plan.lengths) + plan.tokens + 1,
-        "max_num_seqs": max(plan.batches),
-        "limit_mm_per_prompt": {"image": 0},
-        "kv_cache_memory_bytes": round(plan.pool_gib(variant) * GIB),
-    }
-    return Engine(
-        str(subject.folder), variant.backend, settings, **(common | variant.options | options)
-    )
+    budgets = {"budget": min(plan.budgets), "max_request_budget": max(plan.budgets)}
+    options = {"max_num_seqs": max(plan.batches)} | options
+    options["max_model_len"] = max(plan.lengths) + plan.tokens + 1
+    gib = plan.pool_gib(variant)
+    return Engine(engine_options(subject, variant, budgets, gib, **options))
 
 
 def measure(
@@ -256,12 +244,12 @@ def measure(
     sizes = list(product(plan.lengths, plan.batches))
     bandwidth = cache(lambda: in_own_process(copy_bandwidth))
 
-    def group(variants: list[Variant]) -> tuple[Callable[[], Rivals], Cells]:
+    def group(variants: list[Variant]) -> tuple[Callable[[], closing[Rivals]], Cells]:
         names = "+".join(variant.name for variant in variants)
         cells: Cells = {
             f"n={n} batch={batch} {names}": methodcaller("measure", n, batch) for n, batch in sizes
         }
-        return lambda: Rivals(subject, variants, plan, options, bandwidth()), cells
+        return lambda: closing(Rivals(subject, variants, plan, options, bandwidth())), cells
 
     return measure_groups(results, map(group, plan.groups(memory, subject)), deadline)
 
@@ -279,7 +267,7 @@ def table(results: Results) -> str:
             times = zip(DENSE, ratios(figures, variant, "step_ms"), strict=True)
             lines.append(
                 f"{start} {r['step_ms']:7.3f}  "
-                + "  ".join(shown(ratio, 2 + len(name)) for name, ratio in times)
+                + "  ".join(f"{shown(ratio):>{2 + len(name)}}" for name, ratio in times)
                 + f" {r['step_ms'] / r['floor_ms']:8.2f} {r['kv_bytes'] / (1 << 20):8.1f} "
                 f"{r['kv_bytes'] / r['ideal_kv_bytes']:8.2f}"
             )

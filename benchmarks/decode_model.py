@@ -29,6 +29,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Self
 
@@ -294,20 +295,17 @@ def predict_step(
 def rows() -> Iterator[dict[str, Any]]:
     """Predictions of all combinations, one row for each version of Triton side by side."""
     found = read_costs()
-    for model in MODELS:
-        for n in (8192, 32768):
-            for batch in (1, 8, 32):
-                for budget in (256, 1024, None):
-                    for device in DEVICES.values():
-                        row: dict[str, Any] = {"model": model.name, "prompt": n, "batch": batch}
-                        row |= {"budget": budget or "dense", "device": device.name}
-                        for name, by_heads in found.items():
-                            costs = by_heads[f"bf16 G={model.G}"]
-                            p = predict_step(model, n, batch, budget, costs, device)
-                            row["floor_us"] = round(p.floor_us, 1)
-                            row[name] = round(p.us, 1)
-                            row[f"{name} bound"] = p.bound
-                        yield row
+    sizes = (8192, 32768), (1, 8, 32), (256, 1024, None)
+    for model, n, batch, budget, device in product(MODELS, *sizes, DEVICES.values()):
+        row: dict[str, Any] = {"model": model.name, "prompt": n, "batch": batch}
+        row |= {"budget": budget or "dense", "device": device.name}
+        for name, by_heads in found.items():
+            costs = by_heads[f"bf16 G={model.G}"]
+            p = predict_step(model, n, batch, budget, costs, device)
+            row["floor_us"] = round(p.floor_us, 1)
+            row[name] = round(p.us, 1)
+            row[f"{name} bound"] = p.bound
+        yield row
 
 
 def compile_costs(triton: Path | None) -> dict[str, Any]:
@@ -327,7 +325,7 @@ def table() -> str:
     found = list(rows())
     columns = [name for name in found[0] if not name.endswith(" bound")]
     lines = [columns, *([str(row[name]) for name in columns] for row in found)]
-    return aligned(lines, str.rjust)
+    return aligned(lines, str.rjust, str.rjust)
 
 
 PAGE = """# Predicted time of decode attention

@@ -16,7 +16,6 @@ Triton compiled. What is printed is a line for each job and one table: at most 1
 Needs the standard library only; what the jobs need, `gpu_suite.py` says.
 """
 
-import io
 import json
 import os
 import re
@@ -31,7 +30,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import HERE, ROOT, code_version, kill, make_parser, source_digest, with_paths
+from common import HERE, ROOT, add_file, code_version, kill, make_parser, source_digest, with_paths
 from gpu_plans import FIRST_CASE, GPU, RUNS, STARTED_FIRST, Job, Places, some_jobs
 from precompile import ARCHIVE, archived_kernels
 
@@ -259,27 +258,20 @@ def clip(lines: list[str], characters: int) -> str:
 
 def pack(places: Places) -> None:
     """Write all results into one tar, at once or not at all; records first, then what has room."""
-    part = places.tar.with_suffix(".tmp")
+    part, now = places.tar.with_suffix(".tmp"), int(time.time())
     with part.open("wb") as file, tarfile.open(fileobj=file, mode="w:gz", compresslevel=6) as tar:
         for name, content in results(places.work):
-            add(tar, name, content)
+            add_file(tar, name, content, now)
         left_out = 0
         for path in compiled_kernels():
             if file.tell() > PACKED_BYTES:
                 left_out += 1
             else:
-                add(tar, f"triton/{path.parent.name}/{path.name}", path.read_bytes())
+                name = f"triton/{path.parent.name}/{path.name}"
+                add_file(tar, name, path.read_bytes(), now)
         if left_out:
-            add(tar, "left-out.txt", f"{left_out} files of Triton's cache".encode())
+            add_file(tar, "left-out.txt", f"{left_out} files of Triton's cache".encode(), now)
     part.replace(places.tar)
-
-
-def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Put a file into a tar."""
-    entry = tarfile.TarInfo(name)
-    entry.size = len(content)
-    entry.mtime = int(time.time())
-    tar.addfile(entry, io.BytesIO(content))
 
 
 def results(folder: Path) -> Iterator[tuple[str, bytes]]:

@@ -103,7 +103,7 @@ def child(args: argparse.Namespace) -> int:
         device = Device(args.dry_run)
         part = importlib.import_module(f"gpu_parts.{args.child}")
         deadline = start + args.seconds
-        context = Context(device, args.scores, args.out, deadline, data["cases"], data["failed"])
+        context = Context(device, args.out, deadline, data["cases"], data["failed"])
         cases = part.cases(context)
     except Exception:
         data["failed"]["the part itself"] = error_text()
@@ -189,7 +189,6 @@ def run_part(part: str, args: argparse.Namespace, environment: dict[str, str]) -
         command += ["--seconds", str(seconds), "--source", args.source]
         command += ["--cases", args.cases, "--at-once", str(args.at_once)]
         command += ["--dry-run"] if args.dry_run else []
-        command += ["--scores", str(args.scores)] if args.scores else []
         process = subprocess.Popen(command, env=environment, start_new_session=True)
         try:
             code = process.wait(max(0, seconds) + GRACE)
@@ -226,21 +225,15 @@ def report(args: argparse.Namespace, called: list[str]) -> int:
         data = record.data
         if record.status == "not begun" and (part not in called or args.report):
             continue
-        counts = f"{len(data['cases'])} of {data['total']} cases"
+        cases = f"{len(data['cases'])} of {data['total']} cases"
         failed = f", {len(data['failed'])} failed" if data["failed"] else ""
-        print(f"{part}: {record.status}, {counts}{failed}, {data['seconds']:.0f} s")
+        print(f"{part}: {record.status}, {cases}{failed}, {data['seconds']:.0f} s")
         for name, error in data["failed"].items():
             print(f"  FAILED {name}: {error.strip().splitlines()[-1][:200]}")
         found[part] = data
-        overview[part] = {
-            "status": record.status,
-            "cases": len(data["cases"]),
-            "total": data["total"],
-            "failed": list(data["failed"]),
-            "seconds": data["seconds"],
-            "machine": data.get("machine"),
-            "source": data["source"],
-        }
+        overview[part] = {key: data.get(key) for key in ("total", "seconds", "machine", "source")}
+        counts = {"cases": len(data["cases"]), "failed": list(data["failed"])}
+        overview[part] |= {"status": record.status} | counts
     print("", *sections(found), sep="\n")
     for part, name, why in skipped(found):
         print(f"skipped: {part}, {name}: {why}")
@@ -267,7 +260,6 @@ def main() -> int:
     parser.add_argument("--at-once", type=int, default=1, help="cases side by side (%(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no table at the end")
     parser.add_argument("--report", action="store_true", help="print what there is, run nothing")
-    parser.add_argument("--scores", type=Path, help="head scores, as JSON; made up if not given")
     parser.add_argument("--child", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--source", help=argparse.SUPPRESS)

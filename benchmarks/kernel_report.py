@@ -43,7 +43,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -53,6 +52,8 @@ from typing import Any
 import triton
 from common import aligned, make_parser, with_paths
 from kernel_launches import SHARED_BYTES, Case, compiling, full_matrix, launch, reduced_matrix
+from rich.console import Console
+from rich.progress import track
 from sass import Instruction, decode_parts, hot_loop, instructions, loops
 
 from sparsemm_vllm.files import write_whole
@@ -191,20 +192,14 @@ def report(matrix: Iterable[Case]) -> list[Row]:
     """One row for each kernel that the matrix compiles, in its order."""
     distinct = list(dict.fromkeys(matrix))
     rows: dict[str, Row] = {}
-    started = time.monotonic()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), context) as pool:
-        for done, (case, found) in enumerate(
-            zip(distinct, pool.map(rows_of, distinct), strict=True), 1
-        ):
-            for row in found:
+        found = track(
+            pool.map(rows_of, distinct), "launches", len(distinct), console=Console(stderr=True)
+        )
+        for case, compiled_rows in zip(distinct, found, strict=True):
+            for row in compiled_rows:
                 rows.setdefault(row.pop("hash", str(case)), row)
-            if done % 20 == 0 or done == len(distinct):
-                print(
-                    f"{done} of {len(distinct)} launches, {len(rows)} kernels, "
-                    f"{time.monotonic() - started:.0f} s",
-                    file=sys.stderr,
-                )
     return list(rows.values())
 
 
@@ -249,7 +244,7 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         values = (row.get(column) for column in columns)
         lines.append(["-" if value is None else str(value) for value in values])
-    return aligned(lines)
+    return aligned(lines, str.ljust, str.ljust)
 
 
 def main() -> int:

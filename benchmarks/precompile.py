@@ -21,7 +21,6 @@ A cache of another Triton or Python is of no use and does no harm: everything is
 import argparse
 import hashlib
 import importlib.util
-import io
 import json
 import os
 import subprocess
@@ -34,7 +33,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from common import HERE, ROOT, make_parser, with_paths
+from common import HERE, ROOT, add_file, make_parser, with_paths
 from gpu_suite import package_tree
 
 ARCHIVE = "triton-cache.tar.xz"
@@ -121,19 +120,10 @@ def pack(cache: Path, archive: Path, facts: dict[str, Any]) -> int:
     count = sum(path.suffix == ".cubin" for path in files)
     archive.parent.mkdir(exist_ok=True)
     with tarfile.open(archive, "w:xz", preset=9) as tar:
-        manifest = json.dumps(facts | {"kernels": count}).encode()
-        entry = tarfile.TarInfo(MANIFEST)
-        entry.size = len(manifest)
-        tar.addfile(entry, io.BytesIO(manifest))
+        add_file(tar, MANIFEST, json.dumps(facts | {"kernels": count}).encode())
         for path in files:
-            tar.add(path, f"{path.parent.name}/{path.name}", filter=_nobody)
+            add_file(tar, f"{path.parent.name}/{path.name}", path.read_bytes())
     return count
-
-
-def _nobody(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-    entry.uid = entry.gid = entry.mtime = 0
-    entry.uname = entry.gname = ""
-    return entry
 
 
 def wheels(given: Iterable[Path], folder: Path) -> dict[str, Path]:

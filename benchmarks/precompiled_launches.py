@@ -36,15 +36,7 @@ class Gpuless(Device):
     def __init__(self, multiprocessors: int) -> None:
         self.dry = False
         self.torch = torch.device("cpu")
-        self._multiprocessors = multiprocessors
-
-    @property
-    def multiprocessors(self) -> int:
-        return self._multiprocessors
-
-    @property
-    def has_fp8(self) -> bool:
-        return True
+        self.multiprocessors, self.has_fp8 = multiprocessors, True
 
     def resident(self, launch: Function) -> int:
         launch()
@@ -114,7 +106,7 @@ def engine(device: Device, model: Model, budget: int, length: int, fp8: bool, la
         fp8: whether the cache holds e4m3.
         layout: layout of the cache.
     """
-    scores = timed_cases.head_scores(model, None)
+    scores = timed_cases.head_scores(model)
     heads = CacheLayout.from_scores(scores, model.Hkv, budget, timed_cases.W)
     dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
     own = slice(0, model.L), slice(0, model.Hkv)
@@ -149,7 +141,7 @@ def cases() -> dict[str, Run]:
     device = Gpuless(MULTIPROCESSORS)
     rates = {"bytes_per_second": 1e12, "flop_per_second": 1e15}
     known = {name: rates for name in ("copy bandwidth", "read bandwidth", "bf16 product")}
-    context = Context(device, None, Path(), time.monotonic() + 1e6, known)
+    context = Context(device, Path(), time.monotonic() + 1e6, known)
     found: dict[str, Run] = {}
     for name, run in kernels.cases(context).items():
         found[f"kernels {name}"] = partial(checked, run)

@@ -11,14 +11,16 @@ decode_latency.py. Needs vLLM only.
 """
 
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from statistics import median
 from typing import Any
 
+from common import aligned
 from speed.command import Cells, finish, make_parser, measure_groups, prepare
-from speed.engines import Engine, random_prompts
+from speed.engines import Engine, engine_options, random_prompts
 from speed.results import Deadline, Results
-from speed.subject import GIB, Subject
+from speed.subject import Subject
 from speed.variants import DENSE, VARIANTS, Variant, add_option, ratios, served_here, shown
 
 from sparsemm_vllm.environment import has_gpu
@@ -34,20 +36,9 @@ def open_engine(
 ) -> Engine:
     """An engine of a variant."""
     budget, gib = (BUDGET, POOL_GIB) if has_gpu() else (SMALL_BUDGET, SMALL_POOL_GIB)
-    settings = None
-    if variant.method:
-        settings = {"profile": subject.profile, "budget": budget, "window": subject.window}
-    return Engine(
-        str(subject.folder),
-        variant.backend,
-        settings,
-        kv_cache_memory_bytes=round(gib * GIB),
-        max_model_len=max(lengths) + 2,
-        max_num_seqs=4,
-        enable_prefix_caching=False,
-        limit_mm_per_prompt={"image": 0},
-        **(variant.options | options),
-    )
+    options = {"enable_prefix_caching": False, "max_num_seqs": 4} | options
+    options["max_model_len"] = max(lengths) + 2
+    return Engine(engine_options(subject, variant, {"budget": budget}, gib, **options))
 
 
 def measure(
@@ -92,10 +83,10 @@ def measure_all(
 ) -> bool:
     """Measure the missing cells, one engine after the other; whether none is left."""
 
-    def group(variant: Variant) -> tuple[Callable[[], Engine], Cells]:
+    def group(variant: Variant) -> tuple[Callable[[], closing[Engine]], Cells]:
         asked = {"variant": variant, "vocabulary": subject.config.vocab_size, "rounds": rounds}
         cells: Cells = {f"n={n} {variant.name}": partial(measure, n=n, **asked) for n in lengths}
-        return partial(open_engine, subject, variant, lengths, options), cells
+        return lambda: closing(open_engine(subject, variant, lengths, options)), cells
 
     return measure_groups(results, map(group, (VARIANTS[name] for name in names)), deadline)
 
@@ -106,17 +97,13 @@ def table(results: Results) -> str:
     for name, cell in results.cells.items():
         length, variant = name.removeprefix("n=").split()
         by_length.setdefault(int(length), {})[variant] = cell
-    dense = "  ".join(f"x {name}" for name in DENSE)
-    lines = [f"      n  variant        first token s  {dense}   prune"]
+    lines = [["n", "variant", "first token s", *(f"x {name}" for name in DENSE), "prune"]]
     for n, cells in sorted(by_length.items()):
         for variant, r in cells.items():
-            times = zip(DENSE, ratios(cells, variant, "first_token_s"), strict=True)
-            lines.append(
-                f"{n:>7}  {variant:14} {r['first_token_s']:13.4f}  "
-                + "  ".join(shown(ratio, 2 + len(name)) for name, ratio in times)
-                + (f" {r['prune_share']:7.1%}" if "prune_share" in r else "")
-            )
-    return "\n".join(lines)
+            times = map(shown, ratios(cells, variant, "first_token_s"))
+            share = f"{r['prune_share']:.1%}" if "prune_share" in r else ""
+            lines.append([str(n), variant, f"{r['first_token_s']:.4f}", *times, share])
+    return aligned(lines, str.rjust, str.rjust)
 
 
 def main() -> None:

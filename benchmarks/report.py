@@ -13,6 +13,7 @@ pictures beside them. `readme` writes the tables between the README's markers an
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -175,12 +176,11 @@ def simulation() -> list[str]:
     ]
 
 
-def measured() -> list[str]:
-    """What GPUs measured, or that none has."""
-    return readme_table(RESULTS, README)
-
-
-TABLES = {"gpu": measured, "accounting": accounting, "simulation": simulation}
+TABLES = {
+    "gpu": partial(readme_table, RESULTS, README),
+    "accounting": accounting,
+    "simulation": simulation,
+}
 
 if __name__ == "__main__":
     app()

@@ -28,6 +28,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ import httpx
 import models
 from common import ROOT, TIME_IS_OVER, make_parser
 from speed.chat import hold_chats, warm_up
+from speed.command import measure_groups
 from speed.load import SERVED, Bench, LoadError, put_load
 from speed.plans import plans_for
 from speed.results import Deadline, Results
@@ -137,13 +139,15 @@ def model_folder(model: str) -> Path:
     return reader_folder() if model == READER else models.prepare(model)
 
 
-def measure_cell(bench: Bench, url: str, model: Path, work: Path, plan: Plan, cell: Cell) -> Any:
-    """One cell, of a server that is ready.
+def measure_cell(
+    bench: Bench, work: Path, plan: Plan, cell: Cell, server: tuple[str, Path]
+) -> dict[str, Any]:
+    """One cell, of a server that is ready: its URL and the folder of its model.
 
     Raises:
         LoadError: if it cannot be trusted.
     """
-    folder = Path(tempfile.mkdtemp(dir=work))
+    (url, model), folder = server, Path(tempfile.mkdtemp(dir=work))
     try:
         warm_up(url, folder, cell.scenario.pictures, plan.warm_up)
         if cell.load is None:
@@ -184,25 +188,21 @@ def measure(
         ServerError: if a server does not start, or died.
     """
     work.mkdir(parents=True, exist_ok=True)
-    todo = [
-        (plan, [c for c in cells if c.name not in results.cells])
-        for plan, cells in visits(plans, only, servers)
-    ]
-    left = [cell.name for _, cells in todo for cell in cells]
+    todo = [(plan, cells) for plan, cells in visits(plans, only, servers) if cells]
+    names = [cell.name for _, cells in todo for cell in cells]
+    left = [name for name in names if name not in results.cells]
     if not left:
         return left
-    with Bench(work / "bench.log") as bench:
-        for plan, cells in todo:
-            if not cells or deadline.left <= 0:
-                continue
-            with started(plan, cells[0].server, work) as (url, folder):
-                for cell in cells:
-                    results.save(cell.name, measure_cell(bench, url, folder, work, plan, cell))
-                    left.remove(cell.name)
-                    print(f"measured: {cell.name}", flush=True)
-                    if deadline.left <= 0:
-                        break
-    return left
+    with contextlib.closing(Bench(work / "bench.log")) as bench:
+        groups = [
+            (
+                partial(started, plan, cells[0].server, work),
+                {cell.name: partial(measure_cell, bench, work, plan, cell) for cell in cells},
+            )
+            for plan, cells in todo
+        ]
+        measure_groups(results, groups, deadline)
+    return [name for name in left if name not in results.cells]
 
 
 @contextlib.contextmanager

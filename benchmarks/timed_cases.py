@@ -3,9 +3,7 @@
 `bench_kernels.py` times them under pytest-benchmark, the GPU suite without.
 """
 
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,8 +14,6 @@ from kernel_cases import head_pages
 from models.head_scores import concentrated_scores
 
 from sparsemm_vllm.budget.layout import CacheLayout
-from sparsemm_vllm.budget.profile import load_profile
-from sparsemm_vllm.commands.import_scores import import_scores
 from sparsemm_vllm.triton_kernels import triton_ops
 from sparsemm_vllm.triton_kernels.batch import HeadPages, Prompts, PruneWorkspace, Rows
 from sparsemm_vllm.triton_kernels.decode_batch import DecodeBatch, DecodeBuffers
@@ -65,17 +61,8 @@ class Step:
         return " ".join(parts)
 
 
-def head_scores(model: Model, path: Path | None) -> torch.Tensor:
-    """Visual scores ``[L, Hq]``: those of the file if they are this model's, else made up.
-
-    Made up, they are as concentrated as the published ones of LLaVA-NeXT-Vicuna-7B.
-    """
-    if path is not None:
-        ours = "scores" in json.loads(path.read_text())
-        profile = load_profile(str(path)) if ours else import_scores(path, model.name)
-        scores = profile.tensor()
-        if scores.shape == (model.L, model.Hq):
-            return scores
+def head_scores(model: Model) -> torch.Tensor:
+    """Visual scores ``[L, Hq]``, made up: as concentrated as LLaVA-NeXT-Vicuna-7B's."""
     return concentrated_scores(model.L, model.Hq, seed=7)
 
 
@@ -106,7 +93,6 @@ class Decode:
         self,
         device: Device,
         step: Step,
-        scores: torch.Tensor,
         dtype: torch.dtype = torch.bfloat16,
         options: DecodeOptions | None = None,
         programs_each: int | None = None,
@@ -117,7 +103,6 @@ class Decode:
         Args:
             device: device that it runs on.
             step: lengths and budget.
-            scores: visual scores of the heads, ``[L, Hq]``.
             dtype: type of the queries, and of the cache if it is not fp8.
             options: options that the kernel is compiled with; as in serving if not given.
             programs_each: programs of a multiprocessor; as many as it runs at once if not given.
@@ -131,7 +116,7 @@ class Decode:
         kept = torch.zeros(L, Hkv, dtype=torch.int64)
         C, owned = 0, -(-(n + 1) // P)
         if budget is not None:
-            heads = CacheLayout.from_scores(scores, Hkv, budget, W)
+            heads = CacheLayout.from_scores(head_scores(model), Hkv, budget, W)
             kept = torch.from_numpy(heads.kept_tokens(n))
             C = heads.compact_blocks(n, P)
             owned = heads.held_blocks(n, n + 1, P)
@@ -202,7 +187,6 @@ class Prune:
         model: model whose attention it is.
         n: prompt tokens.
         budget: tokens that a head keeps on average.
-        scores: visual scores of the heads, ``[L, Hq]``.
         dtype: type of the queries, and of the cache.
         fp8: whether the cache holds e4m3.
         ops: module of the kernels, or of their torch twins.
@@ -219,13 +203,12 @@ class Prune:
         model: Model,
         n: int,
         budget: int,
-        scores: torch.Tensor,
         dtype: torch.dtype,
         fp8: bool = False,
         ops: ModuleType = triton_ops,
     ) -> None:
         L, Hq, Hkv, D = model.L, model.Hq, model.Hkv, model.D
-        heads = CacheLayout.from_scores(scores, Hkv, budget, W)
+        heads = CacheLayout.from_scores(head_scores(model), Hkv, budget, W)
         kept = torch.from_numpy(heads.kept_tokens(n))
         N, C = -(-n // P), heads.compact_blocks(n, P)
         pages = head_pages([n], kept[None], [C], P)

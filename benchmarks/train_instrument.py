@@ -28,11 +28,8 @@ from offline.subjects import CONTEXT, SUBJECTS, TASKS
 from rich.progress import track
 from tiny_vlm.answers import Reader
 from tiny_vlm.commands import (
-    Every,
     Folder,
-    Resume,
     Rows,
-    Seed,
     State,
     Threads,
     add_commands,
@@ -181,27 +178,18 @@ def train(
     steps: Annotated[int, typer.Option(help="Steps with pictures.")] = SETTINGS.steps,
     text_steps: Annotated[int, typer.Option(help="Steps with text.")] = SETTINGS.text_steps,
     rows: Rows = SETTINGS.rows,
-    seed: Seed = SETTINGS.seed,
     query: Annotated[
         float, typer.Option(help="Weight of the answers about single lines.")
     ] = Weights.query,
     threads: Threads = 1,
-    resume: Resume = True,
     state: State = STATE,
-    every: Every = 50,
 ) -> None:
     """Train the instrument; continues where an interrupted run stopped."""
     torch.set_num_threads(threads)
     keep_freed_memory()
-    settings = replace(
-        SETTINGS,
-        steps=steps,
-        text_steps=text_steps,
-        rows=rows,
-        seed=seed,
-        weights=Weights(query=query),
-    )
-    run(InstrumentTrainer(settings), state, resume, every, console)
+    asked = {"steps": steps, "text_steps": text_steps, "rows": rows}
+    settings = replace(SETTINGS, **asked, weights=Weights(query=query))
+    run(InstrumentTrainer(settings), state, console)
 
 
 add_commands(app, INSTRUMENT, STATE, instrument_config(), CHAT_WITH_SYSTEM, (torch.float32,))

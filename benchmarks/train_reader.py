@@ -29,7 +29,7 @@ import torch
 import typer
 from common import ROOT
 from offline.subjects import SUBJECTS
-from tiny_vlm.commands import Every, Resume, Rows, Seed, State, Threads, add_commands, console
+from tiny_vlm.commands import Rows, State, Threads, add_commands, console
 from tiny_vlm.llava import CHAT, image_tokens, llava_config
 from tiny_vlm.losses import Weights, picture_loss
 from tiny_vlm.rows import Batch, Branch, Row, branch, branch_sight, pack_row
@@ -153,19 +153,14 @@ def branch_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
 def train(
     steps: Annotated[int, typer.Option(help="Training steps in all.")] = SETTINGS.steps,
     rows: Rows = SETTINGS.rows,
-    lr: Annotated[float, typer.Option(help="Peak rate of AdamW.")] = SETTINGS.lr,
-    matrix_lr: Annotated[float, typer.Option(help="Peak rate of Muon.")] = SETTINGS.matrix_lr,
-    seed: Seed = SETTINGS.seed,
     threads: Threads = 1,
-    resume: Resume = True,
     state: State = STATE,
-    every: Every = 100,
 ) -> None:
     """Train the reader; continues where an interrupted run stopped."""
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    asked = replace(SETTINGS, steps=steps, rows=rows, lr=lr, matrix_lr=matrix_lr, seed=seed)
-    run(ReaderTrainer(asked, device), state, resume, every, console)
+    asked = replace(SETTINGS, steps=steps, rows=rows)
+    run(ReaderTrainer(asked, device), state, console)
 
 
 add_commands(app, READER, STATE, reader_config(), CHAT, (torch.float32, torch.bfloat16))

@@ -12,9 +12,9 @@ import triton
 from decode_model import COSTS, QWEN, VICUNA, Costs, predict, program_cycles, read_costs
 from kernel_cases import relative_error
 from sass import DecodeParts, Part
-from timed_cases import TINY, Decode, Model, P, Prune, Step, head_scores
+from timed_cases import TINY, Decode, Model, P, Prune, Step
 
-from gpu_parts.device import Context, Device
+from gpu_parts.device import Cases, Context, Device
 from sparsemm_vllm.triton_kernels.decode_batch import SETUP_TILES
 
 NEEDS = 15
@@ -131,32 +131,26 @@ class Predicted(Decode):
         version = 3 if torch.cuda.get_device_capability()[0] == 9 else 2
         _, Hq, D = self.query.shape
         Hkv, dtype = self.model.Hkv, self.cache.dtype
-        options: dict[str, Any] = {
-            "max_seqlen_q": 1,
-            "cu_seqlens_q": self.start,
-            "max_seqlen_k": self.n + 1,
+        lengths = {"max_seqlen_q": 1, "cu_seqlens_q": self.start, "max_seqlen_k": self.n + 1}
+        shared: dict[str, Any] = {"causal": True} | lengths
+        options = shared | {
             "seqused_k": self.seq_lens,
             "softmax_scale": D**-0.5,
-            "causal": True,
             "block_table": self.table,
             "out": self.output,
             "fa_version": version,
         }
         if version == 3:
-            options |= {"num_splits": MOST_SPLITS}
+            shared["num_splits"] = options["num_splits"] = MOST_SPLITS
             options["scheduler_metadata"] = get_scheduler_metadata(
                 batch_size=self.batch,
-                max_seqlen_q=1,
-                max_seqlen_k=self.n + 1,
                 num_heads_q=Hq,
                 num_heads_kv=Hkv,
                 headdim=D,
                 cache_seqlens=self.seq_lens,
                 qkv_dtype=dtype,
-                cu_seqlens_q=self.start,
                 page_size=P,
-                causal=True,
-                num_splits=MOST_SPLITS,
+                **shared,
             )
         query = self.query.to(dtype)  # vLLM's attention layer makes queries of an fp8 cache fp8
         if dtype != self.query.dtype:
@@ -202,7 +196,7 @@ def per_layer(time: dict[str, float], L: int) -> dict[str, float]:
 def decode(context: Context, step: Step) -> dict[str, Any]:
     """A layer's decode, beside what its bytes take, and beside FlashAttention if it is dense."""
     device, sizes, L = context.device, sizes_of(context), step.model.L
-    setup = Predicted(device, step, head_scores(step.model, context.scores), sizes.dtype)
+    setup = Predicted(device, step, sizes.dtype)
     time = per_layer(device.time(device.graph(setup.step)), L)
     rate = context.results["read bandwidth"]["bytes_per_second"]
     predicted = 1e6 * setup.bytes / rate
@@ -243,8 +237,7 @@ def beside_flash(device: Device, setup: Predicted, us: float) -> dict[str, Any]:
 def trace(context: Context, step: Step) -> dict[str, Any]:
     """Each layer's kernels in one replay of a decode step: what the profiler sees of them."""
     device = context.device
-    scores = head_scores(step.model, context.scores)
-    setup = Predicted(device, step, scores, sizes_of(context).dtype)
+    setup = Predicted(device, step, sizes_of(context).dtype)
     replay, L = device.graph(setup.step), step.model.L
     found = device.kernels(replay)
     launches = {name: times for name, times in found.items() if len(times) == L}
@@ -265,8 +258,7 @@ def trace(context: Context, step: Step) -> dict[str, Any]:
 def prune(context: Context, model: Model, n: int) -> dict[str, Any]:
     """Scoring, selection and compaction of all layers, beside an estimate of the prefill."""
     device, sizes = context.device, sizes_of(context)
-    scores = head_scores(model, context.scores)
-    setup = Prune(device, model, n, sizes.prune_budget, scores, sizes.dtype)
+    setup = Prune(device, model, n, sizes.prune_budget, sizes.dtype)
     result: dict[str, Any] = {
         name: device.time(device.graph(partial(setup.run, *steps)))
         for name, steps in (*((step, (step,)) for step in setup.steps), ("all", setup.steps))
@@ -286,10 +278,10 @@ def sizes_of(context: Context) -> Sizes:
     return DRY if context.device.dry else Sizes()
 
 
-def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
+def cases(context: Context) -> Cases:
     """The device's rates first, beside which the others are told; then what says most."""
     device, sizes = context.device, sizes_of(context)
-    found: dict[str, Callable[[], dict[str, Any]]] = {
+    found: Cases = {
         "copy bandwidth": partial(copy_bandwidth, device, sizes),
         "read bandwidth": partial(read_bandwidth, device, sizes),
         "bf16 product": partial(gemm, device, sizes),

@@ -14,6 +14,7 @@ from torch.autograd import DeviceType
 from triton.runtime.interpreter import GridExecutor
 
 Function = Callable[[], Any]
+Cases = dict[str, Callable[[], dict[str, Any]]]  # of a part, by name
 
 # What the GPU machine need not have; a dry run does without, to prove it.
 ABSENT = ("typer", "rich", "matplotlib", "hypothesis", "pytest", "pandas", "datasets")
@@ -25,6 +26,11 @@ class Device:
     Args:
         dry: whether the CPU stands for the GPU.
 
+    Attributes:
+        torch: device of the tensors.
+        multiprocessors: number of multiprocessors.
+        has_fp8: whether Triton converts e4m3 here.
+
     Raises:
         RuntimeError: if torch finds no GPU and the run is not dry.
     """
@@ -34,17 +40,11 @@ class Device:
         if not dry and not torch.cuda.is_available():
             raise RuntimeError("torch finds no GPU; --dry-run needs none")
         self.torch = torch.device("cpu" if dry else "cuda")
-
-    @property
-    def multiprocessors(self) -> int:
-        if self.dry:
-            return 2
-        return torch.cuda.get_device_properties(self.torch).multi_processor_count
-
-    @property
-    def has_fp8(self) -> bool:
-        """Whether Triton converts e4m3 here."""
-        return self.dry or torch.cuda.get_device_capability() >= (8, 9)
+        self.multiprocessors, self.has_fp8 = 2, True
+        if not dry:
+            known = torch.cuda.get_device_properties(self.torch)
+            self.multiprocessors = known.multi_processor_count
+            self.has_fp8 = (known.major, known.minor) >= (8, 9)
 
     def resident(self, launch: Function) -> int:
         """Programs of a kernel that run at once; `launch` returns what Triton compiled."""
@@ -121,7 +121,6 @@ class Context:
 
     Attributes:
         device: device that they run on.
-        scores: file with head scores, if any.
         folder: folder for files that outlive a case.
         deadline: end of this call, by `time.monotonic`.
         results: results of the cases that passed, by name.
@@ -129,7 +128,6 @@ class Context:
     """
 
     device: Device
-    scores: Path | None
     folder: Path
     deadline: float
     results: dict[str, Any] = field(default_factory=dict)

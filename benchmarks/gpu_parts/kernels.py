@@ -1,13 +1,12 @@
 """Every launcher against its torch twin, over types, sizes, layouts; decoding in a CUDA graph."""
 
 import itertools
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
-from gpu_parts.device import Context, Device
+from gpu_parts.device import Cases, Context, Device
 from gpu_parts.scene import HKV, ROWS, L, Scene, relayout, tensors
 from sparsemm_vllm.triton_kernels import triton_ops
 from sparsemm_vllm.triton_kernels.batch import HeadPages, Rows
@@ -144,7 +143,7 @@ def check_graph(device: Device, G: int, Q: int, layout: str, **changes: Any) -> 
     return {"errors": {"sparse_decode": max(errors)}, "tolerance": first.tolerance}
 
 
-def smoke_cases(device: Device) -> dict[str, Callable[[], dict[str, Any]]]:
+def smoke_cases(device: Device) -> Cases:
     """The few launches that serving makes most, then decoding in a graph; names begin alike."""
     first, graphs = (DRY_FIRST, DRY_GRAPHS) if device.dry else (FIRST, FIRST_GRAPHS)
     D = 32 if device.dry else 128
@@ -152,30 +151,27 @@ def smoke_cases(device: Device) -> dict[str, Callable[[], dict[str, Any]]]:
     for dtype, G, Q, layout in first:
         case = {"dtype": dtype, "D": D, "P": 16, "G": G, "Q": Q, "layout": layout}
         found[f"smoke {_name(case)}"] = partial(check, device, **case)
-    return found | {f"smoke {_graph_name(G, Q)}": _graph(device, G, Q) for G, Q in graphs}
+    return found | {f"smoke {name}": case for name, case in _graphs(device, graphs).items()}
 
 
 def _name(case: dict[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in case.items())
 
 
-def _graph_name(G: int, Q: int) -> str:
-    return f"graph G={G} Q={Q} layout={LAYOUTS[(G + Q) % 2]}"
+def _graphs(device: Device, sizes: list[tuple[int, int]]) -> Cases:
+    """Graphs of these `G` and `Q`, by turns in one layout and in the other."""
+    cases = [{"G": G, "Q": Q, "layout": LAYOUTS[(G + Q) % 2]} for G, Q in sizes]
+    return {f"graph {_name(case)}": partial(check_graph, device, **case) for case in cases}
 
 
-def _graph(device: Device, G: int, Q: int) -> Callable[[], dict[str, Any]]:
-    return partial(check_graph, device, G, Q, LAYOUTS[(G + Q) % 2])
-
-
-def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
+def cases(context: Context) -> Cases:
     """A first look, graphs and variants, then a covering selection of sizes, the served first."""
     device = context.device
     axes = AXES | DRY_AXES if device.dry else AXES
-    graphs = DRY_GRAPHS if device.dry else GRAPHS
     found = smoke_cases(device)
-    for G, Q in graphs:
-        if f"smoke {_graph_name(G, Q)}" not in found:
-            found[_graph_name(G, Q)] = _graph(device, G, Q)
+    for name, graph in _graphs(device, DRY_GRAPHS if device.dry else GRAPHS).items():
+        if f"smoke {name}" not in found:
+            found[name] = graph
     for changes, G, Q in DRY_VARIANTS if device.dry else VARIANTS:
         name = f"variant {' '.join(changes)} G={G} Q={Q}"
         found[name] = partial(check_variant, device, G, Q, **changes)

@@ -1,12 +1,11 @@
 """What AdaKV and random do with scores in torch: as on the CPU, and without waiting for the GPU."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
-from gpu_parts.device import Context, Device
+from gpu_parts.device import Cases, Context, Device
 from sparsemm_vllm.budget.layout import CacheLayout
 from sparsemm_vllm.engine.attention.forward import score_at_random, split_layer
 from sparsemm_vllm.engine.worker.state import Capacity, Heads, PrunedCache, SparseState
@@ -72,7 +71,7 @@ def check(
     return {"prompts": len(lengths)}
 
 
-def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
+def cases(context: Context) -> Cases:
     """Both methods at several sizes."""
     sizes, more = DRY if context.device.dry else (SIZES, PROMPTS)
     return {

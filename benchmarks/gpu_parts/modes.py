@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 
 from common import HERE, with_paths
 from timed_cases import Model, W, head_scores
+from transformers import LlamaConfig
 
-from gpu_parts.device import Context
+from gpu_parts.device import Cases, Context
 from sparsemm_vllm.files import write_json
 
 NEEDS = 40
@@ -72,25 +72,19 @@ GATES = {"float32": Gate(1e-4, 1e-3, 1e-2), "bfloat16": Gate(8e-3, 6.25e-2, 0.5)
 
 def write_model(folder: Path, model: Model, hidden: int, intermediate: int, length: int) -> Path:
     """A Llama's configuration; its weights are made up, and it needs no tokenizer."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": model.L,
-        "num_attention_heads": model.Hq,
-        "num_key_value_heads": model.Hkv,
-        "head_dim": model.D,
-        "vocab_size": VOCABULARY if hidden > 256 else 128,
-        "max_position_embeddings": length,
-        "rms_norm_eps": 1e-5,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config)
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=model.L,
+        num_attention_heads=model.Hq,
+        num_key_value_heads=model.Hkv,
+        head_dim=model.D,
+        vocab_size=VOCABULARY if hidden > 256 else 128,
+        max_position_embeddings=length,
+        rms_norm_eps=1e-5,
+    )
+    config.save_pretrained(folder)
     return folder
 
 
@@ -100,14 +94,14 @@ def prompts(lengths: tuple[int, ...], vocabulary: int, seed: int = 0) -> list[li
     return [[generator.randrange(3, vocabulary) for _ in range(length)] for length in lengths]
 
 
-def settings(context: Context, model: Model, budget: int, window: int) -> dict[str, Any]:
+def settings(model: Model, budget: int, window: int) -> dict[str, Any]:
     """SPARSEMM's, with concentrated head scores."""
     profile = {
         "model_id": model.name,
         "num_layers": model.L,
         "num_query_heads": model.Hq,
         "num_kv_heads": model.Hkv,
-        "scores": head_scores(model, context.scores).tolist(),
+        "scores": head_scores(model).tolist(),
     }
     return {"budget": budget, "window": window, "profile": profile}
 
@@ -182,14 +176,11 @@ def compare(
     found = distribution(differences)
     result = {"compared": len(differences), "of": total, "swaps": swaps, "differences": found}
     assert len(differences) >= total // 8, f"too few tokens could be compared: {result}"
+    allowed = {"median": gate.median, "q99": gate.most, "largest": gate.largest}
     wrong = [
-        f"{name} {found[name]:.1e}, at most {allowed:.1e}"
-        for name, allowed in (
-            ("median", gate.median),
-            ("q99", gate.most),
-            ("largest", gate.largest),
-        )
-        if not found[name] <= allowed  # NaN is wrong too
+        f"{name} {found[name]:.1e}, at most {most:.1e}"
+        for name, most in allowed.items()
+        if not found[name] <= most  # NaN is wrong too
     ]
     worst = where[differences.index(found["largest"])] if wrong else None
     assert not wrong, f"differences: {'; '.join(wrong)}, at {worst}; {result}"
@@ -231,7 +222,7 @@ def serve(context: Context, mode: str, dtype: str) -> dict[str, Any]:
         options["compilation_config"] |= {"cudagraph_capture_sizes": [1, 2, 4, 8]}
     job = {
         "options": options,
-        "settings": settings(context, model, budget, window),
+        "settings": settings(model, budget, window),
         "rounds": [{"prompts": prompts(lengths, vocabulary), "every": 3, "tokens": tokens}],
     }
     check = {"VLLM_GPU_SYNC_CHECK": "warn"} if mode == "full" else {}
@@ -247,7 +238,7 @@ def serve(context: Context, mode: str, dtype: str) -> dict[str, Any]:
     return result
 
 
-def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
+def cases(context: Context) -> Cases:
     """Every mode, the one to compare with first."""
     dry = context.device.dry
     dtypes = ("float32",) if dry else ("bfloat16", "float32")

@@ -7,17 +7,17 @@ import csv
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common import HERE, with_paths
-from timed_cases import Decode, Step, head_scores
+from timed_cases import Decode, Step
 
 from gpu_parts.bench import DRY_STEPS, STEPS, sizes_of
-from gpu_parts.device import Context, Device, imitate_gpu_machine
+from gpu_parts.device import Cases, Context, Device, imitate_gpu_machine
 
 NEEDS = 8
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis")
@@ -69,7 +69,7 @@ def steps(device: Device) -> list[Step]:
     return list(DRY_STEPS[:2] if device.dry else STEPS[:2])
 
 
-def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
+def cases(context: Context) -> Cases:
     """One for each step."""
     names = (step.name for step in steps(context.device))
     return {name: partial(look, context, i) for i, name in enumerate(names)}
@@ -85,8 +85,8 @@ def main(index: int, layers: int, dry: bool) -> None:
     device = Device(dry)
     step = steps(device)[index]
     step = replace(step, model=replace(step.model, L=layers))
-    dtype = sizes_of(Context(device, None, Path(), 0)).dtype
-    Decode(device, step, head_scores(step.model, None), dtype).step()
+    dtype = sizes_of(Context(device, Path(), 0)).dtype
+    Decode(device, step, dtype).step()
     device.synchronize()
 
 

@@ -1,6 +1,5 @@
 """A 7B model in full size with random weights: dense and SPARSEMM, one after the other."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,7 +7,7 @@ from decode_model import VICUNA
 from timed_cases import TINY, Model, W
 
 from gpu_parts import modes
-from gpu_parts.device import Context
+from gpu_parts.device import Cases, Context
 
 NEEDS = 40
 LONG, TOKENS = 8192, 128  # of a prompt and its answer, where speed is measured
@@ -62,7 +61,7 @@ def serve(
         asked = modes.prompts((long,) * count, vocabulary, seed=1)
         rounds.append({"prompts": asked, "every": 0, "tokens": tokens})
     window = 8 if dry else W
-    own = None if budget is None else modes.settings(context, model, budget, window)
+    own = None if budget is None else modes.settings(model, budget, window)
     job = {"options": options, "settings": own, "rounds": rounds}
     name = f"pair-{budget or 'dense'}-{cache_dtype}"
     result = modes.run_engine(context, name, job)
@@ -99,7 +98,7 @@ def pruned(context: Context, cache_dtype: str = "auto") -> dict[str, Any]:
     return result
 
 
-def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
+def cases(context: Context) -> Cases:
     """The dense engine first, since the others are compared with it."""
     return {
         "dense": partial(dense, context),

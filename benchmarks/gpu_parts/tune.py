@@ -1,17 +1,16 @@
 """Bandwidth of decode variants: tile, stages, registers and programs varied together."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from decode_model import QWEN, VICUNA
-from timed_cases import TINY, Step, head_scores
+from timed_cases import TINY, Step
 from triton.runtime.errors import OutOfResources
 
 from gpu_parts.bench import DRY, Predicted, sizes_of
-from gpu_parts.device import Context
+from gpu_parts.device import Cases, Context
 from sparsemm_vllm.triton_kernels.tile_sizes import DecodeOptions, decode_options
 
 NEEDS = 6
@@ -68,9 +67,9 @@ DRY_STEPS = (Step(TINY, 2, 64, n=DRY.steps[0].n),)
 def measure(context: Context, step: Step, variant: Variant) -> dict[str, Any]:
     """Bytes a second of a decode step."""
     device = context.device
-    scores, dtype = head_scores(step.model, context.scores), sizes_of(context).dtype
     try:
-        setup = Predicted(device, step, scores, dtype, variant.options, variant.programs_each)
+        dtype = sizes_of(context).dtype
+        setup = Predicted(device, step, dtype, variant.options, variant.programs_each)
         setup.layer(0)
     except OutOfResources as error:
         return {"bytes_per_second": 0.0, "balance": 0.0, "programs": 0, "skipped": str(error)}
@@ -84,7 +83,7 @@ def measure(context: Context, step: Step, variant: Variant) -> dict[str, Any]:
     }
 
 
-def cases(context: Context) -> dict[str, Callable[[], dict[str, Any]]]:
+def cases(context: Context) -> Cases:
     """Every variant of each step; those that say most of both first."""
     dry = context.device.dry
     return {

@@ -8,6 +8,7 @@ what failed stays on the list.
 import json
 import re
 import tarfile
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
@@ -87,23 +88,19 @@ def read(path: Path) -> Run:
 
 def _json_files(path: Path) -> Iterator[tuple[PurePosixPath, float, bytes]]:
     """Name, time of change and content of each JSON file; finished parts before unfinished."""
-    if path.is_dir():
-        files = [f for f in path.rglob("*.json") if f.is_file()]
-        found = [
-            (PurePosixPath(f.relative_to(path).as_posix()), f.stat().st_mtime, f.read_bytes())
-            for f in files
-        ]
-    else:
-        try:
-            with tarfile.open(path) as tar:
-                found = [
-                    (PurePosixPath(member.name), member.mtime, file.read())
-                    for member in tar
-                    if member.name.endswith(".json") and (file := tar.extractfile(member))
-                ]
-        except (OSError, tarfile.TarError) as error:
-            raise ArchiveError(f"{path}: {error}") from error
-    yield from sorted(found, key=lambda each: (each[0].stem.endswith(PARTIAL), each[0]))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = path
+        if not path.is_dir():
+            folder = Path(scratch)
+            try:
+                with tarfile.open(path) as tar:
+                    tar.extractall(folder, filter="data")
+            except (OSError, tarfile.TarError) as error:
+                raise ArchiveError(f"{path}: {error}") from error
+        found = ((f, PurePosixPath(f.relative_to(folder))) for f in folder.rglob("*.json"))
+        for file, name in sorted(found, key=lambda each: (each[1].stem.endswith(PARTIAL), each[1])):
+            if file.is_file():
+                yield name, file.stat().st_mtime, file.read_bytes()
 
 
 def _jobs(run: str, document: dict[str, Any]) -> list[str]:
@@ -222,15 +219,12 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 def newest(root: Path) -> dict[Path, dict[str, dict[str, Any]]]:
     """Records of each GPU's newest day, by folder; dry runs are none."""
     found = {}
-    for device in sorted(path for path in root.iterdir() if path.is_dir()):
-        days = sorted((path for path in device.iterdir() if path.is_dir()), reverse=True)
-        for day in days:
-            parts = {
-                part: record
-                for part, record in load(day).items()
-                if not record["dry_run"] and record["machines"][0]["device"] != "CPU"
-            }
-            if parts:
-                found[day] = parts
-                break
-    return found
+    for day in sorted(root.glob("*/*/")):
+        parts = {
+            part: record
+            for part, record in load(day).items()
+            if not record["dry_run"] and record["machines"][0]["device"] != "CPU"
+        }
+        if parts:
+            found[day.parent] = day, parts  # a later day takes the place of an earlier one
+    return dict(found.values())

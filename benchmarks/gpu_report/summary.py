@@ -52,21 +52,18 @@ def summary(parts: Parts, day: str, pictures: dict[str, Path]) -> list[str]:
         day: day of the measurements.
         pictures: files in the same folder by name.
     """
+    # Parts that say most come first, those that are not known here last.
+    in_order = {part: parts[part] for part in (*KNOWN, *parts) if part in parts}
     return [
         f"# {title(parts, day)}",
         "",
         "Written by `python benchmarks/report.py gpu` from the records in this folder.",
         "",
-        *machines(_in_order(parts)),
-        *overview(_in_order(parts)),
-        *problems(_in_order(parts)),
-        *sections(_in_order(parts), pictures),
+        *machines(in_order),
+        *overview(in_order),
+        *problems(in_order),
+        *sections(in_order, pictures),
     ]
-
-
-def _in_order(parts: Parts) -> Parts:
-    """The same records; parts that say most come first, those that are not known here last."""
-    return {part: parts[part] for part in (*KNOWN, *parts) if part in parts}
 
 
 def sections(parts: Parts, pictures: dict[str, Path] | None = None) -> list[str]:

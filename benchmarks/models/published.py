@@ -84,34 +84,35 @@ def _clip() -> CLIPVisionConfig:
     )
 
 
+# What the language models of the LLaVAs have in common.
+LLAMA_7B: dict[str, Any] = {
+    "vocab_size": 32064,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
 def _vicuna() -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=32064,
-        hidden_size=4096,
         intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
         num_key_value_heads=32,
         max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        tie_word_embeddings=False,
+        **LLAMA_7B,
     )
 
 
 def _mistral() -> MistralConfig:
     return MistralConfig(
-        vocab_size=32064,
-        hidden_size=4096,
         intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
         num_key_value_heads=8,
         max_position_embeddings=32768,
-        rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         sliding_window=None,
-        tie_word_embeddings=False,
+        **LLAMA_7B,
     )
 
 
@@ -244,6 +245,4 @@ def published(name: str) -> Published:
             return _llava_next("llava-hf/llava-v1.6-vicuna-7b-hf", _vicuna(), VICUNA)
         case "llava-next-mistral-7b":
             return _llava_next("llava-hf/llava-v1.6-mistral-7b-hf", _mistral(), MISTRAL)
-        case "qwen2-vl-7b":
-            return _qwen2_vl()
-    raise ValueError(f"no model {name!r}")
+    return _qwen2_vl()

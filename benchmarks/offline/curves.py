@@ -8,13 +8,13 @@ import numpy as np
 from torch import Tensor
 
 from sparsemm_vllm.commands.evaluate.metrics import Marks, draw_pictures, interval
+from sparsemm_vllm.commands.evaluate.records import KEPT_SHARE
 from sparsemm_vllm.data.pictures import Task
 
 from .model import OfflineModel
 from .pruning import REDISTRIBUTED, held_tokens, shown_tokens
-from .subjects import Questions
+from .subjects import Questions, exact_words
 
-KEPT_SHARE = 0.97  # of the dense accuracy
 OURS = "sparsemm"
 
 
@@ -95,14 +95,10 @@ def needed(
 ) -> np.ndarray:
     """Held tokens at which `KEPT_SHARE` of dense is kept: of the sample, then of each draw."""
     held = np.array([tokens for tokens, _ in [*points, full]])
-    sample = np.array([[_exact(marks)] for _, marks in [*points, full]])
-    drawn = np.stack([_exact(marks, draws) for _, marks in [*points, full]])
+    sample = np.array([[exact_words(marks)] for _, marks in [*points, full]])
+    drawn = np.stack([exact_words(marks, draws) for _, marks in [*points, full]])
     curves = np.concatenate([sample, drawn], 1).T
     return np.array([crossing(held, curve, KEPT_SHARE * curve[-1]) for curve in curves])
-
-
-def _exact(marks: Marks, draws: np.ndarray | None = None) -> np.ndarray:
-    return marks.statistics(draws)["exact_words"]
 
 
 def crossing(held: np.ndarray, accuracy: np.ndarray, threshold: float) -> float:

@@ -11,7 +11,7 @@ from sparsemm_vllm.commands.evaluate.metrics import Marks, draw_pictures, interv
 
 from .model import OfflineModel
 from .pruning import without_head
-from .subjects import Questions
+from .subjects import Questions, exact_words
 
 TOP = 0.05  # share of the query heads that the paper silences
 
@@ -37,7 +37,7 @@ def knocked_out(model: OfflineModel, questions: Questions) -> tuple[float, list[
 
     def exact(shown: Tensor) -> float:
         answers = model.answer(prompts, shown, questions.answers)
-        return round(float(_exact(Marks.of(questions.answers, answers))), 4)
+        return round(float(exact_words(Marks.of(questions.answers, answers))), 4)
 
     return exact(prompts.everything()), [
         [exact(without_head(prompts, layer, head)) for head in range(model.Hkv)]
@@ -64,7 +64,7 @@ def silenced(
         prompts = model.prompts(questions.samples, questions.contexts)
         answers = model.answer(prompts, prompts.everything(), questions.answers)
         marks = Marks.of(questions.answers, answers)
-        return float(_exact(marks)), _exact(marks, pictures)
+        return float(exact_words(marks)), exact_words(marks, pictures)
 
     generator = torch.Generator().manual_seed(0)
     dense, dense_draws = exact(order[:0])
@@ -94,7 +94,3 @@ def silenced(
 def _rounded(ratio: float) -> float | None:
     """None where random heads cost nothing in some draw: there is no ratio then."""
     return None if np.isnan(ratio) else round(ratio, 2)
-
-
-def _exact(marks: Marks, pictures: np.ndarray | None = None) -> np.ndarray:
-    return marks.statistics(pictures)["exact_words"]

@@ -11,36 +11,29 @@ from .model import Prompts
 REDISTRIBUTED = "+redistribute"  # of a method's name: what capped heads cannot use is shared out
 
 
-def shown_tokens(
-    prompts: Prompts,
-    method: str,
-    scores: Tensor,
-    budget: int,
-    rho: float = 0.1,
-    first_seed: int = 0,
-) -> Tensor:
+def shown_tokens(prompts: Prompts, method: str, scores: Tensor, budget: int) -> Tensor:
     """The prompt tokens that each head sees while decoding, bool ``[L, N, Hkv, n]``.
+
+    Random scores of a prompt are drawn from its index.
 
     Args:
         prompts: computed prompts, `N` of them.
         method: name of `METHODS`, with `REDISTRIBUTED` behind it or not.
         scores: visual scores ``[L, Hq]``.
         budget: tokens per KV head on average, the window included, `B`.
-        rho: share of the budget that is spread evenly.
-        first_seed: seed of the random scores of the first prompt; each has its own.
     """
     N, Hkv, n, _ = prompts.keys[0].shape
     name = method.removesuffix(REDISTRIBUTED)
     layout = CacheLayout.from_scores(
-        scores, Hkv, budget, prompts.window, rho, name, redistribute=name != method
+        scores, Hkv, budget, prompts.window, method=name, redistribute=name != method
     )
     shown = torch.zeros(len(prompts.keys), N, Hkv, n, dtype=torch.bool)
     for row, length in enumerate(prompts.lengths):
-        shown[:, row, :, n - length :] = _one(prompts, row, layout, first_seed + row)
+        shown[:, row, :, n - length :] = _one(prompts, row, layout)
     return shown
 
 
-def _one(prompts: Prompts, row: int, layout: CacheLayout, seed: int) -> Tensor:
+def _one(prompts: Prompts, row: int, layout: CacheLayout) -> Tensor:
     """The same for one prompt, ``[L, Hkv, length]``."""
     length, W, rules = prompts.lengths[row], prompts.window, layout.rules
     L, Hkv = len(prompts.keys), prompts.keys[0].shape[1]
@@ -52,7 +45,7 @@ def _one(prompts: Prompts, row: int, layout: CacheLayout, seed: int) -> Tensor:
     for layer in range(L):
         scores = prompts.scores[row][layer]
         if rules.token_scores:
-            scores = rules.token_scores(seed, layer, range(Hkv), length - W)
+            scores = rules.token_scores(row, layer, range(Hkv), length - W)
         own = rules.split(scores, layout.base) if rules.split else lengths[layer]
         for head, positions in enumerate(kept_tokens(scores, own)):
             shown[layer, head, positions] = True

@@ -7,6 +7,7 @@ import numpy as np
 from common import ROOT
 from tiny_vlm.prose import excerpt, held_out_text
 
+from sparsemm_vllm.commands.evaluate.metrics import Marks
 from sparsemm_vllm.data.pictures import EVAL_SEEDS, PROFILE_SEEDS, Sample, Task, make_sample
 
 CONTEXT = (40, 121)  # characters of a system message, at least and less than
@@ -55,6 +56,11 @@ class Subject:
         return Questions(
             samples, [_context(text[middle:] if half else text[:middle], seed) for seed in chosen]
         )
+
+
+def exact_words(marks: Marks, draws: np.ndarray | None = None) -> np.ndarray:
+    """Share of the words that are exactly right: of all pictures, or of each draw of them."""
+    return marks.statistics(draws)["exact_words"]
 
 
 def _context(text: str, seed: int) -> str:

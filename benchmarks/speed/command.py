@@ -2,9 +2,8 @@
 
 import argparse
 import os
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
-from functools import partial
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -68,39 +67,31 @@ def prepare(
     return subject, options
 
 
-def measure_cells(
-    results: Results, cells: Mapping[str, Callable[[], dict[str, Any]]], deadline: Deadline
-) -> bool:
-    """Measure what is missing, until the time is over; whether nothing is left."""
-    for name, cell in cells.items():
-        if name in results.cells:
-            continue
-        if deadline.left <= 0:
-            return False
-        results.save(name, cell())
-        print(f"{name}: measured", flush=True)
-    return True
-
-
 def measure_groups(
-    results: Results, groups: Iterable[tuple[Callable[[], Any], Cells]], deadline: Deadline
+    results: Results,
+    groups: Iterable[tuple[Callable[[], AbstractContextManager[Any]], Cells]],
+    deadline: Deadline,
 ) -> bool:
     """Measure what is missing, a group of engines after the other; whether nothing is left.
 
     Args:
         results: file that cells are added to.
-        groups: functions that open engines, and their cells: functions of what was opened, by name.
+        groups: functions that open engines for a while, and their cells: functions of what was
+            opened, by name.
         deadline: end of the time.
     """
-    for open_engines, cells in groups:
-        if cells.keys() <= results.cells.keys():
+    for opened, cells in groups:
+        left = {name: cell for name, cell in cells.items() if name not in results.cells}
+        if not left:
             continue
         if deadline.left <= 0:
             return False
-        with closing(open_engines()) as engines:
-            ready = {name: partial(cell, engines) for name, cell in cells.items()}
-            if not measure_cells(results, ready, deadline):
-                return False
+        with opened() as engines:
+            for name, cell in left.items():
+                if deadline.left <= 0:
+                    return False
+                results.save(name, cell(engines))
+                print(f"{name}: measured", flush=True)
     return True
 
 

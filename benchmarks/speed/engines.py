@@ -12,7 +12,8 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from speed.variants import BLOCK_SIZE
+from speed.subject import GIB, Subject
+from speed.variants import BLOCK_SIZE, Variant
 
 
 @dataclass(frozen=True)
@@ -35,27 +36,13 @@ class Engine:
     """A `vllm.LLM` that is timed.
 
     Args:
-        model: folder of the model.
-        backend: vLLM's name of its attention backend.
-        settings: settings of SPARSEMM; none with another backend.
         options: options of `vllm.LLM`.
     """
 
-    def __init__(
-        self, model: str, backend: str, settings: dict[str, Any] | None, **options: Any
-    ) -> None:
+    def __init__(self, options: dict[str, Any]) -> None:
         from vllm import LLM
 
-        if settings is not None:
-            options["additional_config"] = {"sparsemm": settings}
-        self.llm = LLM(
-            model=model,
-            attention_backend=backend,
-            block_size=BLOCK_SIZE,
-            disable_log_stats=False,
-            seed=0,
-            **options,
-        )
+        self.llm = LLM(**options)
         self._engine: Any = self.llm.llm_engine
         self._asked = 0
         self._usage = 0.0  # share of the pool, in the latest step
@@ -125,6 +112,32 @@ class Engine:
     def close(self) -> None:
         """End its process, if it has one of its own."""
         self._engine.engine_core.shutdown()
+
+
+def engine_options(
+    subject: Subject, variant: Variant, budgets: dict[str, int], gib: float, **options: Any
+) -> dict[str, Any]:
+    """Options of `vllm.LLM` for a variant.
+
+    Args:
+        subject: model that is served.
+        variant: way to serve it.
+        budgets: budgets among the settings of SPARSEMM, in tokens; dense variants have none.
+        gib: size of the block pool, in GiB.
+        options: further options, by name.
+    """
+    settings = {"profile": subject.profile, "method": variant.method, "window": subject.window}
+    own = {"additional_config": {"sparsemm": settings | budgets}} if variant.method else {}
+    common = {
+        "model": str(subject.folder),
+        "attention_backend": variant.backend,
+        "block_size": BLOCK_SIZE,
+        "kv_cache_memory_bytes": round(gib * GIB),
+        "limit_mm_per_prompt": {"image": 0},
+        "disable_log_stats": False,
+        "seed": 0,
+    }
+    return common | own | variant.options | options
 
 
 def _step_ms(marks: list[tuple[float, int]], requests: int) -> float:

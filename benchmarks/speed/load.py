@@ -1,17 +1,19 @@
 """A load on a server, by vLLM's own client, and what the server's metrics say meanwhile."""
 
+import asyncio
 import contextlib
 import json
 import multiprocessing
 import os
 import threading
 import traceback
-from collections.abc import Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import httpx
 
@@ -50,23 +52,8 @@ class Bench:
     def __init__(self, log: Path) -> None:
         self.log = log
         spawning = multiprocessing.get_context("spawn")  # a fork would inherit our threads
-        self._ours, theirs = spawning.Pipe()
-        arguments = (theirs, log, serve_environment())
-        self._process = spawning.Process(target=_answer, args=arguments, daemon=True)
-        self._process.start()
-        theirs.close()  # so that its end is seen when it dies
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._process.kill()
-        self._process.join()
+        arguments = (log, serve_environment())
+        self._pool = ProcessPoolExecutor(1, spawning, _begin, arguments)
 
     def run(self, arguments: Sequence[str], timeout: float) -> None:
         """Do what ``vllm bench serve *arguments`` does.
@@ -78,89 +65,100 @@ class Bench:
         Raises:
             LoadError: if it fails, dies, or is not done in time.
         """
+        late = f"vllm bench serve was not done after {timeout:.0f} s: {self.log}"
         try:
-            self._ours.send(list(arguments))
-            if not self._ours.poll(timeout):
-                raise LoadError(f"vllm bench serve was not done after {timeout:.0f} s: {self.log}")
-            error = self._ours.recv()
-        except (EOFError, OSError) as died:
+            self._pool.submit(_run, list(arguments), timeout).result()
+        except BrokenProcessPool as died:
             raise LoadError(f"vllm bench serve died: {self.log}") from died
-        if error is not None:
-            raise LoadError(f"vllm bench serve failed:\n{error}")
+        except TimeoutError as error:
+            raise LoadError(late) from error
+        except (Exception, SystemExit) as error:  # argparse exits
+            text = "".join(traceback.format_exception(error))
+            raise LoadError(f"vllm bench serve failed:\n{text}") from error
+
+    def close(self) -> None:
+        """End the process."""
+        self._pool.shutdown()
 
 
-def _answer(theirs: Connection, log: Path, environment: dict[str, str]) -> None:
-    """In the other process: arguments come, errors or None go back."""
-    os.environ.update(environment)  # before vLLM is imported
-    with log.open("w") as output, contextlib.redirect_stdout(output):
-        os.dup2(output.fileno(), 2)
-        from vllm.benchmarks.serve import add_cli_args, main
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-        while True:
-            arguments = theirs.recv()
-            try:
-                parser = FlexibleArgumentParser()
-                add_cli_args(parser)
-                main(parser.parse_args(arguments))
-            except (Exception, SystemExit):  # argparse exits
-                theirs.send(traceback.format_exc())
-            else:
-                theirs.send(None)
+def _begin(log: Path, environment: dict[str, str]) -> None:
+    """In the other process, before vLLM is imported: its environment, and where its output goes."""
+    os.environ.update(environment)
+    with log.open("w") as output:
+        for descriptor in (1, 2):
+            os.dup2(output.fileno(), descriptor)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-class Watch:
-    """Reads a server's `/metrics` while a load runs on it.
+def _end_with_parent() -> None:
+    """A pool's process outlives a parent that is killed, unless it looks."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _run(arguments: list[str], timeout: float) -> None:
+    """In the other process: what the command does."""
+    from vllm.benchmarks.serve import add_cli_args, main_async
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    asyncio.run(asyncio.wait_for(main_async(parser.parse_args(arguments)), timeout))
+
+
+@contextlib.contextmanager
+def watch(url: str, seconds: float = POLL_SECONDS) -> Iterator["Watch"]:
+    """Read a server's `/metrics` every so many seconds, while a load runs on it.
 
     What passes between two readings is missed: the blocks of a prompt that is then pruned show for
     a single step, so under light load the peak depends on luck.
     """
+    over = threading.Event()
+    with httpx.Client(timeout=60) as client, ThreadPoolExecutor(1) as pool:
 
-    def __init__(self, url: str, seconds: float = POLL_SECONDS) -> None:
-        self._url, self._seconds = f"{url}/metrics", seconds
-        self._running: list[float] = []  # of the readings in which any request ran
-        self._usage: list[float] = []
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._poll)
-        self._error: Exception | None = None
-        self._client = httpx.Client(timeout=60)
+        def read() -> str:
+            return client.get(f"{url}/metrics").raise_for_status().text
 
-    def __enter__(self) -> Self:
-        self._before = self._read()
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._over.set()
-        self._thread.join()
-        if error is None:
-            if self._error is not None:
-                raise self._error
-            self._after = self._read()
-        self._client.close()
-
-    def _read(self) -> str:
-        return self._client.get(self._url).raise_for_status().text
-
-    def _poll(self) -> None:
+        found = Watch(read())
+        polling = pool.submit(found.poll, read, over, seconds)
         try:
-            while not self._over.wait(self._seconds):
-                page = self._read()
-                if running := metric(page, "vllm:num_requests_running"):
-                    self._running.append(running)
-                    self._usage.append(metric(page, "vllm:kv_cache_usage_perc"))
-        except Exception as error:  # whoever leaves the `with` block is told
-            self._error = error
+            yield found
+        finally:
+            over.set()
+        polling.result()  # raises what the thread has met
+        found.after = read()
+
+
+@dataclass
+class Watch:
+    """What `/metrics` said.
+
+    Attributes:
+        before: page before the load.
+        after: page after it.
+        running: running requests, of the readings in which any ran.
+        usage: share of the KV blocks in use, of the same readings.
+    """
+
+    before: str
+    after: str = ""
+    running: list[float] = field(default_factory=list)
+    usage: list[float] = field(default_factory=list)
+
+    def poll(self, read: Callable[[], str], over: threading.Event, seconds: float) -> None:
+        """Add a reading every so many seconds, until it is over."""
+        while not over.wait(seconds):
+            page = read()
+            if running := metric(page, "vllm:num_requests_running"):
+                self.running.append(running)
+                self.usage.append(metric(page, "vllm:kv_cache_usage_perc"))
 
     @property
     def readings(self) -> dict[str, float]:
         """Requests that ran and the share of KV blocks in use: peaks, and means while any ran."""
-        running, usage = self._running or [0.0], self._usage or [0.0]
+        running, usage = self.running or [0.0], self.usage or [0.0]
         return {
             "running_requests_peak": int(max(running)),
             "running_requests_mean": round(fmean(running), 2),
@@ -170,19 +168,19 @@ class Watch:
 
     def counted(self, name: str, **labels: str) -> int:
         """By how much a counter grew."""
-        before, after = (metric(page, name, **labels) for page in (self._before, self._after))
+        before, after = (metric(page, name, **labels) for page in (self.before, self.after))
         return int(after - before)
 
     @property
     def pruned(self) -> int:
         """How many prompts were pruned; a dense server has no such counter."""
         name = "sparsemm:requests_total"
-        return self.counted(name, outcome="pruned") if name in self._after else 0
+        return self.counted(name, outcome="pruned") if name in self.after else 0
 
     @property
     def blocks(self) -> int:
         """KV blocks of the server's pool."""
-        return pool_blocks(self._after)
+        return pool_blocks(self.after)
 
 
 def arguments(
@@ -255,12 +253,12 @@ def put_load(
     """
     result = requests.with_name("result.json")
     words = arguments(url, tokenizer, requests, scenario, load, result)
-    with Watch(url) as watch:
+    with watch(url) as found:
         bench.run(words, timeout=1800)
     return numbers(json.loads(result.read_text()), scenario, load) | {
-        **watch.readings,
-        "kv_blocks": watch.blocks,
-        "preemptions": watch.counted("vllm:num_preemptions_total"),
-        "prefix_hit_tokens": watch.counted("vllm:prefix_cache_hits_total"),
-        "pruned_requests": watch.pruned,
+        **found.readings,
+        "kv_blocks": found.blocks,
+        "preemptions": found.counted("vllm:num_preemptions_total"),
+        "prefix_hit_tokens": found.counted("vllm:prefix_cache_hits_total"),
+        "pruned_requests": found.pruned,
     }

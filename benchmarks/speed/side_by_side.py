@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from common import aligned
+
 from speed.variants import DENSE
 
 ROWS = {
@@ -30,7 +32,6 @@ ROWS = {
 }
 # What was asked: these say nothing about any server.
 ASKED = ("requests", "prompt_tokens_mean", "output_tokens", "second_turn_prompt_tokens_mean")
-LABEL, NUMBER = 36, 10  # characters
 
 
 def beside(title: str, cells: dict[str, dict[str, Any]]) -> list[str]:
@@ -48,15 +49,13 @@ def beside(title: str, cells: dict[str, dict[str, Any]]) -> list[str]:
         columns.append((name, None))
         if name not in DENSE:
             columns += [(name, dense) for dense in DENSE if dense in cells]
-    heads = [f"/ {dense}" if dense else name for name, dense in columns]
-    widths = [max(NUMBER, 2 + len(head)) for head in heads]
-    lines = [title, _row("", heads, widths)]
+    lines = [["", *(f"/ {dense}" if dense else name for name, dense in columns)]]
     for label, key in ROWS.items():
         numbers = {name: cell.get(key) for name, cell in cells.items()}
         if set(numbers.values()) == {None}:
             continue
-        lines.append(_row(label, [_shown(numbers, key, *column) for column in columns], widths))
-    return lines
+        lines.append([label, *(_shown(numbers, key, *column) for column in columns)])
+    return [title, *aligned(lines, str.ljust, str.rjust).splitlines()]
 
 
 def _shown(numbers: dict[str, Any], key: str, name: str, dense: str | None) -> str:
@@ -66,8 +65,3 @@ def _shown(numbers: dict[str, Any], key: str, name: str, dense: str | None) -> s
     if key in ASKED or number is None or not numbers[dense]:
         return ""
     return f"{number / numbers[dense]:.2f}"
-
-
-def _row(label: str, words: list[str], widths: list[int]) -> str:
-    right = (f"{word:>{width}}" for word, width in zip(words, widths, strict=True))
-    return f"{label:{LABEL}}{''.join(right)}".rstrip()

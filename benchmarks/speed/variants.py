@@ -187,6 +187,6 @@ def ratios(figures: dict[str, dict[str, Any]], variant: str, key: str) -> list[f
     return [other / own if own and other else None for other in others]
 
 
-def shown(ratio: float | None, width: int) -> str:
-    """A ratio in so many characters."""
-    return f"{'-' if ratio is None else f'{ratio:.2f}':>{width}}"
+def shown(ratio: float | None) -> str:
+    """A ratio for a table."""
+    return "-" if ratio is None else f"{ratio:.2f}"

@@ -24,10 +24,7 @@ console = Console()
 
 Threads = Annotated[int, typer.Option(help="CPU threads; only those really free.")]
 Rows = Annotated[int, typer.Option(help="Pictures a step.")]
-Seed = Annotated[int, typer.Option(help="Seed of the initial weights.")]
-Resume = Annotated[bool, typer.Option(help="Continue from the saved state.")]
 State = Annotated[Path, typer.Option(help="Where the state is saved.")]
-Every = Annotated[int, typer.Option(help="Steps between two saved states.")]
 Folder = Annotated[Path, typer.Option(help="Folder of the checkpoint.")]
 
 
@@ -68,7 +65,6 @@ def add_commands(
         model: Folder = subject.folder,
         samples: Annotated[int, typer.Option(help="Held-out pictures a task.")] = 300,
         first: Annotated[int, typer.Option(help="First of the held-out seeds to use.")] = 1000,
-        context: Annotated[bool, typer.Option(help="Ask after a system message.")] = True,
         filler: Annotated[int, typer.Option(help="Characters of text before the question.")] = 0,
         threads: Threads = 1,
     ) -> None:
@@ -79,12 +75,12 @@ def add_commands(
         torch.set_num_threads(threads)
         for dtype, task in product(dtypes, TASKS):
             asked = subject.held_out(first, samples, task)
-            contexts = asked.contexts if context else None
-            answers = Reader(model, dtype).answer(asked.samples, contexts, filler_text(filler))
+            text = filler_text(filler)
+            answers = Reader(model, dtype).answer(asked.samples, asked.contexts, text)
             found = Marks.of(asked.answers, answers).statistics()
             record = {"task": task, "dtype": str(dtype).removeprefix("torch.")}
             record |= {"pictures": samples, "first": first, "filler": filler}
-            record |= {"context": contexts is not None}
+            record |= {"context": asked.contexts is not None}
             for name in ("exact_words", "character_errors"):
                 record[name] = round(100 * float(found[name]), 2)
             console.print(json.dumps(record), soft_wrap=True)

@@ -42,7 +42,7 @@ def row_logits(model: LlavaForConditionalGeneration, batch: Batch, mask: Tensor)
 
 def image_columns(batch: Batch, rows: Tensor) -> Tensor:
     """Columns of the image tokens, as an index into ``rows [B, T, width]``: ``[B, P, width]``."""
-    columns = batch.images[:, None] + torch.arange(batch.glyphs.shape[1], device=rows.device)
+    columns = batch.image[:, None] + torch.arange(batch.glyphs.shape[1], device=rows.device)
     return columns[..., None].expand(-1, -1, rows.shape[-1])
 
 

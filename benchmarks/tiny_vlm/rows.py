@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from sparsemm_vllm.data.pictures import Page, Sample
 
@@ -60,7 +61,7 @@ def branch(sample: Sample, before: str = "") -> Branch:
 
 @dataclass(frozen=True)
 class Batch:
-    """``ids``, ``labels``, ``positions``, ``segments [B, T]``, ``images [B]``; ``glyphs [B, P]``;
+    """``ids``, ``labels``, ``positions``, ``segments [B, T]``, ``image [B]``; ``glyphs [B, P]``;
     pixels NCHW in -1..1.
     """
 
@@ -68,23 +69,17 @@ class Batch:
     labels: Tensor
     positions: Tensor
     segments: Tensor
-    images: Tensor
+    image: Tensor
     glyphs: Tensor
     pixels: Tensor
 
     @classmethod
     def of(cls, rows: list[Row], pages: list[Page]) -> "Batch":
-        def stack(arrays: list[np.ndarray]) -> Tensor:
-            return torch.from_numpy(np.stack(arrays))
-
-        pixels = stack([np.asarray(page.image) for page in pages])
+        stacked = default_collate([vars(row) for row in rows])
+        pixels = default_collate([np.array(page.image) for page in pages])
         return cls(
-            ids=stack([row.ids for row in rows]),
-            labels=stack([row.labels for row in rows]),
-            positions=stack([row.positions for row in rows]),
-            segments=stack([row.segments for row in rows]),
-            images=torch.tensor([row.image for row in rows]),
-            glyphs=stack([patch_glyphs(page) for page in pages]),
+            **stacked,
+            glyphs=default_collate([patch_glyphs(page) for page in pages]),
             pixels=pixels.permute(0, 3, 1, 2) / 127.5 - 1,
         )
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 from torch import Tensor, nn
 
 from sparsemm_vllm.files import write_whole
 
 from .losses import FIGURES, Weights
 
-LOG_EVERY = 20  # steps
+LOG_EVERY, SAVE_EVERY = 20, 50  # steps
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,10 @@ class Trainer:
     ) -> None:
         matrices, rest = split_weights(weights)
         self.weights = weights
+        adamw = torch.optim.AdamW(rest, settings.lr, (0.9, 0.98), weight_decay=0.0, fused=True)
         self.optimizers = [
             (muon(matrices, lr=settings.matrix_lr, weight_decay=0.02), settings.matrix_lr),
-            (adamw(rest, settings.lr), settings.lr),
+            (adamw, settings.lr),
         ]
         self.settings = settings
         self.steps = settings.text_steps + settings.steps
@@ -124,23 +125,21 @@ class Trainer:
         self.updated()
 
 
-def run(trainer: Trainer, state: Path, resume: bool, every: int, console: Console) -> None:
-    """Train to the end, with a progress bar; saves the state every so many steps."""
-    if resume and state.exists():
+def run(trainer: Trainer, state: Path, console: Console) -> None:
+    """Train to the end, with a progress bar; saves the state now and then, and goes on from it."""
+    if state.exists():
         trainer.load(state)
         console.print(f"resuming at step {trainer.step}")
-    with _progress(console) as progress:
-        task = progress.add_task("train", total=trainer.steps, completed=trainer.step, figures="")
-        recent: list[dict[str, float]] = []
-        while trainer.step < trainer.steps:
-            recent.append(trainer.train_step())
-            progress.update(task, completed=trainer.step, figures=_figure_text(recent[-1]))
-            if trainer.step % LOG_EVERY == 0:
-                trainer.history.append(_log_entry(trainer, recent))
-                progress.console.print(json.dumps(trainer.history[-1]), soft_wrap=True)
-                recent = []
-            if trainer.step % every == 0 or trainer.step == trainer.steps:
-                trainer.save(state)
+    left = range(trainer.step, trainer.steps)
+    recent: list[dict[str, float]] = []
+    for _ in track(left, "train", trainer.steps, trainer.step, console=console):
+        recent.append(trainer.train_step())
+        if trainer.step % LOG_EVERY == 0:
+            trainer.history.append(_log_entry(trainer, recent))
+            console.print(json.dumps(trainer.history[-1]), soft_wrap=True)
+            recent = []
+        if trainer.step % SAVE_EVERY == 0 or trainer.step == trainer.steps:
+            trainer.save(state)
 
 
 def split_weights(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -150,25 +149,6 @@ def split_weights(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramet
     for name, weight in model.named_parameters():
         (matrices if ".layers." in name and weight.ndim == 2 else rest).append(weight)
     return matrices, rest
-
-
-def adamw(weights: list[nn.Parameter], lr: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
-def _figure_text(figures: dict[str, float]) -> str:
-    return f"loss {figures['loss']:.3f} accuracy {figures['accuracy']:.3f}"
 
 
 def _log_entry(trainer: Trainer, recent: list[dict[str, float]]) -> dict[str, float]:

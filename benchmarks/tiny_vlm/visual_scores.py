@@ -54,14 +54,11 @@ def word_rows(words: list[str], start: int) -> tuple[Tensor, Tensor]:
 def concentration(scores: Tensor) -> dict[str, float]:
     """Share of the whole score that the best 5, 10 and 20 % of the heads hold."""
     ranked = scores.flatten().double().sort(descending=True).values
+    counts = {share: max(1, round(share * len(ranked))) for share in (0.05, 0.1, 0.2)}
     return {
-        f"{share:.0%}": round(float(ranked[: _count(share, ranked)].sum() / ranked.sum()), 4)
-        for share in (0.05, 0.1, 0.2)
+        f"{share:.0%}": round(float(ranked[:count].sum() / ranked.sum()), 4)
+        for share, count in counts.items()
     }
-
-
-def _count(share: float, heads: Tensor) -> int:
-    return max(1, round(share * len(heads)))
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:

@@ -370,7 +370,7 @@ def test_other_tokens_do_not_pass_the_gate() -> None:
 def test_what_serving_uses_comes_first() -> None:
     device = Device.__new__(Device)
     device.dry = False
-    names = list(kernels.cases(Context(device, None, Path(), 0)))
+    names = list(kernels.cases(Context(device, Path(), 0)))
     assert names[0] == "smoke dtype=bf16 D=128 P=16 G=1 Q=1 layout=LBHNC"
     smoke = [name for name in names if name.startswith("smoke")]
     assert names[:10] == smoke
@@ -388,10 +388,8 @@ def test_the_model_predicts_what_it_knows(monkeypatch: pytest.MonkeyPatch) -> No
     """With the costs of this very kernel, at the bandwidth that was measured; else nothing."""
     model = bench.Model("wide", 2, 4, 2, 128, 1e6)
     step = bench.Step(model, 2, 64, n=200)
-    scores = bench.head_scores(model, None)
-    device = Device.__new__(Device)
-    device.dry, device.torch = True, torch.device("cpu")
-    setup = bench.Predicted(device, step, scores, torch.bfloat16)
+    device = Device(dry=True)
+    setup = bench.Predicted(device, step, torch.bfloat16)
     assert setup.model_us(1e12) is None, "nobody has compiled it for two heads of a KV head"
     costs = bench.Costs(bench.DecodeParts(*[bench.Part(10, 100)] * 6), 128, 4, 2)
     known = {bench.triton.__version__: {"bf16 G=2": costs, "fp8 G=2": costs}}

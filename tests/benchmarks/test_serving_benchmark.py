@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -221,7 +222,7 @@ class Fakes:
         yield "http://127.0.0.1:1", work
 
     def measure_cell(self, *arguments: Any) -> dict[str, float]:
-        cell = arguments[-1]
+        cell = arguments[-2]
         if cell.name == self.fail_at:
             raise LoadError("2 of 5 requests failed")
         self.measured.append(cell.name)
@@ -234,11 +235,7 @@ class Fakes:
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
     made = Fakes()
 
-    @contextmanager
-    def no_bench(log: Path) -> Iterator[None]:
-        yield None
-
-    monkeypatch.setattr(serving, "Bench", no_bench)
+    monkeypatch.setattr(serving, "Bench", lambda log: SimpleNamespace(close=lambda: None))
     monkeypatch.setattr(serving, "started", made.start)
     monkeypatch.setattr(serving, "measure_cell", made.measure_cell)
     return made

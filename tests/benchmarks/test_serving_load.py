@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from speed import load as load_module
 from speed.chat import SECOND_QUESTION, ask, forget, hold_chats
-from speed.load import Bench, LoadError, Watch, numbers
+from speed.load import Bench, LoadError, numbers, watch
 from speed.scenarios import Chats, Load, Scenario
 
 from support import fake_benches
@@ -68,16 +69,20 @@ def test_results_that_cannot_be_trusted(changes: dict[str, int], what: str) -> N
 
 
 def test_a_failed_bench_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load_module, "_answer", fake_benches.fails_once)
-    with Bench(tmp_path / "log") as bench:
-        with pytest.raises(LoadError, match="failed:\nTraceback: no such data set"):
+    monkeypatch.setattr(load_module, "_run", fake_benches.fails_once)
+    with closing(Bench(tmp_path / "log")) as bench:
+        with pytest.raises(LoadError, match=r"(?s)failed:\n.*fake_benches.*: no such data set"):
             bench.run(["--wrong"], timeout=120)
         bench.run(["--again"], timeout=120)
 
 
 @pytest.mark.parametrize(
     ("target", "timeout", "what"),
-    [(fake_benches.dies, 120, "died"), (fake_benches.hangs, 0.2, "not done after 0 s")],
+    [
+        (fake_benches.dies, 120, "died"),
+        (fake_benches.exits, 120, "failed"),
+        (fake_benches.hangs, 0.2, "not done after 0 s"),
+    ],
 )
 def test_a_bench_that_is_gone(
     tmp_path: Path,
@@ -86,10 +91,10 @@ def test_a_bench_that_is_gone(
     timeout: float,
     what: str,
 ) -> None:
-    monkeypatch.setattr(load_module, "_answer", target)
-    with Bench(tmp_path / "log") as bench, pytest.raises(LoadError, match=what) as error:
+    monkeypatch.setattr(load_module, "_run", target)
+    with closing(Bench(tmp_path / "log")) as bench, pytest.raises(LoadError, match=what) as error:
         bench.run([], timeout)
-    assert str(tmp_path / "log") in str(error.value)
+    assert what == "failed" or str(tmp_path / "log") in str(error.value)
 
 
 # A server of few words
@@ -173,26 +178,26 @@ def page(running: int, usage: float, preemptions: int, pruned: int | None = None
 @pytest.mark.parametrize("pruned", [None, 4])
 def test_a_server_is_watched(server: FakeServer, pruned: int | None) -> None:
     server.page = page(0, 0.0, 3, pruned)
-    with Watch(server.url, seconds=0.01) as watch:
+    with watch(server.url, seconds=0.01) as watched:
         for running, usage in ((2, 0.5), (7, 0.25), (4, 0.98), (0, 0.0)):
             server.page = page(running, usage, 5, pruned and pruned + 6)
             enough = server.reads + 10
             while server.reads < enough:
                 time.sleep(0.001)
-    found = watch.readings
+    found = watched.readings
     assert (found["running_requests_peak"], found["kv_usage_peak_share"]) == (7, 0.98)
     assert 3.5 < found["running_requests_mean"] < 5, "idle readings do not count"
     assert 0.45 < found["kv_usage_mean_share"] < 0.7
-    assert watch.counted("vllm:num_preemptions_total") == 2
-    assert watch.blocks == 115
-    assert watch.pruned == (0 if pruned is None else 6)
+    assert watched.counted("vllm:num_preemptions_total") == 2
+    assert watched.blocks == 115
+    assert watched.pruned == (0 if pruned is None else 6)
 
 
 def test_metrics_that_are_missing_are_an_error(server: FakeServer) -> None:
     server.page = "vllm:num_requests_walking 1.0"
     with (
         pytest.raises(ValueError, match="no vllm:num_requests_running"),
-        Watch(server.url, seconds=0.01),
+        watch(server.url, seconds=0.01),
     ):
         time.sleep(0.3)
 

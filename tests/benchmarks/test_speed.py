@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,10 @@ import prefill_cost
 import pytest
 import report
 from decode_latency import NO_DENSE, SMALL, Plan, Rivals
-from speed.command import measure_cells
+from speed.command import measure_groups
 from speed.engines import Engine, Timing, _step_ms, random_prompts
 from speed.results import Deadline, Results
-from speed.subject import GIB, Subject, reader
+from speed.subject import GIB, Subject, copy_bandwidth, reader
 from speed.variants import FOUR, VARIANTS, ratios, served_here
 from transformers import LlamaConfig, Qwen2Config
 
@@ -66,11 +67,11 @@ def test_cells_are_kept_and_not_measured_again(tmp_path):
     file = tmp_path / "folder" / "r.json"
     results = Results(file, ASKED, cpu=True)
     asked: list[str] = []
-    cells = {name: lambda name=name: asked.append(name) or {"n": name} for name in "abc"}
-    assert not measure_cells(results, cells, Left(2))
+    cells = {name: lambda _, name=name: asked.append(name) or {"n": name} for name in "abc"}
+    assert not measure_groups(results, [(nullcontext, cells)], Left(3))
     assert asked == ["a", "b"]
     again = Results(file, ASKED, cpu=True)
-    assert measure_cells(again, cells, Deadline(60))
+    assert measure_groups(again, [(nullcontext, cells)], Deadline(60))
     assert asked == ["a", "b", "c"]
     saved = json.loads(file.read_text())
     assert [saved["cells"][name]["n"] for name in "abc"] == ["a", "b", "c"]
@@ -81,11 +82,12 @@ def test_a_cell_that_fails_loses_no_other(tmp_path):
     file = tmp_path / "r.json"
     results = Results(file, ASKED, cpu=True)
 
-    def fails() -> dict[str, Any]:
+    def fails(_: Any) -> dict[str, Any]:
         raise RuntimeError("out of memory")
 
+    cells = {"a": lambda _: {"n": 1}, "b": fails}
     with pytest.raises(RuntimeError, match="out of memory"):
-        measure_cells(results, {"a": lambda: {"n": 1}, "b": fails}, Deadline(60))
+        measure_groups(results, [(nullcontext, cells)], Deadline(60))
     assert list(Results(file, ASKED, cpu=True).cells) == ["a"]
 
 
@@ -190,21 +192,24 @@ def test_pools_have_equal_bytes_so_that_fp8_holds_twice_the_tokens():
 def test_engines_differ_in_backend_and_cache_only(monkeypatch):
     """The options that vLLM gets."""
     opened: dict[str, Any] = {}
-    monkeypatch.setattr(decode_latency, "Engine", lambda *a, **options: (a, options))
-    monkeypatch.setattr(prefill_cost, "Engine", lambda *a, **options: (a, options))
+    monkeypatch.setattr(decode_latency, "Engine", dict)
+    monkeypatch.setattr(prefill_cost, "Engine", dict)
     for name in FOUR:
         opened[name] = decode_latency.open_engine(reader(), VARIANTS[name], SMALL, {"seed": 1})
-        (_, backend, settings), options = opened[name]
-        assert (backend, settings is None) == {
-            "dense": ("CPU_ATTN", True),
-            "sparsemm": ("SPARSEMM", False),
+        options = opened[name]
+        assert (options["attention_backend"], "additional_config" in options) == {
+            "dense": ("CPU_ATTN", False),
+            "sparsemm": ("SPARSEMM", True),
         }[name.removesuffix("-fp8")]
         assert options.get("kv_cache_dtype") == ("fp8" if name.endswith("fp8") else None)
-        assert prefill_cost.open_engine(reader(), VARIANTS[name], (8,), {})[0][1] == backend
+        assert (options["seed"], options["max_model_len"]) == (1, 640 + 12 + 1)
+        alone = prefill_cost.open_engine(reader(), VARIANTS[name], (8,), {})
+        assert alone["attention_backend"] == options["attention_backend"]
+        assert (alone["seed"], alone["max_model_len"]) == (0, 8 + 2)
+    settings = opened["sparsemm"]["additional_config"]["sparsemm"]
+    assert (settings["budget"], settings["max_request_budget"]) == SMALL.budgets
     for name in ("dense", "sparsemm"):
-        (place, options), (other, quantized) = opened[name], opened[f"{name}-fp8"]
-        assert place == other
-        assert quantized == options | {"kv_cache_dtype": "fp8"}
+        assert opened[f"{name}-fp8"] == opened[name] | {"kv_cache_dtype": "fp8"}
 
 
 def rivals(plan: Plan, *variants: str) -> Rivals:
@@ -392,3 +397,8 @@ def test_decode_curves(tmp_path):
     assert [step for _, step, _ in points[2]["dense"]] == [20.0], "dense is drawn once"
     report.draw_decode(results.data, tmp_path / "r.png")
     assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_bandwidth_is_measured() -> None:
+    """Bytes a second, of some machine: at least those of a slow disk."""
+    assert 1e8 < copy_bandwidth(repeats=2) < 1e14

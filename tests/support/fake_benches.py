@@ -1,21 +1,26 @@
 """Stand-ins for vLLM's client; a module of its own, since its process has to import it."""
 
+import asyncio
+import os
 import time
-from multiprocessing.connection import Connection
-from pathlib import Path
 
 
-def fails_once(theirs: Connection, log: Path, environment: dict[str, str]) -> None:
-    theirs.recv()
-    theirs.send("Traceback: no such data set")
-    assert theirs.recv() == ["--again"]
-    theirs.send(None)
-    theirs.recv()
+def fails_once(arguments: list[str], timeout: float) -> None:
+    if arguments != ["--again"]:
+        raise ValueError("no such data set")
 
 
-def dies(theirs: Connection, log: Path, environment: dict[str, str]) -> None:
-    theirs.recv()
+def exits(arguments: list[str], timeout: float) -> None:
+    raise SystemExit(2)
 
 
-def hangs(theirs: Connection, log: Path, environment: dict[str, str]) -> None:
-    time.sleep(600)
+def dies(arguments: list[str], timeout: float) -> None:
+    os._exit(1)
+
+
+def hangs(arguments: list[str], timeout: float) -> None:
+    begin = time.monotonic()
+    try:
+        asyncio.run(asyncio.wait_for(asyncio.sleep(600), timeout))
+    finally:
+        assert time.monotonic() - begin < 60
