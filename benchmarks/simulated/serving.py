@@ -26,8 +26,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from sparsemm_vllm.budget.layout import CacheLayout
-from sparsemm_vllm.budget.settings import Settings
-from sparsemm_vllm.engine.config import build_layout
+from sparsemm_vllm.engine.config import Serving
 from sparsemm_vllm.engine.spec import SparseMMSpec
 
 L, H, D, P = 32, 32, 128, 16  # as many KV heads as query heads
@@ -82,12 +81,6 @@ def make_config(folder: Path, budget: int, seed: int, max_seqs: int = MAX_SEQS) 
         max_num_seqs=max_seqs,
         max_num_batched_tokens=STEP_TOKENS,
     ).create_engine_config()
-
-
-def layout_of(vllm_config: Any) -> CacheLayout:
-    """Of the configuration's settings."""
-    settings = Settings.from_additional_config(vllm_config.additional_config)
-    return build_layout(vllm_config, settings)
 
 
 def make_scheduler(vllm_config: Any, blocks: int, layout: CacheLayout | None) -> Scheduler:
@@ -232,7 +225,7 @@ def simulate(requests: int, dense_requests: int, budget: int, seed: int) -> dict
     blocks = trace.blocks(dense_requests)
     with tempfile.TemporaryDirectory() as folder:
         vllm_config = make_config(Path(folder), budget, seed)
-    layout = layout_of(vllm_config)
+    layout = Serving.of(vllm_config).layout
     document: dict[str, Any] = {
         "requests": requests,
         "prompt_tokens": [min(trace.prompts), max(trace.prompts)],

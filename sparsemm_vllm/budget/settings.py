@@ -40,9 +40,8 @@ class Settings(BaseModel):
         min_prompt_tokens: length of the shortest prompt that is pruned, in tokens.
         prune_when_free_below: share of the pool's blocks, 0 to 1. A prompt stays whole if at least
             this share is free with all of it in the pool. Everything is pruned if not given.
-        max_request_budget: largest budget that a request may ask for, in tokens; memory for it is
-            set aside.
-            Twice the budget if not given.
+        max_request_budget: largest budget that a request may ask for, in tokens, twice the budget
+            if not given; memory for it is set aside.
         allow_request_settings: whether requests may ask for another budget, or for no pruning.
         mask_heads: query heads whose output is zero, ``[layer, head]`` each: for ablations.
         record_kept: folder into which workers write which tokens each head kept; slows them down.

@@ -13,8 +13,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
-from sparsemm_vllm.budget.settings import Settings
-from sparsemm_vllm.engine.config import build_layout
+from sparsemm_vllm.engine.config import Serving
 from sparsemm_vllm.engine.worker.probes.kept import load_kept
 from support.engines import WINDOW, Engine
 
@@ -71,7 +70,7 @@ def test_vllm_takes_the_full_size_and_its_profile(name: str, tmp_path: Path) -> 
         max_model_len=LONGEST,
         hf_overrides={"text_config": {"max_position_embeddings": LONGEST}},
     ).create_engine_config()
-    layout = build_layout(config, Settings.from_additional_config(config.additional_config))
+    layout = Serving.of(config).layout
     text = config.model_config.hf_text_config
     assert text.max_position_embeddings == LONGEST
     capacities = np.array(layout.capacities)

@@ -6,10 +6,11 @@ from simulated.serving import (
     Simulation,
     Trace,
     decode_cpu,
-    layout_of,
     make_config,
     make_scheduler,
 )
+
+from sparsemm_vllm.engine.config import Serving
 
 BUDGET, DENSE_REQUESTS = 256, 20
 
@@ -21,7 +22,7 @@ def vllm_config(tmp_path_factory):
 
 def test_all_finish_none_starves_and_more_run_at_once(vllm_config):
     trace = Trace.random(150, seed=1)
-    blocks, layout = trace.blocks(DENSE_REQUESTS), layout_of(vllm_config)
+    blocks, layout = trace.blocks(DENSE_REQUESTS), Serving.of(vllm_config).layout
     reports = {}
     for name, own in (("dense", None), ("sparsemm", layout)):
         run = Simulation(make_scheduler(vllm_config, blocks, own), trace, own).run()
@@ -38,6 +39,6 @@ def test_all_finish_none_starves_and_more_run_at_once(vllm_config):
 
 def test_the_schedulers_cpu_time(vllm_config):
     """At most 1.2 times dense, for a full batch of decoding requests that take turns."""
-    found = decode_cpu(vllm_config, layout_of(vllm_config), steps=60)
+    found = decode_cpu(vllm_config, Serving.of(vllm_config).layout, steps=60)
     assert found["dense"]["median_ms"] > 0.1, f"{MAX_SEQS} requests take longer than that"
     assert found["ratio"] < 1.2

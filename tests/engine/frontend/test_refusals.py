@@ -334,13 +334,12 @@ def test_adakv_with_tensor_parallelism(llama: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_its_layout(llama: Path, method: str) -> None:
     from sparsemm_vllm.budget.layout import CacheLayout
-    from sparsemm_vllm.budget.settings import Settings
-    from sparsemm_vllm.engine.config import build_layout
+    from sparsemm_vllm.engine.config import Serving
 
     profile = skewed_profile()
     settings = {"method": method, "redistribute": True, "budget": 100}
     config = build(llama, settings | {"profile": profile.model_dump(mode="json")})
-    layout = build_layout(config, Settings.from_additional_config(config.additional_config))
+    layout = Serving.of(config).layout
     assert layout == CacheLayout.from_scores(
         profile.tensor(),
         profile.num_kv_heads,
